@@ -1,0 +1,47 @@
+# Two commands on a fresh machine with python3 (3.11 to 3.13), python3-venv and make:
+#   make sweep      the eight-model demo on the phantom, with its table
+#   make test       the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep test check ui report bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## make .venv with the pinned dependencies
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $@
+
+sweep: $(READY)  ## the demo; ARGS="experiment=report data=rsna data.root=FILE" runs another sweep
+	$(BIN)/python -m ich.sweep experiment=demo $(ARGS)
+
+test: $(READY)  ## the tests, without network and GPU; ARGS="-k name" picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## what CI runs: ruff, mypy, the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+ui: $(READY)  ## the MLflow UI on 127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
+
+report: $(READY)  ## rebuild a table from its files; ARGS=multirun_reports/demo
+	$(BIN)/python -m ich.report $(or $(ARGS),multirun_reports/demo)
+
+bench: $(READY)  ## measure decoding and training steps against the plain way
+	$(BIN)/python -m ich.bench $(ARGS)
+
+clean:  ## remove the environment and build leftovers; never results, data or the MLflow database
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

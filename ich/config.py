@@ -1,0 +1,376 @@
+"""The typed schema of `conf/`: what a run may be told, and which values are in range.
+
+`conf/` holds every value; these dataclasses hold the types, so that a misspelt key or a wrong
+type in the last job of a sweep is refused while the first one is still waiting. Ranges are checked
+by `validate`, in this one place. Nothing heavy is imported here: composing a config takes no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+_HERE = Path(__file__).resolve().parent
+# The wheel carries conf/ as ich/conf; a checkout or an editable install has it beside the package.
+CONF_DIR = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Its text is one paragraph: what, value, allowed, how to mend."""
+
+
+class Source(Enum):
+    """Where slices come from. Both are read by the same code, from the RSNA layout."""
+
+    phantom = "phantom"
+    rsna = "rsna"
+
+
+class Monitor(Enum):
+    """The validation metric that picks the epoch whose weights are kept."""
+
+    accuracy = "accuracy"
+    auc = "auc"
+    log_loss = "log_loss"
+
+
+class LossName(Enum):
+    """Losses of logits and targets, see `ich.losses`."""
+
+    bce = "bce"
+    weighted_bce = "weighted_bce"
+    focal = "focal"
+
+
+class SchedulerName(Enum):
+    """Learning-rate schedules, stepped once per optimizer step."""
+
+    none = "none"
+    cosine = "cosine"
+
+
+class Device(Enum):
+    """Where a training runs; `auto` takes the first GPU if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class PhantomConfig:
+    """Settings of the synthetic set made on first use by `data=phantom` (`ich.phantom`)."""
+
+    patients: int = MISSING
+    seed: int = MISSING
+    size: int = MISSING
+    prevalence: float = MISSING
+
+
+@dataclass
+class DataConfig:
+    """Where slices and labels lie, how many are used, and how they are decoded and cached."""
+
+    source: Source = MISSING
+    root: str | None = None
+    labels: str | None = None
+    subset: float = MISSING
+    cache_size: int = MISSING
+    cache_dir: str = MISSING
+    image_size: int | None = None
+    max_quarantine: float = MISSING
+    workers: int | None = None
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+
+
+@dataclass
+class ProtocolConfig:
+    """How the manifest becomes training and validation rows (`ich.protocol`)."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    epidural_times: int = MISSING
+    val_fraction: float = MISSING
+
+
+@dataclass
+class WindowConfig:
+    """One CT window: `center` and `width` in HU (DICOM PS3.3 C.11.2.1.2)."""
+
+    name: str = MISSING
+    center: float = MISSING
+    width: float = MISSING
+
+
+@dataclass
+class WindowsConfig:
+    """The windows that become the channels of the network's input, in order."""
+
+    channels: list[WindowConfig] = MISSING
+
+
+@dataclass
+class AugmentConfig:
+    """Probabilities of each augmentation; `crop_min` is the shortest side of a crop, as a share."""
+
+    hflip: float = MISSING
+    vflip: float = MISSING
+    crop: float = MISSING
+    crop_min: float = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """One network: its name in the tables, its timm tag, its input, and where weights come from."""
+
+    name: str = MISSING
+    timm: str = MISSING
+    image_size: int = MISSING
+    min_size: int = 32
+    pretrained: bool = True
+    weights: str | None = None
+
+
+@dataclass
+class LossConfig:
+    """A loss by name; `gamma` and `alpha` belong to `focal`."""
+
+    name: LossName = MISSING
+    gamma: float | None = None
+    alpha: float | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """A torch optimizer from a closed list; a setting left at null is torch's own default."""
+
+    _target_: str = MISSING
+    lr: float = MISSING
+    weight_decay: float | None = None
+    betas: list[float] | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+
+
+@dataclass
+class SchedulerConfig:
+    """A schedule by name; `warmup` is the share of all steps with a linear start (cosine)."""
+
+    name: SchedulerName = MISSING
+    warmup: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    monitor: Monitor = MISSING
+    device: Device = MISSING
+    threads: int | None = None
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow, or nothing. `uri: null` is an SQLite database in the project folder."""
+
+    mlflow: bool = MISSING
+    uri: str | None = None
+    artifacts: str | None = None
+    experiment: str = "ich"
+
+
+@dataclass
+class SweepConfig:
+    """How jobs are supervised; `time_limit` is in minutes per job."""
+
+    time_limit: float | None = None
+    output: str = MISSING
+
+
+@dataclass
+class Config:
+    """A whole job, as `conf/config.yaml` composes it."""
+
+    name: str = MISSING
+    job: str = MISSING
+    seed: int = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+# `_target_` is executable configuration: only these names are ever looked up.
+OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
+    "torch.optim.Adam": frozenset({"lr", "betas", "eps", "weight_decay"}),
+    "torch.optim.AdamW": frozenset({"lr", "betas", "eps", "weight_decay"}),
+    "torch.optim.SGD": frozenset({"lr", "momentum", "nesterov", "weight_decay"}),
+}
+
+
+def register() -> None:
+    """Makes the schema known to Hydra as `ich_schema`, the base of `conf/config.yaml`."""
+    ConfigStore.instance().store(name="ich_schema", node=Config)
+
+
+def typed(cfg: DictConfig | dict[str, Any]) -> Config:
+    """A composed or saved config as typed dataclasses, every interpolation resolved."""
+    node = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    return config
+
+
+def load(path: Path) -> Config:
+    """The typed config that `save` wrote."""
+    return typed(OmegaConf.load(path))  # type: ignore[arg-type]
+
+
+def to_yaml(config: Config) -> str:
+    """The whole job as YAML, readable by `load`."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, str]:
+    """Dotted keys and printable values, for a tracker's parameter table."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), child)
+        else:
+            flat[prefix] = str(value)
+
+    walk("", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    return flat
+
+
+def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) -> str:
+    """A job's folder: its model, then the other swept overrides; only characters safe in a path.
+
+    Anything else is replaced, and then a hash of the exact text keeps two jobs apart.
+    """
+    keys = set(swept) - {"model"}
+    rest = [o.lstrip("+~") for o in task_overrides if o.split("=", 1)[0].lstrip("+~") in keys]
+    text = ",".join([model, *rest])
+    safe = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", text).strip(".")
+    if safe != text or len(safe) > 80:
+        safe = f"{safe[:80]}-{_short_hash([text])}"
+    return safe
+
+
+def sweep_name(task_overrides: Iterable[str], swept: Iterable[str], base: str) -> str:
+    """A sweep's folder: `base`, and a hash of the overrides that all its jobs share, if any.
+
+    Adding a model, or another value to what is swept over, therefore stays in the same folder.
+    """
+    ignored = {"model", "experiment", "name", "data", *swept}
+    shared = sorted(
+        o
+        for o in task_overrides
+        if (key := o.split("=", 1)[0].lstrip("+~")) not in ignored
+        and key.split(".")[0] not in ("sweep", "tracking")
+    )
+    return f"{base}-{_short_hash(shared)}" if shared else base
+
+
+def _short_hash(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]
+
+
+def validate(config: Config) -> None:
+    """Checks every range of one job's config.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    for key, ok, allowed in _ranges(config):
+        if not ok:
+            value = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise UserError(
+                f"{key} is {value!r}, but must be {allowed}. Set it with {key}=VALUE on the "
+                f"command line, or in the YAML under conf/ that gave it."
+            )
+    _check_optimizer(config.optimizer)
+    _check_image_size(config)
+
+
+def _ranges(c: Config) -> list[tuple[str, bool, str]]:
+    share = "a number from 0 to 1"
+    return [
+        ("name", bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", c.name)),
+         "letters, digits and _.+- (it becomes a folder)"),
+        ("data.subset", 0 < c.data.subset <= 1, "above 0 and at most 1"),
+        ("data.cache_size", 16 <= c.data.cache_size <= 1024, "from 16 to 1024 pixels"),
+        ("data.max_quarantine", 0 <= c.data.max_quarantine <= 1, share),
+        ("data.workers", c.data.workers is None or c.data.workers >= 1, "at least 1, or null"),
+        ("protocol.name", c.protocol.name == "report", "report"),
+        ("protocol.val_fraction", 0 < c.protocol.val_fraction < 1, "above 0 and below 1"),
+        ("protocol.epidural_times", c.protocol.epidural_times >= 1, "at least 1 (1 adds no copy)"),
+        ("windows.channels", len(c.windows.channels) >= 1, "a list of at least one window"),
+        *((f"augment.{k}", 0 <= getattr(c.augment, k) <= 1, share)
+          for k in ("hflip", "vflip", "crop")),
+        ("augment.crop_min", 0 < c.augment.crop_min <= 1, "above 0 and at most 1"),
+        ("loss.gamma", c.loss.gamma is None or 0 <= c.loss.gamma < math.inf, "0 or more"),
+        ("loss.alpha", c.loss.alpha is None or 0 < c.loss.alpha < 1, "above 0 and below 1"),
+        ("optimizer.lr", 0 < c.optimizer.lr < math.inf, "a finite number above 0"),
+        ("scheduler.warmup", 0 <= c.scheduler.warmup < 1, "from 0 to below 1"),
+        ("train.epochs", c.train.epochs >= 1, "at least 1"),
+        ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
+        ("train.threads", c.train.threads is None or c.train.threads >= 1, "at least 1, or null"),
+        ("sweep.time_limit", c.sweep.time_limit is None or c.sweep.time_limit > 0,
+         "minutes above 0, or null for no limit"),
+    ]
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    allowed = OPTIMIZER_SETTINGS.get(optimizer._target_)
+    if allowed is None:
+        raise UserError(
+            f"optimizer._target_ is {optimizer._target_!r}, but must be one of "
+            f"{', '.join(OPTIMIZER_SETTINGS)}. Choose with optimizer=adam, adamw or sgd."
+        )
+    given = {k for k, v in vars(optimizer).items() if k != "_target_" and v is not None}
+    if extra := sorted(given - allowed):
+        raise UserError(
+            f"optimizer.{extra[0]} is set, but {optimizer._target_} has no such setting; it takes "
+            f"{', '.join(sorted(allowed))}. Leave it out, or choose another optimizer."
+        )
+
+
+def _check_image_size(config: Config) -> None:
+    size = config.data.image_size or config.model.image_size
+    if not config.model.min_size <= size <= 2048:
+        raise UserError(
+            f"the image size is {size} pixels, but {config.model.name} needs at least "
+            f"{config.model.min_size} and at most 2048. Set data.image_size, or leave it null for "
+            f"the model's own {config.model.image_size}."
+        )
+    for window in config.windows.channels:
+        if not (math.isfinite(window.center) and 0 < window.width < math.inf):
+            raise UserError(
+                f"window {window.name!r} has center {window.center} and width {window.width}, but "
+                f"the center must be finite and the width above 0 HU. Mend windows.channels."
+            )

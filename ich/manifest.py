@@ -1,0 +1,192 @@
+"""Label CSV -> manifest: one row per image, its six labels, and where its file lies.
+
+The RSNA CSV is long: `ID_<image>_<label>,Label`, six rows an image. What is wrong in it is named by
+line or id and refused; exact repetitions, which the original has four of, are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+import pandas as pd
+
+from ich.config import UserError
+
+SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
+LABELS = (*SUBTYPES, "any")
+
+# An id becomes part of a path, so nothing but the data set's own form is accepted.
+_ROW_ID = re.compile(r"(ID_[0-9A-Za-z]+)_([a-z]+)")
+_TRAIN_CSV = re.compile(r"stage_[12]_train\.csv")
+_TRAIN_DIR = re.compile(r"stage_[12]_train(_images)?")
+
+
+def read_labels(source: Path | IO[bytes], name: str) -> tuple[pd.DataFrame, int]:
+    """Reads the long label CSV.
+
+    Args:
+        source: a path or an open binary file.
+        name: what the source is called in messages.
+
+    Returns:
+        The wide table, one row per image in order of first appearance (`image_id`, then the six
+        labels as int8), and the number of images that stood twice.
+
+    Raises:
+        UserError: a malformed row (by line), contradicting repetitions, a missing label, or an
+            `any` that is not the OR of the subtypes (by id).
+    """
+    long = _read_csv(source, name)
+    parts = long["ID"].str.extract(f"^{_ROW_ID.pattern}$")
+    _refuse_rows(name, long["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
+    _refuse_rows(name, long["ID"], ~parts[1].isin(LABELS), f"ends in none of {', '.join(LABELS)}")
+    value = pd.to_numeric(long["Label"], errors="coerce")
+    _refuse_rows(name, long["Label"], ~value.isin([0, 1]), "is no label; labels are 0 or 1")
+    table = pd.DataFrame({"image_id": parts[0], "label": parts[1], "value": value.astype(np.int8)})
+    return _widen(table, name)
+
+
+def _read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"the label file {name} cannot be read as CSV: {error}") from None
+    if list(frame.columns[:2]) != ["ID", "Label"]:
+        raise UserError(
+            f"the label file {name} has the columns {', '.join(map(str, frame.columns))}, but "
+            f"must have ID and Label, as the RSNA stage_2_train.csv has. Point data.labels at it."
+        )
+    if frame.empty:
+        raise UserError(f"the label file {name} holds no row below its heading.")
+    return frame
+
+
+def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> None:
+    if bad.any():
+        rows = np.flatnonzero(bad.to_numpy())
+        shown = "; ".join(f"line {row + 2}: {values.iloc[row]!r}" for row in rows[:5])
+        raise UserError(
+            f"the label file {name} has {len(rows)} bad row(s): a value {what} ({shown}). "
+            f"Mend or remove them; the heading is line 1."
+        )
+
+
+def _widen(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int]:
+    distinct = table.drop_duplicates()
+    twice = distinct.duplicated(["image_id", "label"], keep=False)
+    _refuse_ids(name, distinct.loc[twice, "image_id"], "have labels that contradict each other")
+    repeated = table.loc[table.duplicated(["image_id", "label"]), "image_id"].nunique()
+    counts = distinct["image_id"].value_counts()
+    _refuse_ids(name, counts.index[counts != len(LABELS)],
+                f"lack some of the {len(LABELS)} labels {', '.join(LABELS)}")
+    order = distinct["image_id"].unique()
+    wide = distinct.pivot(index="image_id", columns="label", values="value").loc[order]
+    wide = wide[list(LABELS)].reset_index()
+    wide.columns.name = None
+    either = wide[list(SUBTYPES)].max(axis=1)
+    _refuse_ids(name, wide.loc[either != wide["any"], "image_id"],
+                "have an `any` that is not the OR of their subtypes")
+    return wide, int(repeated)
+
+
+def _refuse_ids(name: str, ids: Iterable[str], what: str) -> None:
+    found = list(dict.fromkeys(ids))
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"in the label file {name}, {', '.join(found[:5])}{more} {what}. "
+                        f"Mend or remove these rows.")
+
+
+@dataclass(frozen=True)
+class SliceStore:
+    """The data set's files: an unpacked folder, or the Kaggle zip read in place."""
+
+    root: Path
+
+    @staticmethod
+    def open(root: str) -> SliceStore:
+        """Checks that `root` is a folder or a zip archive.
+
+        Raises:
+            UserError: it does not exist or is neither.
+        """
+        path = Path(root)
+        if not path.exists():
+            raise UserError(
+                f"data.root is {root!r}, which does not exist. Give the unpacked RSNA folder or "
+                f"the Kaggle zip, or use data=phantom, which needs no files."
+            )
+        if not path.is_dir() and not zipfile.is_zipfile(path):
+            raise UserError(
+                f"data.root is {root!r}, which is neither a folder nor a zip archive. Give the "
+                f"unpacked RSNA folder or the Kaggle zip; a broken download must be repeated."
+            )
+        return SliceStore(path)
+
+    @property
+    def is_zip(self) -> bool:
+        return self.root.is_file()
+
+    @cached_property
+    def _members(self) -> list[str]:
+        with zipfile.ZipFile(self.root) as archive:
+            return archive.namelist()
+
+    def label_source(self) -> tuple[Path | IO[bytes], str]:
+        """The training labels in the store: a path or an open member, and its name."""
+        if self.is_zip:
+            found = [m for m in self._members if _TRAIN_CSV.fullmatch(PurePosixPath(m).name)]
+            if found:
+                return zipfile.ZipFile(self.root).open(max(found)), max(found)
+        else:
+            paths = [p for g in ("*.csv", "*/*.csv") for p in sorted(self.root.glob(g))
+                     if _TRAIN_CSV.fullmatch(p.name)]
+            if paths:
+                return paths[-1], paths[-1].name
+        raise UserError(
+            f"{self.root} holds no stage_2_train.csv, so there are no labels. Point data.root at "
+            f"the data set's own folder or zip, or give the CSV with data.labels=FILE."
+        )
+
+    def slices(self) -> dict[str, str]:
+        """Image id -> path of its training file, relative to the store."""
+        if self.is_zip:
+            names: Iterable[str] = self._members
+        else:
+            folders = [d for g in ("*", "*/*") for d in sorted(self.root.glob(g))
+                       if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)]
+            names = (f.relative_to(self.root).as_posix() for d in folders for f in d.iterdir())
+        paths = (PurePosixPath(n) for n in names)
+        return {p.stem: str(p) for p in paths
+                if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)}
+
+    def identity(self) -> str:
+        """Changes when the store is another one (its place; an archive's size and time too)."""
+        stat = self.root.stat()
+        return f"{self.root.resolve()}|{(stat.st_size, stat.st_mtime_ns) if self.is_zip else ''}"
+
+
+def build_manifest(labels: pd.DataFrame, store: SliceStore) -> pd.DataFrame:
+    """Adds `path`, the file of each image in the store, to the wide labels.
+
+    An image without a file keeps an empty path: it is quarantined when slices are decoded.
+
+    Raises:
+        UserError: not one labelled image has a file.
+    """
+    paths = store.slices()
+    manifest = labels.assign(path=[paths.get(i, "") for i in labels["image_id"]])
+    if not (manifest["path"] != "").any():
+        raise UserError(
+            f"{store.root} holds none of the {len(labels):,} labelled images as "
+            f"stage_2_train/ID_*.dcm (it has {len(paths):,} training slices). Point data.root at "
+            f"the folder or zip that holds both the labels and the slices."
+        )
+    return manifest

@@ -1,0 +1,195 @@
+"""The networks: a timm convolutional base, global average pooling, and Linear(6), all trainable."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ich.config import ModelConfig, UserError
+
+_HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits.")
+
+
+class Classifier(nn.Module):
+    """`base` -> global average pool -> `head` (report, section 3.5, "Network modifications")."""
+
+    def __init__(self, base: nn.Module, features: int, outputs: int):
+        super().__init__()
+        self.base = base
+        self.head = nn.Linear(features, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float [B, C, H, W] -> logits [B, outputs]."""
+        return self.head(self.base.forward_features(x).mean((2, 3)))  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the pretrained network was trained on: per-channel mean and std of 0..1 images."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def input_spec(cfg: ModelConfig) -> InputSpec:
+    """The model's own normalization, from its timm tag."""
+    pretrained = timm.get_pretrained_cfg(cfg.timm)
+    if pretrained is None:
+        raise UserError(f"model.timm is {cfg.timm!r}, which timm does not have. Find a name with "
+                        f"python -c \"import timm; print(timm.list_pretrained('*resnet*'))\".")
+    return InputSpec(pretrained.mean, pretrained.std)
+
+
+def build_model(cfg: ModelConfig, channels: int = 3, outputs: int = 6) -> Classifier:
+    """The network of a config, with ImageNet weights, a local file's, or random ones.
+
+    Args:
+        cfg: the timm name and where weights come from.
+        channels: input channels; other than 3 adapts the first convolution's weights (timm).
+        outputs: labels.
+
+    Raises:
+        UserError: the weights do not fit or cannot be had.
+    """
+    overlay = {"file": cfg.weights} if cfg.weights else None
+    if cfg.weights:
+        check_weights_file(cfg)
+    try:
+        base = timm.create_model(
+            cfg.timm, pretrained=bool(cfg.weights) or cfg.pretrained, num_classes=0,
+            in_chans=channels, pretrained_cfg_overlay=overlay,
+        )
+    except OSError as error:
+        raise _no_weights(cfg, f"{type(error).__name__}: {error}") from None
+    return _classifier(base, outputs)
+
+
+def _classifier(base: nn.Module, outputs: int) -> Classifier:
+    if hasattr(base, "pre_logits"):
+        # VGG: what timm keeps of the two 4096-wide layers is no part of the convolutional base.
+        base.pre_logits = nn.Identity()
+    features: int = base.num_features  # type: ignore[assignment]
+    return Classifier(base, features, outputs)
+
+
+def count_parameters(cfg: ModelConfig, outputs: int = 6) -> tuple[int, int]:
+    """(trained parameters, parameters of the 1000-class ImageNet network), without memory."""
+    with torch.device("meta"):
+        ours = _classifier(timm.create_model(cfg.timm, num_classes=0), outputs)
+        imagenet = timm.create_model(cfg.timm)
+    return _count(ours), _count(imagenet)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def ensure_weights(cfg: ModelConfig) -> None:
+    """Makes sure, before any job starts, that the weights a job will ask for are at hand.
+
+    A local file is checked against the architecture; pretrained weights are downloaded into the
+    cache that timm reads.
+
+    Raises:
+        UserError: with the three ways out.
+    """
+    input_spec(cfg)
+    if cfg.weights:
+        check_weights_file(cfg)
+    elif cfg.pretrained:
+        _require_reachable(cfg)
+        build_model(cfg)
+
+
+def _require_reachable(cfg: ModelConfig) -> None:
+    """Without a network the hub client retries for a minute; one connection tells in seconds."""
+    pretrained = timm.get_pretrained_cfg(cfg.timm)
+    if _is_cached(pretrained) or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _no_weights(cfg, "HF_HUB_OFFLINE is set and the cache does not hold them")
+    url = constants.ENDPOINT if pretrained.hf_hub_id else pretrained.url
+    host = urlparse(url).hostname or ""
+    try:
+        socket.create_connection((host, 443), timeout=5).close()
+    except OSError as error:
+        raise _no_weights(cfg, f"{host} cannot be reached ({error})") from None
+
+
+def _is_cached(pretrained: timm.models.PretrainedCfg) -> bool:
+    if pretrained.hf_hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        return any(isinstance(try_to_load_from_cache(pretrained.hf_hub_id, name), str)
+                   for name in ("model.safetensors", "pytorch_model.bin"))
+    name = Path(urlparse(pretrained.url).path).name
+    return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
+
+
+def _no_weights(cfg: ModelConfig, why: str) -> UserError:
+    return UserError(
+        f"the ImageNet weights of {cfg.name} ({cfg.timm}) are not at hand: {why}. Three ways out: "
+        f"give a local safetensors file with model.weights=FILE; fill the cache on a machine with "
+        f"a network (python -c \"import timm; timm.create_model('{cfg.timm}', pretrained=True)\") "
+        f"and copy it; or train from scratch with model.pretrained=false."
+    )
+
+
+def check_weights_file(cfg: ModelConfig) -> None:
+    """Compares a safetensors file's names and shapes with the convolutional base it is for.
+
+    Only its header is read. The classifier's own tensors may be there or not.
+
+    Raises:
+        UserError: no such file, no safetensors file, or another architecture's.
+    """
+    path = Path(str(cfg.weights))
+    if not path.is_file():
+        raise UserError(
+            f"model.weights is {cfg.weights!r}, which is no file. Give a safetensors file in "
+            f"timm's names for {cfg.timm}, leave it null for the pretrained weights, or set "
+            f"model.pretrained=false."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            have = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"model.weights is {cfg.weights!r}, which is no safetensors file ({error}). Other "
+            f"formats can carry code and are not read; convert it with safetensors.torch.save_file."
+        ) from None
+    with torch.device("meta"):
+        want = {k: tuple(v.shape) for k, v in timm.create_model(cfg.timm).state_dict().items()
+                if not k.startswith(_HEAD) and not k.endswith("num_batches_tracked")}
+    wrong = [k for k, shape in want.items() if have.get(k) != shape]
+    if wrong:
+        raise UserError(
+            f"model.weights is {cfg.weights!r}, which does not fit {cfg.name} ({cfg.timm}): "
+            f"{len(wrong)} of its {len(want)} tensors are missing or have another shape, the first "
+            f"is {wrong[0]} ({have.get(wrong[0], 'missing')}, wanted {want[wrong[0]]}). Choose the "
+            f"model these weights belong to."
+        )
+
+
+def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    """Writes all parameters and buffers as safetensors, complete or not at all."""
+    part = path.with_suffix(".part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part,
+              metadata)
+    part.rename(path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Reads what `save_weights` wrote into a model of the same architecture."""
+    model.load_state_dict(load_file(path))

@@ -1,0 +1,292 @@
+"""Finished runs -> the comparison table: CSV, Markdown, terminal, figures. From the files alone.
+
+`python -m ich.report multirun_reports/<name>` makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.measure import Measurement
+from rich.table import Table
+
+from ich.config import UserError, load
+from ich.manifest import LABELS
+from ich.results import FINISHED, RunPaths, SweepPaths
+from ich.terminal import console
+
+# The report's Table 2: accuracy and AUC per network, best of 10 epochs on its validation set.
+REPORT_TABLE_2 = {
+    "vgg16": (0.9704, 0.9619),
+    "resnet50": (0.9713, 0.9730),
+    "inception_v3": (0.9727, 0.9761),
+    "mobilenet_v2": (0.9700, 0.9714),
+    "xception": (0.9728, 0.9769),
+    "efficientnet_b0": (0.9711, 0.9733),
+    "efficientnet_b2": (0.9728, 0.9756),
+    "efficientnet_b3": (0.9729, 0.9790),
+}
+
+# Other people's scripts rely on these names and their order.
+COLUMNS = [
+    "job", "model", "status", "reason", "accuracy", "auc", *(f"auc_{k}" for k in LABELS),
+    "auc_macro", "auc_top", "params", "params_imagenet", "best_epoch", "minutes", "images_per_s",
+    "report_accuracy", "report_auc",
+]
+_HIGHER = ["accuracy", "auc", *(f"auc_{k}" for k in LABELS), "auc_macro", "auc_top", "images_per_s"]
+_LOWER = ["params", "minutes"]
+BASELINE = "always negative"
+
+# Heading, source column, format: what people read. The CSV holds all columns, unrounded.
+_SHOWN: list[tuple[str, str, str]] = [
+    ("accuracy", "accuracy", "{:.4f}"), ("AUC", "auc", "{:.4f}"), ("AUC any", "auc_any", "{:.4f}"),
+    ("AUC macro", "auc_macro", "{:.4f}"), ("trained M", "params", "{:.2f}"),
+    ("ImageNet M", "params_imagenet", "{:.1f}"), ("best epoch", "best_epoch", "{:.0f}"),
+    ("minutes", "minutes", "{:.1f}"), ("images/s", "images_per_s", "{:.0f}"),
+    ("report accuracy", "report_accuracy", "{:.4f}"), ("report AUC", "report_auc", "{:.4f}"),
+]
+# What a narrow terminal leaves out, first to last; the files always have everything.
+_OPTIONAL = ["auc_macro", "params_imagenet", "minutes", "images_per_s", "report_accuracy",
+             "best_epoch", "report_auc"]
+
+
+def compare(sweep: SweepPaths) -> pd.DataFrame:
+    """Writes `comparison.csv`, `comparison.md` and the figures, and prints the table.
+
+    Returns:
+        The table as written: one row per job of the latest launch, then "always negative".
+
+    Raises:
+        UserError: the folder holds no sweep.
+    """
+    record = sweep.read_record()
+    if not record:
+        raise UserError(
+            f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a sweep, "
+            f"as in python -m ich.report multirun_reports/demo."
+        )
+    results = [sweep.run(job).read_result() | {"job": job} for job in record["jobs"]]
+    table = build_table(results)
+    part = sweep.csv.with_suffix(".part")
+    table.to_csv(part, index=False)
+    part.rename(sweep.csv)
+    heading = describe(sweep, results)
+    figures = draw_figures(sweep, results)
+    sweep.markdown.write_text(_markdown(record, heading, table, figures))
+    _print(sweep, record, heading, table)
+    return table
+
+
+def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """One row per result, in order, in `COLUMNS`; what a job does not have is empty."""
+    rows = [_row(result) for result in results]
+    finished = [r for r in results if r["status"] == FINISHED]
+    if finished:
+        rows.append({"model": BASELINE, **finished[0]["always_negative"]})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    model = result.get("model") or result["job"].split(",")[0]
+    accuracy, auc = REPORT_TABLE_2.get(model, (None, None))
+    return {**result, "model": model, "report_accuracy": accuracy, "report_auc": auc}
+
+
+def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
+    """What the table's reader must know: the cohort, the protocol, and what it does not show."""
+    finished = [r for r in results if r["status"] == FINISHED]
+    if not finished:
+        return ["No job has finished."]
+    cfg = load(sweep.run(finished[0]["job"]).config)
+    lines = [_cohort_line(cfg.data.source.value, cfg.protocol.name, finished[0]["cohort"])]
+    lines.append(
+        "Selected and scored on the same validation rows: there is no test set. "
+        f"{finished[0]['cohort']['leak_images']:.1%} of the validation rows show an image that is "
+        "also trained on, and slices of one patient stand on both sides.")
+    lines.append(
+        f"{cfg.train.epochs} epochs, batch {cfg.train.batch_size}, learning rate "
+        f"{cfg.optimizer.lr:g}, {_pixels(cfg.data.image_size)}, "
+        f"{_start(cfg.model.weights, cfg.model.pretrained)}; one seed ({cfg.seed}), "
+        "so small differences mean nothing. Every metric is that of the epoch with the best "
+        f"validation {cfg.train.monitor.value}. {finished[0]['device']}.")
+    return lines
+
+
+def _cohort_line(source: str, protocol: str, c: dict[str, Any]) -> str:
+    quarantined = f", {c['quarantined']} undecodable and left out" if c["quarantined"] else ""
+    return (
+        f"Protocol `{protocol}` on `{source}`: {c['images']:,} images, {c['oversampled']:,} rows "
+        f"after epidural oversampling, {c['subset']:,} in the subset, {c['train']:,} for training "
+        f"and {c['val']:,} for validation{quarantined}.")
+
+
+def _pixels(image_size: int | None) -> str:
+    return f"{image_size} px" if image_size else "each model's own image size"
+
+
+def _start(weights: str | None, pretrained: bool) -> str:
+    if weights:
+        return "weights from a local file"
+    return "ImageNet weights" if pretrained else "random initialization (no pretrained weights)"
+
+
+def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
+    """(row, column) of the best value of each column over the finished jobs; ties are all best."""
+    jobs = table[table["status"] == FINISHED]
+    best = set()
+    for columns, pick in ((_HIGHER, "max"), (_LOWER, "min")):
+        for column in columns:
+            values = pd.to_numeric(jobs[column])
+            if len(jobs) > 1 and values.notna().any():
+                target = getattr(values, pick)()
+                best |= {(int(i), column) for i in jobs.index[values == target]}
+    return best
+
+
+def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
+    best, rows = best_cells(table), []
+    for i, row in table.iterrows():
+        cells = [str(row["job"] if isinstance(row["job"], str) else row["model"])]
+        for _, column, form in _SHOWN:
+            text = _format(row[column], column, form)
+            cells.append(mark.format(text) if (i, column) in best and text else text)
+        status = row["status"] if isinstance(row["status"], str) else ""
+        reason = row["reason"] if isinstance(row["reason"], str) else ""
+        cells.append(f"{status}: {reason}" if reason else status)
+        rows.append(cells)
+    return rows
+
+
+def _format(value: Any, column: str, form: str) -> str:
+    if pd.isna(value):
+        return ""
+    return form.format(float(value) / (1e6 if column.startswith("params") else 1))
+
+
+def _markdown(
+    record: dict[str, Any], heading: list[str], table: pd.DataFrame, figures: list[Path]
+) -> str:
+    names = ["job", *(name for name, _, _ in _SHOWN), "status"]
+    lines = [f"# {record['name']}", ""]
+    for text in heading:
+        lines += [text, ""]
+    lines += ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(_SHOWN) + " --- |"]
+    for cells in _cells(table, "**{}**"):
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    lines += ["", "Best in each column in bold. AUC is micro-averaged over the six labels; AUC any "
+              "is the label *any*. The report's own figures come from its Table 2.", ""]
+    lines += [f"![{f.stem.replace('_', ' ')}](figures/{f.name})" for f in figures]
+    lines += ["", f"Launched {record['started']} with `{record['command']}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _print(
+    sweep: SweepPaths, record: dict[str, Any], heading: list[str], table: pd.DataFrame
+) -> None:
+    console.print(f"\n[bold]{record['name']}[/bold]")
+    for text in heading:
+        console.print(text, markup=False)
+    cells = _cells(table, "[bold green]{}[/bold green]")
+    dropped: list[str] = []
+    out = _terminal_table(cells, dropped)
+    unbounded = console.options.update(width=1000)
+    while (Measurement.get(console, unbounded, out).maximum > console.width
+           and len(dropped) < len(_OPTIONAL)):
+        dropped = _OPTIONAL[: len(dropped) + 1]
+        out = _terminal_table(cells, dropped)
+    console.print(out)
+    console.print(f"\nTable and figures: {sweep.markdown.parent}/  (comparison.csv, comparison.md)")
+    console.print("Next: make ui compares the runs in MLflow; "
+                  f"python -m ich.report {sweep.root} rebuilds this table.")
+
+
+def _terminal_table(cells: list[list[str]], dropped: list[str]) -> Table:
+    kept = [i for i, (_, column, _) in enumerate(_SHOWN) if column not in dropped]
+    out = Table(box=None, pad_edge=False)
+    out.add_column("job", no_wrap=True)
+    for i in kept:
+        out.add_column(_SHOWN[i][0].replace(" ", "\n"), justify="right", no_wrap=True)
+    out.add_column("status", overflow="fold", max_width=40)
+    for row in cells:
+        out.add_row(row[0], *(row[i + 1] for i in kept), row[-1])
+    return out
+
+
+def draw_figures(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[Path]:
+    """Learning curves, and AUC against trained parameters, as PNG; none without a finished job."""
+    finished = [r for r in results if r["status"] == FINISHED]
+    if not finished:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    sweep.figures.mkdir(exist_ok=True)
+    return [_learning_curves(sweep, finished), _auc_by_size(sweep, finished)]
+
+
+def _learning_curves(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    panels = [("train/loss", "training loss"), ("val/accuracy", "validation accuracy"),
+              ("val/auc", "validation AUC (micro)")]
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for n, result in enumerate(finished):
+            journal = RunPaths(sweep.root / result["job"]).read_metrics()
+            points = [(line["step"], line[key]) for line in journal if line[key] is not None]
+            style = "-o" if n < 10 else "--s"
+            axis.plot(*zip(*points, strict=True), style, ms=3, label=result["job"])
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    baseline = finished[0]["always_negative"]["accuracy"]
+    axes[1].axhline(baseline, color="grey", ls=":", label="always negative")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    return _save(figure, sweep.figures / "learning_curves.png")
+
+
+def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for result in finished:
+        if result["auc_any"] is None:
+            continue
+        x, y = result["params"] / 1e6, result["auc_any"]
+        axis.scatter(x, y, s=40)
+        axis.annotate(result["job"], (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axis.set(xlabel="trained parameters, millions", ylabel="validation AUC of any",
+             title=f"{sweep.root.name}: AUC against size")
+    axis.margins(x=0.2, y=0.15)
+    axis.grid(alpha=0.3)
+    return _save(figure, sweep.figures / "auc_by_size.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rebuilds the table of one sweep."""
+    parser = argparse.ArgumentParser(prog="python -m ich.report", description=__doc__)
+    parser.add_argument("sweep", type=Path, help="the sweep's folder, multirun_reports/<name>")
+    args = parser.parse_args(argv)
+    try:
+        compare(SweepPaths(args.sweep))
+    except UserError as error:
+        print(f"ich: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

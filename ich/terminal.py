@@ -1,0 +1,118 @@
+"""What a person at the terminal sees: progress with a time estimate, one line per epoch.
+
+In a pipe or a log file there are no bars, only the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ich.config import Config
+from ich.results import FINISHED, RunPaths
+
+_LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+
+
+class Terminal:
+    """Prints to one console; a progress bar only where the console is a terminal."""
+
+    def __init__(self, out: Console = console):
+        self.out = out
+
+    @contextmanager
+    def preparing(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Yields `report(what, done, total)`; a line when each kind of work is complete."""
+        tasks: dict[str, TaskID] = {}
+        with self._bar(MofNCompleteColumn()) as bar:
+
+            def report(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done)
+                if done == total:
+                    bar.remove_task(tasks.pop(what))
+                    self.out.print(f"{what}: {total:,} done")
+
+            yield report
+
+    @contextmanager
+    def watching(self, config: Config, run: RunPaths) -> Iterator[Callable[[], None]]:
+        """Yields a function that shows what the child has written since it was last called."""
+        with self._bar(TextColumn("{task.fields[note]}")) as bar:
+            task = bar.add_task(f"{config.job} starting", total=None, note="")
+            shown = 0
+
+            def watch() -> None:
+                nonlocal shown
+                journal = run.read_metrics()
+                for line in journal[shown:]:
+                    self.out.print(_epoch_line(config, line))
+                shown = len(journal)
+                state = _read_progress(run)
+                if state:
+                    whole = state["steps"]
+                    bar.update(
+                        task, total=state["epochs"],
+                        completed=state["epoch"] - 1 + state["step"] / whole,
+                        description=f"{config.job} epoch {state['epoch']}/{state['epochs']}",
+                        note=f"{state['phase']} {state['step']}/{whole}")
+
+            yield watch
+
+    def _bar(self, *columns: TextColumn | MofNCompleteColumn) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(),
+            console=self.out, transient=True, disable=not self.out.is_terminal)
+
+    def started(self, number: int, total: int, config: Config, run: RunPaths) -> None:
+        """One line as a job starts."""
+        self.out.print(f"\n[bold]\\[{number}/{total}] {config.job}[/bold]  log: {run.log}")
+
+    def ended(self, config: Config, result: dict[str, object], skipped: bool) -> None:
+        """One line as a job ends."""
+        if result["status"] != FINISHED:
+            self.out.print(f"[red]{config.job} {result['status']}[/red]: ", end="")
+            self.out.print(str(result["reason"]), markup=False)
+            return
+        word = "was finished before" if skipped else "finished"
+        self.out.print(
+            f"[green]{config.job} {word}[/green]: best epoch {result['best_epoch']}, accuracy "
+            f"{_number(result['accuracy'])}, AUC {_number(result['auc'])}, "
+            f"{_number(result['minutes'], 1)} min")
+
+
+def _epoch_line(config: Config, line: dict[str, float | None]) -> str:
+    return (
+        f"{config.job} epoch {line['step']}/{config.train.epochs}: "
+        f"loss {_number(line['train/loss'])}, validation loss {_number(line['val/log_loss'])}, "
+        f"accuracy {_number(line['val/accuracy'])}, AUC {_number(line['val/auc'])}, "
+        f"{_number(line['train/images_per_s'], 0)} images/s")
+
+
+def _number(value: object, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "undefined"
+
+
+def _read_progress(run: RunPaths) -> dict[str, int] | None:
+    try:
+        state: dict[str, int] = json.loads(run.progress.read_text())
+    except FileNotFoundError:
+        return None
+    return state

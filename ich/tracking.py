@@ -1,0 +1,210 @@
+"""Metrics go to `metrics.jsonl` first and to MLflow after: the files are the truth, MLflow a view.
+
+A sweep is a parent run and each job a nested run. Whatever MLflow does (slow, locked, full, gone),
+a training goes on: what it raises is logged once per call and the journal stays complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ich.cache import lock
+from ich.config import TrackingConfig, UserError
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+log = logging.getLogger(__name__)
+_PARAM_LIMIT = 6000  # MLflow cuts longer values; config.yaml holds them whole
+
+
+class Tracker:
+    """Writes the journal and nothing else; what `tracking=none` uses."""
+
+    run_id: str | None = None
+
+    def __init__(self, journal: Path):
+        self.journal = journal
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self.journal.open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+    def artifact(self, path: Path) -> None:
+        """Keeps a file with the run."""
+
+    def summary(self, metrics: dict[str, float]) -> None:
+        """Values of the whole run, shown beside its parameters."""
+
+    def finish(self, status: str) -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+
+
+class MlflowTracker(Tracker):
+    """The journal, then the same to one MLflow run."""
+
+    def __init__(self, journal: Path, store: MlflowStore, run_id: str):
+        super().__init__(journal)
+        self.store, self.run_id = store, run_id
+        self.run: str = run_id
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        super().log(metrics, step)
+        self.store.log_metrics(self.run, metrics, step)
+
+    def artifact(self, path: Path) -> None:
+        self.store.log_artifact(self.run, path)
+
+    def summary(self, metrics: dict[str, float]) -> None:
+        self.store.log_metrics(self.run, metrics, 0)
+
+    def finish(self, status: str) -> None:
+        self.store.end(self.run, status)
+
+
+class MlflowStore:
+    """One MLflow tracking store and the experiment in it.
+
+    Raises:
+        UserError: the database file is no SQLite database.
+    """
+
+    def __init__(self, cfg: TrackingConfig):
+        self.uri, artifacts = _locations(cfg)
+        _require_sqlite(self.uri)
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):  # creating tables is no news to the person at the screen
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with _creation_lock(self.uri):
+            self.client = MlflowClient(self.uri)
+            found = self.client.get_experiment_by_name(cfg.experiment)
+            self.experiment_id = found.experiment_id if found else (
+                self.client.create_experiment(cfg.experiment, artifacts))
+
+    def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str | None:
+        """Starts a run; None if MLflow would not."""
+        tags = {**tags, "mlflow.runName": name}
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+
+        def create() -> str:
+            run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+            return str(run.info.run_id)
+
+        return _safely("create a run", create)
+
+    def reopen(self, run_id: str) -> bool:
+        """Sets an ended run to RUNNING again; False if it is not there."""
+        return _safely("reopen a run", lambda: self.client.update_run(run_id, status="RUNNING"),
+                       default=False) is None
+
+    def log_params(self, run_id: str, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        items = [Param(k, v[:_PARAM_LIMIT]) for k, v in params.items()]
+        for start in range(0, len(items), 100):  # MLflow's limit per call
+            call = partial(self.client.log_batch, run_id, params=items[start : start + 100])
+            _safely("log parameters", call)
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        # MLflow would store an infinity as 1.8e308; an undefined value is left out instead.
+        items = [Metric(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
+        _safely("log metrics", lambda: self.client.log_batch(run_id, metrics=items))
+
+    def log_artifact(self, run_id: str, path: Path) -> None:
+        method = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+        folder = path.name if path.is_dir() else None
+        _safely(f"keep {path.name}", lambda: method(run_id, str(path), folder))
+
+    def end_running_children(self, parent: str, name: str, status: str) -> None:
+        """Ends the runs of one job that its dead process left RUNNING."""
+        query = (f"tags.`mlflow.parentRunId` = '{parent}' and "
+                 f"tags.`mlflow.runName` = '{name}' and attributes.status = 'RUNNING'")
+        found = _safely("search runs", lambda: self.client.search_runs(
+            [self.experiment_id], query), default=[])
+        for run in found:
+            self.end(run.info.run_id, status)
+
+    def end(self, run_id: str, status: str) -> None:
+        """Ends a run with an MLflow status: FINISHED, FAILED or KILLED."""
+        _safely("end a run", lambda: self.client.set_terminated(run_id, status))
+
+
+def open_store(cfg: TrackingConfig) -> MlflowStore | None:
+    """The configured store, or None for `tracking=none`."""
+    return MlflowStore(cfg) if cfg.mlflow else None
+
+
+def open_tracker(
+    store: MlflowStore | None, journal: Path, name: str, parent: str | None,
+    params: dict[str, str], tags: dict[str, str],
+) -> Tracker:
+    """A job's tracker; without a store, or if MLflow refuses the run, the journal alone."""
+    run_id = store.open_run(name, tags, parent) if store else None
+    if store is None or run_id is None:
+        return Tracker(journal)
+    store.log_params(run_id, params)
+    return MlflowTracker(journal, store, run_id)
+
+
+def _locations(cfg: TrackingConfig) -> tuple[str, str | None]:
+    """Tracking URI and artifact folder; absolute, since the UI may run elsewhere."""
+    here = Path.cwd()
+    uri = cfg.uri or f"sqlite:///{here / 'mlflow.db'}"
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        return f"sqlite:///{path.absolute()}", (
+            Path(cfg.artifacts or here / "mlartifacts").absolute().as_uri())
+    if uri.startswith("file:") or "://" not in uri:
+        raise UserError(
+            f"tracking.uri is {uri!r}, but MLflow no longer writes to plain folders. Use "
+            f"sqlite:///FILE, a server's http://HOST:PORT, or tracking=none."
+        )
+    return uri, cfg.artifacts
+
+
+def _require_sqlite(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        if file.read(16) != b"SQLite format 3\0":
+            raise UserError(
+                f"the MLflow database {path.name} is no SQLite database. Move it away, or name "
+                f"another with tracking.uri=sqlite:///FILE; the sweep's own files do not need it."
+            )
+
+
+@contextmanager
+def _creation_lock(uri: str) -> Iterator[None]:
+    """Two processes that create the tables of one database at once can leave it unusable."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+def _safely(what: str, call: Callable[[], Any], default: Any = None) -> Any:
+    try:
+        return call()
+    except Exception as error:  # a tracker must never end a training
+        log.warning("MLflow could not %s (%s); the run's own files are complete",
+                    what, " ".join(str(error).split())[:300])
+        return default

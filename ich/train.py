@@ -1,0 +1,324 @@
+"""One training, in a process of its own: `python -m ich.train RUN_DIR [--parent MLFLOW_RUN]`.
+
+`ich.sweep` writes RUN_DIR/config.yaml and starts this; everything a run leaves behind lies in
+RUN_DIR (see `ich.results`), whatever becomes of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ich.config import (
+    OPTIMIZER_SETTINGS,
+    Config,
+    Device,
+    Monitor,
+    OptimizerConfig,
+    SchedulerConfig,
+    SchedulerName,
+    UserError,
+    flatten,
+    load,
+)
+from ich.data import Dataset, load_dataset
+from ich.loader import Batch, Loader
+from ich.losses import Loss, build_loss
+from ich.manifest import LABELS
+from ich.metrics import always_negative, multilabel_metrics
+from ich.model import Classifier, build_model, count_parameters, input_spec, save_weights
+from ich.results import FAILED, FINISHED, KILLED, RunPaths, write_json
+from ich.tracking import Tracker, open_store, open_tracker
+from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
+
+log = logging.getLogger("ich.train")
+
+Tick = Callable[[str, int, int, int], None]  # phase, epoch, step, steps
+
+
+def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, Any]:
+    """Trains one network by the config and keeps the weights of its best epoch.
+
+    Returns:
+        The run's result: metrics of the best-weights epoch (the first on ties), `auc_top` (the
+        highest over the epochs), sizes, speed, and the cohort.
+
+    Raises:
+        UserError: bad data, or a loss that is not finite.
+    """
+    device = pick_device(cfg.train.device)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    dataset = load_dataset(cfg)
+    trainer = Trainer.build(cfg, dataset, device)
+    started, seen, train_seconds = time.perf_counter(), 0, 0.0
+    best: dict[str, Any] = {}
+    auc_top = math.nan
+    for epoch in range(1, cfg.train.epochs + 1):
+        begin = time.perf_counter()
+        train_loss = trainer.train_one_epoch(epoch, tick)
+        seconds = time.perf_counter() - begin
+        seen, train_seconds = seen + len(dataset.train.row), train_seconds + seconds
+        logits = trainer.evaluate(epoch, tick)
+        scores = multilabel_metrics(logits, dataset.val.target, LABELS)
+        tracker.log(_journal_line(trainer, train_loss, len(dataset.train.row) / seconds, scores),
+                    epoch)
+        auc_top = np.fmax(auc_top, scores["auc"])
+        if not best or is_better(scores, best, cfg.train.monitor):
+            best = {**scores, "best_epoch": epoch}
+            keep_best(run, trainer.model, dataset, logits, cfg)
+    params, params_imagenet = count_parameters(cfg.model, len(LABELS))
+    return {
+        **best, "auc_top": float(auc_top), "params": params, "params_imagenet": params_imagenet,
+        "epochs": cfg.train.epochs, "minutes": (time.perf_counter() - started) / 60,
+        "images_per_s": seen / train_seconds, "device": device_name(device),
+        "cohort": dataset.summary,
+        "always_negative": always_negative(dataset.val.target, LABELS),
+    }
+
+
+@dataclass
+class Trainer:
+    """Model, data and optimizer of one training, on one device."""
+
+    cfg: Config
+    device: torch.device
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loss: Loss
+    train_loader: Loader
+    val_loader: Loader
+    augment: Augment
+    windows: CTWindows
+    normalize: Normalize
+    image_size: int
+
+    @staticmethod
+    def build(cfg: Config, dataset: Dataset, device: torch.device) -> Trainer:
+        """Everything a training needs, seeded by `cfg.seed`."""
+        torch.manual_seed(stream_seed(cfg.seed, 0, "init"))
+        channels, spec = len(cfg.windows.channels), input_spec(cfg.model)
+        model = build_model(cfg.model, channels, len(LABELS))
+        # channels_last was faster for all eight networks on CPU (and on GPUs for convolutions).
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        train = Loader(dataset.hu, dataset.train, cfg.train.batch_size, device)
+        optimizer = build_optimizer(cfg.optimizer, model)
+        image_size = cfg.data.image_size or cfg.model.image_size
+        if image_size > dataset.hu.shape[-1]:
+            log.warning("slices of %d pixels are enlarged to %d; data.cache_size=%d would decode "
+                        "them at full detail", dataset.hu.shape[-1], image_size, image_size)
+        return Trainer(
+            cfg=cfg, device=device, model=model, optimizer=optimizer,
+            scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
+            loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
+            train_loader=train,
+            val_loader=Loader(dataset.hu, dataset.val, cfg.train.batch_size, device),
+            augment=Augment(cfg.augment),
+            windows=CTWindows(cfg.windows.channels, device),
+            normalize=Normalize(spec.mean, spec.std, channels, device),
+            image_size=image_size,
+        )
+
+    def channels(self, hu: torch.Tensor) -> torch.Tensor:
+        """float32 HU [B, 1, H, W] -> the network's input, float32 [B, C, H, W]."""
+        x = self.normalize(self.windows(hu))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def train_one_epoch(self, epoch: int, tick: Tick) -> float:
+        """One pass over the training rows; returns the mean loss.
+
+        Raises:
+            UserError: the loss is not finite, naming epoch and step.
+        """
+        self.model.train()
+        rows, steps = len(self.train_loader.split.row), len(self.train_loader)
+        draws = self.augment.draws(self.cfg.seed, epoch, rows)
+        losses: list[torch.Tensor] = []
+        for step, batch in enumerate(self.train_loader.epoch(self.cfg.seed, epoch), start=1):
+            losses.append(self._step(batch, draws[batch.position]) * len(batch.position))
+            if self.device.type == "cpu":  # elsewhere looking would wait for the device
+                _require_finite(losses[-1:], epoch, step)
+            tick("training", epoch, step, steps)
+        _require_finite(losses, epoch, 1)
+        return float(torch.stack(losses).sum()) / rows
+
+    def _step(self, batch: Batch, draws: torch.Tensor) -> torch.Tensor:
+        hu = self.augment(resize(batch.hu, self.image_size), draws)
+        loss = self.loss(self.model(self.channels(hu)), batch.target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        return loss.detach()
+
+    @torch.inference_mode()
+    def evaluate(self, epoch: int, tick: Tick) -> np.ndarray:
+        """Logits of the validation rows, float32 [N, 6], in the cohort's order."""
+        self.model.eval()
+        parts, steps = [], len(self.val_loader)
+        for step, batch in enumerate(self.val_loader.in_order(), start=1):
+            parts.append(self.model(self.channels(resize(batch.hu, self.image_size))))
+            tick("validating", epoch, step, steps)
+        return torch.cat(parts).float().cpu().numpy()
+
+
+def _require_finite(losses: list[torch.Tensor], epoch: int, first_step: int) -> None:
+    bad = ~torch.isfinite(torch.stack(losses))
+    if bad.any():
+        step = first_step + int(bad.int().argmax())
+        raise UserError(
+            f"the loss is not finite in epoch {epoch}, step {step}. Lower optimizer.lr; the "
+            f"weights of the best epoch before it are kept."
+        )
+
+
+def _journal_line(
+    trainer: Trainer, train_loss: float, images_per_s: float, scores: dict[str, float]
+) -> dict[str, float]:
+    return {
+        "train/loss": train_loss,
+        "train/lr": trainer.optimizer.param_groups[0]["lr"],
+        "train/images_per_s": images_per_s,
+        **{f"val/{k}": v for k, v in scores.items()},
+    }
+
+
+def is_better(scores: dict[str, float], best: dict[str, Any], monitor: Monitor) -> bool:
+    """Strictly better, so that the first of equal epochs is kept; anything beats NaN."""
+    new, old = scores[monitor.value], best[monitor.value]
+    if math.isnan(new) or math.isnan(old):
+        return math.isnan(old) and not math.isnan(new)
+    return bool(new < old) if monitor is Monitor.log_loss else bool(new > old)
+
+
+def keep_best(
+    run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
+) -> None:
+    """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
+    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": ",".join(LABELS)}
+    save_weights(model, run.best, metadata)
+    part = run.predictions.with_name("predictions.part.npz")
+    np.savez_compressed(part, image_id=dataset.val.image_id, logits=logits,
+                        target=dataset.val.target, labels=np.array(LABELS))
+    part.rename(run.predictions)
+
+
+def build_optimizer(cfg: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer of a config, over all parameters."""
+    kind = {"torch.optim.Adam": torch.optim.Adam, "torch.optim.AdamW": torch.optim.AdamW,
+            "torch.optim.SGD": torch.optim.SGD}[cfg._target_]
+    given = {k: getattr(cfg, k) for k in OPTIMIZER_SETTINGS[cfg._target_]}
+    settings = {k: tuple(v) if isinstance(v, list) else v
+                for k, v in given.items() if v is not None}
+    return kind(model.parameters(), fused=True, **settings)
+
+
+def build_scheduler(
+    cfg: SchedulerConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A factor on the learning rate as a function of the step; 1 throughout for `none`."""
+    warmup = cfg.warmup * steps
+
+    def factor(step: int) -> float:
+        if cfg.name is SchedulerName.none:
+            return 1.0
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def pick_device(device: Device) -> torch.device:
+    """The configured device.
+
+    Raises:
+        UserError: `cuda` was asked for and there is none.
+    """
+    if device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch finds no GPU. Use train.device=auto.")
+    return torch.device(device.value)
+
+
+def device_name(device: torch.device) -> str:
+    """What a table calls the device: the GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+class ProgressFile:
+    """Tells the supervising process where the training is, at most four times a second."""
+
+    def __init__(self, path: Path, epochs: int):
+        self.path, self.epochs, self.last = path, epochs, 0.0
+
+    def __call__(self, phase: str, epoch: int, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= 0.25 or step == steps:
+            self.last = now
+            write_json(self.path, {"phase": phase, "epoch": epoch, "epochs": self.epochs,
+                                   "step": step, "steps": steps})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains the run in RUN_DIR and writes its result, whatever happens."""
+    parser = argparse.ArgumentParser(prog="python -m ich.train", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--parent", help="MLflow run of the sweep")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run = RunPaths(args.run_dir)
+    cfg = load(run.config)
+    tracker = open_tracker(open_store(cfg.tracking), run.metrics, cfg.job, args.parent,
+                           flatten(cfg), _tags(cfg))
+    result: dict[str, Any] = {"status": KILLED, "reason": "ended by a signal"}
+    try:
+        result = {"status": FINISHED, "reason": "",
+                  **fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs))}
+    except Exception as error:  # the table has a row for whatever it was
+        traceback.print_exc()
+        prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        result = {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
+    finally:
+        _close(cfg, run, tracker, result)
+    return 0 if result["status"] == FINISHED else 1
+
+
+def _tags(cfg: Config) -> dict[str, str]:
+    return {"ich.sweep": cfg.name, "ich.job": cfg.job, "ich.model": cfg.model.name,
+            "ich.protocol": cfg.protocol.name, "ich.data": cfg.data.source.value}
+
+
+def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any]) -> None:
+    identity = {"job": cfg.job, "model": cfg.model.name, "mlflow_run": tracker.run_id}
+    run.write_result({**identity, **result})
+    run.progress.unlink(missing_ok=True)
+    if result["status"] == FINISHED:
+        numbers = ("accuracy", "auc", "auc_macro", "auc_any", "auc_top", "best_epoch", "minutes",
+                   "images_per_s", "params")
+        tracker.summary({f"best/{k}": float(result[k]) for k in numbers})
+    for path in (run.config, run.best, run.predictions, run.log):
+        if path.exists():
+            tracker.artifact(path)
+    tracker.finish(result["status"].upper())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

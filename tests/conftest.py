@@ -1,0 +1,53 @@
+"""Fixtures: a small phantom made once, the real data where it is at hand, composed configs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ich.config import CONF_DIR, Config, register, typed
+from ich.launcher import register_resolvers
+from ich.phantom import PhantomSpec, write_phantom
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("ICH_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight patients at 64 x 64, in the RSNA layout; the path has a space and a quote in it."""
+    out = tmp_path_factory.mktemp("data set") / "it's a phantom"
+    return write_phantom(out, PhantomSpec(patients=8, seed=1, size=64), workers=1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that need it are skipped where it is absent."""
+    if not (SHARED / "rsna_mini.zip").exists():
+        pytest.skip(f"no real data: {SHARED} is absent (set ICH_SHARED_DATA)")
+    return SHARED
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Callable[..., Config]:
+    """Composes conf/ with overrides, as the sweep does, with its folders under tmp_path."""
+
+    def make(*overrides: str) -> Config:
+        register()
+        register_resolvers()
+        own = [f"data.cache_dir={tmp_path / 'cache'}", f"sweep.output={tmp_path / 'out'}",
+               "name=test", "job=job"]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = compose("config", overrides=[*own, *overrides])
+        return typed(OmegaConf.create(OmegaConf.to_container(cfg)))
+
+    return make

@@ -1,0 +1,76 @@
+"""Metrics against scikit-learn, losses against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss as sk_log_loss, roc_auc_score
+
+from ich.config import LossConfig, LossName
+from ich.losses import build_loss, focal_loss
+from ich.manifest import LABELS
+from ich.metrics import always_negative, auc, multilabel_metrics
+
+
+def predictions(rows: int = 300, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    target = (rng.random((rows, len(LABELS))) < 0.2).astype(np.float32)
+    logits = rng.normal(size=target.shape).astype(np.float32) + target
+    return (np.round(logits) if ties else logits), target
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_against_scikit_learn(ties: bool) -> None:
+    logits, target = predictions(ties=ties)
+    got = multilabel_metrics(logits, target, LABELS)
+    assert got["auc"] == pytest.approx(roc_auc_score(target, logits, average="micro"))
+    assert got["auc_macro"] == pytest.approx(roc_auc_score(target, logits, average="macro"))
+    for i, label in enumerate(LABELS):
+        assert got[f"auc_{label}"] == pytest.approx(roc_auc_score(target[:, i], logits[:, i]))
+
+
+def test_accuracy_and_log_loss_against_scikit_learn() -> None:
+    logits, target = predictions()
+    got = multilabel_metrics(logits, target, LABELS)
+    probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    assert got["accuracy"] == pytest.approx(
+        accuracy_score(target.ravel(), probability.ravel() > 0.5))
+    assert got["log_loss"] == pytest.approx(sk_log_loss(target.ravel(), probability.ravel()))
+
+
+def test_a_label_of_one_class_is_undefined_and_left_out_of_the_mean() -> None:
+    logits, target = predictions()
+    target[:, 0] = 0
+    got = multilabel_metrics(logits, target, LABELS)
+    assert math.isnan(got["auc_epidural"])
+    rest = [got[f"auc_{k}"] for k in LABELS[1:]]
+    assert got["auc_macro"] == pytest.approx(np.mean(rest))
+
+
+def test_nan_scores_have_no_auc() -> None:
+    assert math.isnan(auc(np.array([0.1, np.nan]), np.array([0, 1])))
+
+
+def test_always_negative_scores_the_share_of_negatives() -> None:
+    _, target = predictions()
+    got = always_negative(target, LABELS)
+    assert got["accuracy"] == pytest.approx(1 - target.mean())
+    assert got["auc"] == 0.5
+
+
+def test_losses_by_hand() -> None:
+    logits, target = torch.tensor([[0.3, -1.2]]), torch.tensor([[1.0, 0.0]])
+    p = torch.sigmoid(logits)
+    terms = -torch.log(torch.where(target > 0, p, 1 - p))
+    bce = build_loss(LossConfig(LossName.bce), torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(bce(logits, target), terms.mean())
+    weighted = build_loss(LossConfig(LossName.weighted_bce), torch.tensor([0.2, 0.0]))
+    torch.testing.assert_close(weighted(logits, target), (terms * torch.tensor([4.0, 1.0])).mean())
+    p_t = torch.where(target > 0, p, 1 - p)
+    alpha = torch.where(target > 0, 0.25, 0.75)
+    torch.testing.assert_close(focal_loss(logits, target, 2.0, 0.25),
+                               (alpha * (1 - p_t) ** 2 * terms).mean())
+    torch.testing.assert_close(focal_loss(logits, target, 0.0, 0.5), terms.mean() / 2)

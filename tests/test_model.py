@@ -1,0 +1,141 @@
+"""The networks: their size, their weights, and the errors when weights are not to be had."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ich.config import CONF_DIR, ModelConfig, UserError
+from ich.model import build_model, count_parameters, ensure_weights, input_spec, load_weights
+from ich.model import save_weights as save
+from omegaconf import OmegaConf
+
+# Trained parameters in millions: convolutional base + Linear(6).
+TRAINED = {"vgg16": 14.72, "resnet50": 23.52, "inception_v3": 21.80, "mobilenet_v2": 2.23,
+           "xception": 20.82, "efficientnet_b0": 4.02, "efficientnet_b2": 7.71,
+           "efficientnet_b3": 10.71}
+# The report's Table 1, millions.
+IMAGENET = {"vgg16": 138, "resnet50": 26, "inception_v3": 24, "mobilenet_v2": 3.5, "xception": 23,
+            "efficientnet_b0": 5.3, "efficientnet_b2": 9.2, "efficientnet_b3": 12}
+
+
+def config(name: str, **changes: object) -> ModelConfig:
+    values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
+    return ModelConfig(**{"pretrained": False, **values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_parameter_counts(name: str) -> None:
+    trained, imagenet = count_parameters(config(name))
+    assert round(trained / 1e6, 2) == TRAINED[name]
+    assert imagenet / 1e6 == pytest.approx(IMAGENET[name], rel=0.03)
+    network = build_model(config(name))
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_head_is_global_average_pooling_and_one_linear_layer(name: str) -> None:
+    network = build_model(config(name)).eval()
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        features = network.base.forward_features(x)
+        expected = features.mean((2, 3)) @ network.head.weight.T + network.head.bias
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_normalization_is_the_models_own() -> None:
+    assert input_spec(config("xception")).mean == (0.5, 0.5, 0.5)
+    assert input_spec(config("vgg16")).std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_other_numbers_of_windows(channels: int) -> None:
+    network = build_model(config("mobilenet_v2"), channels).eval()
+    with torch.inference_mode():
+        assert network(torch.zeros(1, channels, 64, 64)).shape == (1, 6)
+
+
+def test_weights_from_a_local_file_are_the_files(tmp_path: Path) -> None:
+    import timm
+
+    source = timm.create_model("mobilenetv2_100.ra_in1k")
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    cfg = config("mobilenet_v2", weights=str(tmp_path / "w.safetensors"))
+    ensure_weights(cfg)
+    network = build_model(cfg)
+    for name, value in network.base.state_dict().items():
+        torch.testing.assert_close(value, source.state_dict()[name])
+
+
+def test_weights_without_the_classifier_are_accepted(tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("mobilenetv2_100.ra_in1k", num_classes=0).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    network = build_model(config("mobilenet_v2", weights=str(tmp_path / "w.safetensors")))
+    assert torch.equal(network.base.conv_stem.weight, state["conv_stem.weight"])
+
+
+def test_another_architectures_weights_are_refused_by_name(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors")
+    cfg = config("vgg16", weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(UserError, match=r"does not fit vgg16 \(vgg16.tv_in1k\): 26 of its 26"):
+        ensure_weights(cfg)
+
+
+def save_weights(path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(3)}, path)
+
+
+def test_a_missing_weights_file_is_refused() -> None:
+    with pytest.raises(UserError, match="model.weights is 'no/such.safetensors', which is no file"):
+        ensure_weights(config("vgg16", weights="no/such.safetensors"))
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        ensure_weights(config("vgg16", weights=str(tmp_path / "w.pt")))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "xception"])
+def test_pretrained_weights_that_cannot_be_had_name_three_ways_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for proxy in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    ways = r"model.weights=FILE; fill the cache .*; or train from scratch with model.pretrained=false"
+    with pytest.raises(UserError, match=f"{name} .* are not at hand: HF_HUB_OFFLINE .*{ways}"):
+        ensure_weights(config(name, pretrained=True))
+
+
+def test_unknown_timm_name() -> None:
+    with pytest.raises(UserError, match="model.timm is 'resnet5.x', which timm does not have"):
+        ensure_weights(ModelConfig(name="x", timm="resnet5.x", image_size=64))
+
+
+def test_saved_weights_read_back(tmp_path: Path) -> None:
+    first, second = build_model(config("mobilenet_v2")), build_model(config("mobilenet_v2"))
+    save(first, tmp_path / "best.safetensors", {"model": "mobilenet_v2"})
+    load_weights(second, tmp_path / "best.safetensors")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(first.eval()(x), second.eval()(x))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_real_weights_fit_their_model(shared: Path) -> None:
+    path = shared.parent / "weights" / "tf_efficientnet_lite0.safetensors"
+    cfg = config("efficientnet_lite0", weights=str(path))
+    ensure_weights(cfg)
+    stem = load_file(path)["conv_stem.weight"]
+    assert torch.equal(build_model(cfg).base.conv_stem.weight.detach(), stem)
+    with pytest.raises(UserError, match=re.escape("does not fit resnet50")):
+        ensure_weights(config("resnet50", weights=str(path)))

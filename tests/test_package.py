@@ -1,0 +1,150 @@
+"""Policy: who imports whom, what the wheel holds, and that the README tells the truth."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ich.config import CONF_DIR
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "ich"
+ENTRY_POINTS = {"sweep", "prepare", "predict", "evaluate", "explain", "export", "rerun", "bench"}
+# The only modules of ich that may import each library (bench excepted).
+HOMES = {
+    "hydra": {"config", "launcher", *ENTRY_POINTS},
+    "mlflow": {"tracking"},
+    "timm": {"model"},
+    "pydicom": {"dicom", "phantom"},
+    "iterstrat": {"protocol"},
+}
+LEAVES = {"transforms", "losses", "metrics", "model"}
+LIGHT = {"config", "manifest", "protocol", "dicom", "cache", "data", "phantom", "results",
+         "terminal", "jobs", "launcher"}  # what composing and decoding need: no torch
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module named by an import statement, at any depth of the syntax tree."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = {p.stem: imports_of(p) for p in sorted(PACKAGE.glob("*.py")) if p.stem != "__init__"}
+
+
+def test_each_library_has_one_home() -> None:
+    for module, found in MODULES.items():
+        if module == "bench":
+            continue
+        tops = {name.split(".")[0] for name in found}
+        for library, homes in HOMES.items():
+            assert library not in tops or module in homes, f"ich/{module}.py imports {library}"
+
+
+def test_entry_points_are_imported_by_nothing() -> None:
+    for module, found in MODULES.items():
+        own = {n.split(".")[1] for n in found if n.startswith("ich.")}
+        assert not own & ENTRY_POINTS, f"ich/{module}.py imports an entry point"
+
+
+def test_leaves_import_only_config() -> None:
+    for module in LEAVES:
+        own = {n.split(".")[1] for n in MODULES[module] if n.startswith("ich.")}
+        assert own <= {"config"}, f"ich/{module}.py imports {own}"
+
+
+def test_config_imports_nothing_heavy() -> None:
+    assert {n.split(".")[0] for n in MODULES["config"]} <= {
+        *sys.stdlib_module_names, "omegaconf", "hydra"}
+
+
+def test_composing_and_decoding_need_no_torch() -> None:
+    code = f"import sys, {', '.join(f'ich.{m}' for m in sorted(LIGHT))}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_no_function_is_longer_than_eighty_lines() -> None:
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{path.name}: {node.name}"
+
+
+def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+                   cwd=REPOSITORY, check=True, capture_output=True)
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(next(iter(tmp_path.glob("*.whl")))) as wheel:
+        wheel.extractall(site)
+    assert {p.relative_to(site / "ich" / "conf") for p in (site / "ich/conf").rglob("*.yaml")} == {
+        p.relative_to(CONF_DIR) for p in CONF_DIR.rglob("*.yaml")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ich.sweep", "-m", "model=mobilenet_v2", "model.pretrained=false",
+         "data.image_size=32", "data.cache_size=32", f'data.root="{phantom}"', "train.epochs=1",
+         "data.workers=1", "tracking=none", "name=wheel"],
+        cwd=empty, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (empty / "multirun_reports/wheel/comparison.csv").exists()
+    where = subprocess.run([sys.executable, "-c", "import ich; print(ich.__file__)"], cwd=empty,
+                           env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True,
+                           text=True, check=True)
+    assert where.stdout.startswith(str(site))
+
+
+# The README
+
+
+def readme() -> str:
+    return (REPOSITORY / "README.md").read_text()
+
+
+def test_every_link_of_the_readme_exists() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", readme())
+    local = [x for x in links if not x.startswith("http")]
+    assert local
+    for link in local:
+        assert (REPOSITORY / link).exists(), link
+
+
+def test_every_make_target_and_module_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", readme())) <= targets
+    for module in re.findall(r"python -m ich\.([a-z]+)", readme()):
+        assert module in MODULES, module
+
+
+def test_every_sweep_command_of_the_readme_composes() -> None:
+    commands = re.findall(r"^python -m ich\.sweep (.+)$", readme(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        args = command.split("#")[0].split()
+        done = subprocess.run([sys.executable, "-m", "ich.sweep", *args, "--cfg", "job"],
+                              capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_every_module_and_config_group_stands_in_the_readme() -> None:
+    for module in MODULES:
+        assert f"`{module}.py`" in readme(), module
+    for group in (p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra"):
+        assert f"`{group}`" in readme(), group
+
+
+@pytest.mark.parametrize("path", ["Makefile", "pyproject.toml", "constraints.txt", ".ci/run"])
+def test_files_a_fresh_clone_needs_are_there(path: str) -> None:
+    assert (REPOSITORY / path).exists()

@@ -1,0 +1,183 @@
+"""The sweep as its user runs it: a subprocess, synthetic DICOM, one job that fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from ich.config import UserError
+from ich.report import COLUMNS, best_cells, build_table, compare
+from ich.results import SweepPaths
+
+SMALL = ["model.pretrained=false", "data.image_size=40", "data.cache_size=40", "data.subset=0.5",
+         "data.workers=1", "train.epochs=1", "train.threads=1"]
+
+# A network that cannot take the demo's small images: composed and checked, it fails in training.
+BROKEN = """name: broken
+timm: inception_v3.tv_in1k
+image_size: 40
+"""
+
+
+def run(folder: Path, *args: str, module: str = "sweep") -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-m", f"ich.{module}", *args], cwd=folder, env=env,
+                          capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def sweep(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, int]:
+    """Two models and a third that fails, in a folder whose name has a space."""
+    folder = tmp_path_factory.mktemp("a project")
+    (folder / "extra" / "model").mkdir(parents=True)
+    (folder / "extra" / "model" / "broken.yaml").write_text(BROKEN)
+    done = run(folder, "-m", "model=mobilenet_v2,broken,efficientnet_b0", "name=three",
+               f'data.root="{phantom}"', f"hydra.searchpath=[file://{folder / 'extra'}]", *SMALL)
+    return folder, done.stdout + done.stderr, done.returncode
+
+
+def test_one_failing_job_ends_neither_the_sweep_nor_the_table(
+    sweep: tuple[Path, str, int]
+) -> None:
+    folder, output, status = sweep
+    assert status == 1, output
+    table = pd.read_csv(folder / "multirun_reports" / "three" / "comparison.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table["job"].fillna("")) == ["mobilenet_v2", "broken", "efficientnet_b0", ""]
+    assert list(table["status"].fillna("")) == ["finished", "failed", "finished", ""]
+    assert "RuntimeError: Calculated padded input size" in table["reason"][1] or (
+        "Kernel size" in table["reason"][1])
+    assert table["model"][3] == "always negative"
+    assert table["accuracy"].notna().tolist() == [True, False, True, True]
+    assert "Traceback" in (folder / "multirun_reports/three/broken/job.log").read_text()
+    assert "Traceback" not in output
+
+
+def test_the_terminal_shows_epochs_the_table_and_what_next(sweep: tuple[Path, str, int]) -> None:
+    _, output, _ = sweep
+    assert "decoding slices" in output
+    assert "[1/3] mobilenet_v2" in output
+    assert "mobilenet_v2 epoch 1/1: loss" in output
+    assert "broken failed" in output
+    assert "always negative" in output
+    assert "Next: make ui" in output
+
+
+def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None:
+    folder, _, _ = sweep
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("ich")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert {n: r.info.status for n, r in runs.items()} == {
+        "three": "FAILED", "mobilenet_v2": "FINISHED", "broken": "FAILED",
+        "efficientnet_b0": "FINISHED"}
+    job = runs["mobilenet_v2"]
+    assert job.data.tags["mlflow.parentRunId"] == runs["three"].info.run_id
+    assert job.data.params["optimizer.lr"] == "0.0001"
+    assert {"train/loss", "train/lr", "train/images_per_s", "val/accuracy", "val/auc",
+            "val/auc_macro", "val/auc_any", "best/accuracy"} <= set(job.data.metrics)
+    files = {f.path for f in client.list_artifacts(job.info.run_id)}
+    assert {"config.yaml", "best.safetensors", "predictions.npz"} <= files
+    assert {"comparison.csv", "comparison.md", "figures"} <= {
+        f.path for f in client.list_artifacts(runs["three"].info.run_id)}
+
+
+def test_the_table_is_rebuilt_from_the_files_alone(sweep: tuple[Path, str, int]) -> None:
+    folder, _, _ = sweep
+    place = SweepPaths(folder / "multirun_reports" / "three")
+    before = place.csv.read_text(), place.markdown.read_text()
+    place.csv.unlink()
+    place.markdown.unlink()
+    done = run(folder, "multirun_reports/three", module="report")
+    assert done.returncode == 0, done.stderr
+    assert (place.csv.read_text(), place.markdown.read_text()) == before
+    assert (place.figures / "learning_curves.png").stat().st_size > 10_000
+    nothing = run(folder, "multirun_reports/none", module="report")
+    assert nothing.returncode == 2
+    assert "holds no sweep (no sweep.json)" in nothing.stderr
+    assert "Traceback" not in nothing.stderr
+
+
+def test_the_same_command_again_runs_only_what_is_missing(
+    sweep: tuple[Path, str, int], phantom: Path
+) -> None:
+    folder, _, _ = sweep
+    weights = folder / "multirun_reports/three/mobilenet_v2/best.safetensors"
+    before = weights.stat().st_mtime_ns
+    done = run(folder, "-m", "model=mobilenet_v2", "name=three", f'data.root="{phantom}"', *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "mobilenet_v2 was finished before" in done.stdout
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_single_training_has_a_folder_and_a_table_too(phantom: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, "model=mobilenet_v2", f'data.root="{phantom}"', "name=one",
+               "tracking=none", *SMALL)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "multirun_reports/one/comparison.csv")
+    assert table["status"][0] == "finished"
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=vgg16,vgg17"], "Could not find 'model/vgg17'"),
+        (["model=vgg16", "data.imagesize=3"], "Key 'imagesize' not in 'DataConfig'"),
+        (["model=vgg16,vgg16"], "the job 'vgg16' stands 2 times"),
+        (["model=resnet50,vgg16", "optimizer.lr=1e-3,nan"], "optimizer.lr is nan"),
+        (["model=vgg16", "model.weights=no.safetensors"], "model.weights is 'no.safetensors'"),
+        (["model=vgg16,resnet50", "model.pretrained=true"], "Three ways out"),
+        (["model=vgg16", "data=rsna", "data.root=nowhere"], "data.root is 'nowhere'"),
+    ],
+)
+def test_mistakes_are_said_before_any_job_starts(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    env_free = [] if "model.pretrained=true" in overrides else ["model.pretrained=false"]
+    os.environ["HF_HUB_CACHE"] = str(tmp_path / "empty")
+    done = run(tmp_path, "-m", *overrides, *env_free, "name=refused")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "multirun_reports").rglob("job.log"))
+
+
+# The table itself
+
+
+def result(job: str, **values: object) -> dict[str, object]:
+    base = {"job": job, "model": job, "status": "finished", "reason": "", "accuracy": 0.9,
+            "auc": 0.8, "params": 10, "always_negative": {"accuracy": 0.88, "auc": 0.5}}
+    return {**base, **values}
+
+
+def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
+    table = build_table([result("vgg16"), result("xception", accuracy=0.95, params=5),
+                         result("mobilenet_v2", auc=None, status="failed", params=1)])
+    assert {(1, "accuracy"), (0, "auc"), (1, "auc"), (1, "params")} <= best_cells(table)
+    assert (2, "params") not in best_cells(table)
+    assert table.loc[0, "report_auc"] == 0.9619
+    assert table["model"].iloc[-1] == "always negative"
+    assert table["accuracy"].iloc[-1] == 0.88
+
+
+def test_a_sweep_without_a_finished_job_still_has_its_table(tmp_path: Path) -> None:
+    place = SweepPaths(tmp_path)
+    place.record.write_text('{"name": "x", "jobs": ["a"], "started": "", "command": ""}')
+    place.run("a").root.mkdir()
+    place.run("a").write_result({"status": "failed", "reason": "ended by SIGKILL", "job": "a"})
+    table = compare(place)
+    assert table["reason"].tolist() == ["ended by SIGKILL"]
+    assert "failed: ended by SIGKILL" in place.markdown.read_text()
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no sweep \(no sweep.json\)"):
+        compare(SweepPaths(tmp_path))

@@ -1,0 +1,212 @@
+"""The real training loop on the phantom, with a tiny input and few steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ich.config import Config, Monitor, UserError, to_yaml
+from ich.data import Split, load_dataset
+from ich.jobs import describe_exit, run_job, supervise
+from ich.loader import Loader
+from ich.manifest import LABELS
+from ich.metrics import multilabel_metrics
+from ich.model import build_model, load_weights
+from ich.results import RunPaths
+from ich.tracking import Tracker
+from ich.train import Trainer, fit, is_better, main
+
+Compose = Callable[..., Config]
+SMALL = ["model=mobilenet_v2", "model.pretrained=false", "data.image_size=32",
+         "data.cache_size=32", "data.workers=1", "tracking=none", "optimizer.lr=3e-3"]
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def config(composed: Compose, phantom: Path) -> Config:
+    return composed(*SMALL, f'data.root="{phantom}"', "train.epochs=3")
+
+
+def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
+    run = RunPaths(folder)
+    run.root.mkdir(parents=True)
+    return fit(config, run, Tracker(run.metrics), quiet), run
+
+
+def test_a_training_learns_and_leaves_what_the_table_needs(config: Config, tmp_path: Path) -> None:
+    result, run = train(config, tmp_path / "run")
+    journal = run.read_metrics()
+    assert [line["step"] for line in journal] == [1, 2, 3]
+    assert journal[-1]["train/loss"] < journal[0]["train/loss"]
+    accuracies = [line["val/accuracy"] for line in journal]
+    assert result["best_epoch"] == 1 + int(np.argmax(accuracies))
+    assert result["accuracy"] == max(accuracies)
+    assert result["auc_top"] == max(line["val/auc"] for line in journal)
+    assert result["params"] == 2_231_558
+
+
+def test_the_kept_weights_and_predictions_are_the_best_epochs(
+    config: Config, tmp_path: Path
+) -> None:
+    result, run = train(config, tmp_path / "run")
+    saved = np.load(run.predictions)
+    scores = multilabel_metrics(saved["logits"], saved["target"], LABELS)
+    assert scores["accuracy"] == result["accuracy"]
+    dataset = load_dataset(config)
+    assert (saved["image_id"] == dataset.val.image_id).all()
+    trainer = Trainer.build(config, dataset, torch.device("cpu"))
+    load_weights(trainer.model, run.best)
+    np.testing.assert_allclose(trainer.evaluate(1, quiet), saved["logits"], atol=1e-4)
+    with safe_open(run.best, "pt") as file:
+        assert file.metadata()["timm"] == "mobilenetv2_100.ra_in1k"
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(
+    config: Config, composed: Compose, tmp_path: Path
+) -> None:
+    config.train.epochs = 1
+    paths = [train(config, tmp_path / name)[1] for name in ("a", "b")]
+    config.seed = 1
+    paths.append(train(config, tmp_path / "c")[1])
+    first, second, other = (p.best.read_bytes() for p in paths)
+    assert first == second != other
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_by_name(
+    config: Config, tmp_path: Path
+) -> None:
+    config.optimizer.lr = 1e30
+    with pytest.raises(UserError, match=r"the loss is not finite in epoch 1, step \d+"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "new", "old", "better"),
+    [
+        (Monitor.accuracy, 0.9, 0.9, False),
+        (Monitor.accuracy, 0.91, 0.9, True),
+        (Monitor.log_loss, 0.1, 0.2, True),
+        (Monitor.auc, math.nan, 0.5, False),
+        (Monitor.auc, 0.5, math.nan, True),
+    ],
+)
+def test_the_first_of_equal_epochs_is_kept(
+    monitor: Monitor, new: float, old: float, better: bool
+) -> None:
+    assert is_better({monitor.value: new}, {monitor.value: old}, monitor) is better
+
+
+def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -> None:
+    from ich.config import ModelConfig
+
+    path = shared.parent / "weights" / "tf_efficientnet_lite0.safetensors"
+    cfg = ModelConfig("efficientnet_lite0", "tf_efficientnet_lite0.in1k", 64, weights=str(path))
+    model = build_model(cfg).eval()
+    x = torch.zeros(4, 3, 64, 64)
+    x[2:, :, 20:44, 20:44] = 1
+    with torch.inference_mode():
+        features = model.base.forward_features(x).mean((2, 3))
+    assert torch.linalg.vector_norm(features[0] - features[2]) > 1
+
+
+# Loader
+
+
+def split(rows: int) -> Split:
+    return Split(np.array([f"ID_{i}" for i in range(rows)]), np.arange(rows),
+                 np.zeros((rows, 6), np.float32))
+
+
+def test_an_epoch_serves_every_row_once_in_a_seeded_order() -> None:
+    hu = np.arange(10, dtype=np.int16)[:, None, None] * np.ones((1, 2, 2), np.int16)
+    loader = Loader(hu, split(10), 4, torch.device("cpu"))
+    seen = [b for b in loader.epoch(0, 1)]
+    order = torch.cat([b.position for b in seen])
+    assert sorted(order.tolist()) == list(range(10))
+    assert (torch.cat([b.hu for b in seen])[:, 0, 0] == order).all()
+    assert [len(b.position) for b in seen] == [4, 4, 2]
+    again = torch.cat([b.position for b in loader.epoch(0, 1)])
+    other = torch.cat([b.position for b in loader.epoch(0, 2)])
+    assert torch.equal(order, again)
+    assert not torch.equal(order, other)
+
+
+def test_a_last_batch_of_one_row_joins_the_one_before() -> None:
+    loader = Loader(np.zeros((9, 2, 2), np.int16), split(9), 4, torch.device("cpu"))
+    assert [len(b.position) for b in loader.in_order()] == [4, 5]
+    assert len(loader) == 2
+    alone = Loader(np.zeros((1, 2, 2), np.int16), split(1), 4, torch.device("cpu"))
+    assert [len(b.position) for b in alone.in_order()] == [1]
+
+
+# A job as a process
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", r"ended by SIGKILL \(out of memory\?\)"),
+        ("import os; os.abort()", "ended by SIGABRT"),
+        ("import sys; sys.exit(0)", "exited with code 0 without a result"),
+        ("import sys; sys.exit(3)", "exited with code 3 without a result"),
+    ],
+)
+def test_how_a_process_ended_is_said_in_words(tmp_path: Path, code: str, reason: str) -> None:
+    got = supervise([sys.executable, "-c", code], RunPaths(tmp_path), None, quiet)
+    assert got == reason.replace("\\", "")
+
+
+def test_a_hanging_job_is_ended_at_its_time_limit(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+    got = supervise(command, RunPaths(tmp_path), 0.02, quiet)
+    assert got == "exceeded its time limit of 0.02 minutes"
+    assert describe_exit(-15) == "ended by SIGTERM"
+
+
+def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunPaths(tmp_path / "run")
+    monkeypatch.setattr("ich.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
+    result = run_job(config, run, None, quiet)
+    assert (result["status"], result["job"]) == ("failed", "job")
+    run_job(config, run, None, quiet)
+    kept = tmp_path / "superseded" / "run.1" / "result.json"
+    assert json.loads(kept.read_text())["reason"].startswith("ended by SIGKILL")
+
+
+def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.train.epochs = 1
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    run.config.write_text(to_yaml(config))
+    assert main([str(run.root)]) == 0
+    before = {p.name: p.read_bytes() for p in run.root.iterdir()}
+    monkeypatch.setattr("ich.jobs.supervise", lambda *_: "not reached")
+    assert run_job(config, run, None, quiet)["status"] == "finished"
+    assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
+    config.optimizer.lr = 1e-3
+    assert run_job(config, run, None, quiet)["reason"] == "not reached"
+    assert (tmp_path / "superseded" / "run.1" / "best.safetensors").exists()
+
+
+def test_a_failing_training_writes_its_reason(config: Config, tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    config.data.root = "/no/such/place"
+    run.config.write_text(to_yaml(config))
+    assert main([str(run.root)]) == 1
+    assert "data.root is '/no/such/place', which does not exist" in run.read_result()["reason"]
