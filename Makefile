@@ -18,7 +18,7 @@ setup: $(READY)  ## make .venv with the pinned dependencies
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $@
 
 sweep: $(READY)  ## the demo; ARGS="experiment=report data=rsna data.root=FILE" runs another sweep

@@ -31,8 +31,16 @@ from ich.model import build_model
 from ich.phantom import PhantomSpec, write_phantom
 from ich.train import build_optimizer, device_name
 
-MODELS = ("vgg16", "resnet50", "inception_v3", "mobilenet_v2", "xception", "efficientnet_b0",
-          "efficientnet_b2", "efficientnet_b3")
+MODELS = (
+    "vgg16",
+    "resnet50",
+    "inception_v3",
+    "mobilenet_v2",
+    "xception",
+    "efficientnet_b0",
+    "efficientnet_b2",
+    "efficientnet_b3",
+)
 _SIZE = 128  # side of the decoded slices in `prepare`
 
 
@@ -47,7 +55,9 @@ def ratio(ours: Callable[[], float], plain: Callable[[], float], rounds: int) ->
     return {
         "ours": statistics.median(a for a, _ in pairs),
         "plain": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
     }
 
 
@@ -127,18 +137,32 @@ def _model_config(name: str) -> ModelConfig:
 def write_report(rows: dict[str, dict[str, float]], out: Path, settings: str) -> Path:
     """Saves the rows as JSON and Markdown, named by date and device."""
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    head = {"date": time.strftime("%Y-%m-%d"), "device": device, "machine": platform.machine(),
-            "cores": os.cpu_count(), "python": platform.python_version(),
-            "torch": torch.__version__, "pydicom": pydicom.__version__, "settings": settings}
+    head = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pydicom": pydicom.__version__,
+        "settings": settings,
+    }
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{head['date']}-{'cuda' if torch.cuda.is_available() else 'cpu'}"
     (out / f"{stem}.json").write_text(json.dumps({**head, "rows": rows}, indent=1))
-    lines = [f"# {head['date']}, {device}", "",
-             ", ".join(f"{k} {v}" for k, v in head.items() if k not in ("date", "device")), "",
-             "| what | ours, items/s | plain, items/s | ratio | lowest | highest |",
-             "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    lines += [f"| {name} | {r['ours']:.1f} | {r['plain']:.1f} | {r['ratio']:.2f} | "
-              f"{r['lowest']:.2f} | {r['highest']:.2f} |" for name, r in rows.items()]
+    lines = [
+        f"# {head['date']}, {device}",
+        "",
+        ", ".join(f"{k} {v}" for k, v in head.items() if k not in ("date", "device")),
+        "",
+        "| what | ours, items/s | plain, items/s | ratio | lowest | highest |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {name} | {r['ours']:.1f} | {r['plain']:.1f} | {r['ratio']:.2f} | "
+        f"{r['lowest']:.2f} | {r['highest']:.2f} |"
+        for name, r in rows.items()
+    ]
     path = out / f"{stem}.md"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -155,13 +179,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("multirun_reports/benchmarks"))
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = {"prepare: cache build / plain loop":
-                bench_prepare(Path(folder), args.patients, args.rounds)}
+        rows = {
+            "prepare: cache build / plain loop": bench_prepare(
+                Path(folder), args.patients, args.rounds
+            )
+        }
     for name in args.models:
         rows[f"step: {name}, channels_last / NCHW"] = bench_step(
-            name, args.image_size, args.seconds, args.rounds)
-    settings = (f"image size {args.image_size}, {args.patients} patients, {args.rounds} rounds, "
-                f"{args.seconds:g} s")
+            name, args.image_size, args.seconds, args.rounds
+        )
+    settings = (
+        f"image size {args.image_size}, {args.patients} patients, {args.rounds} rounds, "
+        f"{args.seconds:g} s"
+    )
     path = write_report(rows, args.out, settings)
     print(path.read_text())
     print(f"saved as {path} and {path.with_suffix('.json').name}")

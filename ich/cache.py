@@ -130,7 +130,8 @@ def _build(
         pd.DataFrame({"image_id": ids[good], "row": good}).to_csv(part / "index.csv", index=False)
         bad = [(ids[i], reason) for i, reason in sorted(reasons.items())]
         pd.DataFrame(bad, columns=["image_id", "reason"]).to_csv(
-            part / "quarantine.csv", index=False)
+            part / "quarantine.csv", index=False
+        )
         meta = {"decoder": DECODER_VERSION, "size": size, "slices": len(good), "bad": len(bad)}
         (part / "meta.json").write_text(json.dumps(meta))
         part.rename(place)

@@ -320,8 +320,11 @@ def validate(config: Config) -> None:
 def _ranges(c: Config) -> list[tuple[str, bool, str]]:
     share = "a number from 0 to 1"
     return [
-        ("name", bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", c.name)),
-         "letters, digits and _.+- (it becomes a folder)"),
+        (
+            "name",
+            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", c.name)),
+            "letters, digits and _.+- (it becomes a folder)",
+        ),
         ("data.subset", 0 < c.data.subset <= 1, "above 0 and at most 1"),
         ("data.cache_size", 16 <= c.data.cache_size <= 1024, "from 16 to 1024 pixels"),
         ("data.max_quarantine", 0 <= c.data.max_quarantine <= 1, share),
@@ -330,8 +333,10 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ("protocol.val_fraction", 0 < c.protocol.val_fraction < 1, "above 0 and below 1"),
         ("protocol.epidural_times", c.protocol.epidural_times >= 1, "at least 1 (1 adds no copy)"),
         ("windows.channels", len(c.windows.channels) >= 1, "a list of at least one window"),
-        *((f"augment.{k}", 0 <= getattr(c.augment, k) <= 1, share)
-          for k in ("hflip", "vflip", "crop")),
+        *(
+            (f"augment.{k}", 0 <= getattr(c.augment, k) <= 1, share)
+            for k in ("hflip", "vflip", "crop")
+        ),
         ("augment.crop_min", 0 < c.augment.crop_min <= 1, "above 0 and at most 1"),
         ("loss.gamma", c.loss.gamma is None or 0 <= c.loss.gamma < math.inf, "0 or more"),
         ("loss.alpha", c.loss.alpha is None or 0 < c.loss.alpha < 1, "above 0 and below 1"),
@@ -340,8 +345,11 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ("train.epochs", c.train.epochs >= 1, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
         ("train.threads", c.train.threads is None or c.train.threads >= 1, "at least 1, or null"),
-        ("sweep.time_limit", c.sweep.time_limit is None or c.sweep.time_limit > 0,
-         "minutes above 0, or null for no limit"),
+        (
+            "sweep.time_limit",
+            c.sweep.time_limit is None or c.sweep.time_limit > 0,
+            "minutes above 0, or null for no limit",
+        ),
     ]
 
 

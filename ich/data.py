@@ -113,8 +113,10 @@ def _label_source(cfg: DataConfig, store: SliceStore):  # type: ignore[no-untype
         return store.label_source()
     path = Path(cfg.labels)
     if not path.is_file():
-        raise UserError(f"data.labels is {cfg.labels!r}, which is no file. Give the label CSV, or "
-                        f"leave it null to take stage_2_train.csv from data.root.")
+        raise UserError(
+            f"data.labels is {cfg.labels!r}, which is no file. Give the label CSV, or "
+            f"leave it null to take stage_2_train.csv from data.root."
+        )
     return path, path.name
 
 
@@ -133,8 +135,9 @@ def load_cache(
     """The decoded slices of the cohort's images."""
     images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
     step = (lambda done, total: report("decoding slices", done, total)) if report else None
-    return open_cache(images, store, Path(cfg.cache_dir), cfg.cache_size, cfg.max_quarantine,
-                      cfg.workers, step)
+    return open_cache(
+        images, store, Path(cfg.cache_dir), cfg.cache_size, cfg.max_quarantine, cfg.workers, step
+    )
 
 
 def _split(rows: pd.DataFrame, cache: Cache) -> Split:

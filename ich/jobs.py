@@ -60,8 +60,12 @@ def supervise(
     deadline = time.monotonic() + time_limit * 60 if time_limit else float("inf")
     with run.log.open("ab") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_die_with_parent,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         try:
             while child.poll() is None:
@@ -108,8 +112,9 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     """The result of a child that could not write its own, and the end of its MLflow run."""
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
-    run.write_result({"status": status, "reason": reason, "job": config.job,
-                      "model": config.model.name})
+    run.write_result(
+        {"status": status, "reason": reason, "job": config.job, "model": config.model.name}
+    )
     store = open_store(config.tracking)
     if store is not None and parent is not None:
         store.end_running_children(parent, config.job, status.upper())

@@ -42,8 +42,11 @@ class LocalLauncher(Launcher):
         prepare([without_hydra(job) for job in jobs])
         return [
             run_job(
-                hydra_context=self.context, task_function=self.task, config=job,
-                job_dir_key="hydra.sweep.dir", job_subdir_key="hydra.sweep.subdir",
+                hydra_context=self.context,
+                task_function=self.task,
+                config=job,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
             )
             for job in jobs
         ]
@@ -73,8 +76,7 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
 
 def without_hydra(job: DictConfig) -> Config:
     """The typed config of a composed job."""
-    plain = OmegaConf.create(
-        {k: v for k, v in OmegaConf.to_container(job).items() if k != "hydra"})  # type: ignore[union-attr]
+    plain = OmegaConf.create({k: v for k, v in OmegaConf.to_container(job).items() if k != "hydra"})  # type: ignore[union-attr]
     return typed(plain)
 
 

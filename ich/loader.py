@@ -51,5 +51,8 @@ class Loader:
         target = torch.from_numpy(self.split.target)
         for position in self._cut(order):
             hu = torch.from_numpy(self.hu[self.split.row[position.numpy()]])
-            yield Batch(hu.to(self.device, non_blocking=True),
-                        target[position].to(self.device, non_blocking=True), position)
+            yield Batch(
+                hu.to(self.device, non_blocking=True),
+                target[position].to(self.device, non_blocking=True),
+                position,
+            )

@@ -84,15 +84,21 @@ def _widen(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int]:
     _refuse_ids(name, distinct.loc[twice, "image_id"], "have labels that contradict each other")
     repeated = table.loc[table.duplicated(["image_id", "label"]), "image_id"].nunique()
     counts = distinct["image_id"].value_counts()
-    _refuse_ids(name, counts.index[counts != len(LABELS)],
-                f"lack some of the {len(LABELS)} labels {', '.join(LABELS)}")
+    _refuse_ids(
+        name,
+        counts.index[counts != len(LABELS)],
+        f"lack some of the {len(LABELS)} labels {', '.join(LABELS)}",
+    )
     order = distinct["image_id"].unique()
     wide = distinct.pivot(index="image_id", columns="label", values="value").loc[order]
     wide = wide[list(LABELS)].reset_index()
     wide.columns.name = None
     either = wide[list(SUBTYPES)].max(axis=1)
-    _refuse_ids(name, wide.loc[either != wide["any"], "image_id"],
-                "have an `any` that is not the OR of their subtypes")
+    _refuse_ids(
+        name,
+        wide.loc[either != wide["any"], "image_id"],
+        "have an `any` that is not the OR of their subtypes",
+    )
     return wide, int(repeated)
 
 
@@ -100,8 +106,10 @@ def _refuse_ids(name: str, ids: Iterable[str], what: str) -> None:
     found = list(dict.fromkeys(ids))
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-        raise UserError(f"in the label file {name}, {', '.join(found[:5])}{more} {what}. "
-                        f"Mend or remove these rows.")
+        raise UserError(
+            f"in the label file {name}, {', '.join(found[:5])}{more} {what}. "
+            f"Mend or remove these rows."
+        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +154,12 @@ class SliceStore:
             if found:
                 return zipfile.ZipFile(self.root).open(max(found)), max(found)
         else:
-            paths = [p for g in ("*.csv", "*/*.csv") for p in sorted(self.root.glob(g))
-                     if _TRAIN_CSV.fullmatch(p.name)]
+            paths = [
+                p
+                for g in ("*.csv", "*/*.csv")
+                for p in sorted(self.root.glob(g))
+                if _TRAIN_CSV.fullmatch(p.name)
+            ]
             if paths:
                 return paths[-1], paths[-1].name
         raise UserError(
@@ -160,12 +172,19 @@ class SliceStore:
         if self.is_zip:
             names: Iterable[str] = self._members
         else:
-            folders = [d for g in ("*", "*/*") for d in sorted(self.root.glob(g))
-                       if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)]
+            folders = [
+                d
+                for g in ("*", "*/*")
+                for d in sorted(self.root.glob(g))
+                if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)
+            ]
             names = (f.relative_to(self.root).as_posix() for d in folders for f in d.iterdir())
         paths = (PurePosixPath(n) for n in names)
-        return {p.stem: str(p) for p in paths
-                if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)}
+        return {
+            p.stem: str(p)
+            for p in paths
+            if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)
+        }
 
     def identity(self) -> str:
         """Changes when the store is another one (its place; an archive's size and time too)."""

@@ -44,8 +44,10 @@ def input_spec(cfg: ModelConfig) -> InputSpec:
     """The model's own normalization, from its timm tag."""
     pretrained = timm.get_pretrained_cfg(cfg.timm)
     if pretrained is None:
-        raise UserError(f"model.timm is {cfg.timm!r}, which timm does not have. Find a name with "
-                        f"python -c \"import timm; print(timm.list_pretrained('*resnet*'))\".")
+        raise UserError(
+            f"model.timm is {cfg.timm!r}, which timm does not have. Find a name with "
+            f"python -c \"import timm; print(timm.list_pretrained('*resnet*'))\"."
+        )
     return InputSpec(pretrained.mean, pretrained.std)
 
 
@@ -65,8 +67,11 @@ def build_model(cfg: ModelConfig, channels: int = 3, outputs: int = 6) -> Classi
         check_weights_file(cfg)
     try:
         base = timm.create_model(
-            cfg.timm, pretrained=bool(cfg.weights) or cfg.pretrained, num_classes=0,
-            in_chans=channels, pretrained_cfg_overlay=overlay,
+            cfg.timm,
+            pretrained=bool(cfg.weights) or cfg.pretrained,
+            num_classes=0,
+            in_chans=channels,
+            pretrained_cfg_overlay=overlay,
         )
     except OSError as error:
         raise _no_weights(cfg, f"{type(error).__name__}: {error}") from None
@@ -131,8 +136,10 @@ def _is_cached(pretrained: timm.models.PretrainedCfg) -> bool:
     if pretrained.hf_hub_id:
         from huggingface_hub import try_to_load_from_cache
 
-        return any(isinstance(try_to_load_from_cache(pretrained.hf_hub_id, name), str)
-                   for name in ("model.safetensors", "pytorch_model.bin"))
+        return any(
+            isinstance(try_to_load_from_cache(pretrained.hf_hub_id, name), str)
+            for name in ("model.safetensors", "pytorch_model.bin")
+        )
     name = Path(urlparse(pretrained.url).path).name
     return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
 
@@ -170,8 +177,11 @@ def check_weights_file(cfg: ModelConfig) -> None:
             f"formats can carry code and are not read; convert it with safetensors.torch.save_file."
         ) from None
     with torch.device("meta"):
-        want = {k: tuple(v.shape) for k, v in timm.create_model(cfg.timm).state_dict().items()
-                if not k.startswith(_HEAD) and not k.endswith("num_batches_tracked")}
+        want = {
+            k: tuple(v.shape)
+            for k, v in timm.create_model(cfg.timm).state_dict().items()
+            if not k.startswith(_HEAD) and not k.endswith("num_batches_tracked")
+        }
     wrong = [k for k, shape in want.items() if have.get(k) != shape]
     if wrong:
         raise UserError(
@@ -185,8 +195,9 @@ def check_weights_file(cfg: ModelConfig) -> None:
 def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Writes all parameters and buffers as safetensors, complete or not at all."""
     part = path.with_suffix(".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part,
-              metadata)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part, metadata
+    )
     part.rename(path)
 
 

@@ -28,8 +28,10 @@ def check_jobs(configs: Sequence[Config]) -> None:
         validate(config)
     twice = [job for job, n in Counter(c.job for c in configs).items() if n > 1]
     if twice:
-        raise UserError(f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
-                        f"times in this command. Name each value once.")
+        raise UserError(
+            f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
+            f"times in this command. Name each value once."
+        )
     from ich.model import ensure_weights  # torch takes seconds, which a typo need not wait for
 
     for model in {repr(c.model): c.model for c in configs}.values():
@@ -56,10 +58,16 @@ def open_sweep(configs: Sequence[Config], report: Report | None = None) -> Sweep
     sweep = SweepPaths(Path(first.sweep.output) / first.name)
     sweep.root.mkdir(parents=True, exist_ok=True)
     parent = _open_parent(first, sweep)
-    write_json(sweep.record, {
-        "name": first.name, "jobs": [c.job for c in configs], "mlflow_run": parent,
-        "started": time.strftime("%Y-%m-%d %H:%M"), "command": _command(),
-    })
+    write_json(
+        sweep.record,
+        {
+            "name": first.name,
+            "jobs": [c.job for c in configs],
+            "mlflow_run": parent,
+            "started": time.strftime("%Y-%m-%d %H:%M"),
+            "command": _command(),
+        },
+    )
     return sweep
 
 
@@ -76,8 +84,12 @@ def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
     earlier = sweep.read_record().get("mlflow_run")
     if isinstance(earlier, str) and store.reopen(earlier):
         return earlier
-    tags = {"ich.sweep": config.name, "ich.kind": "sweep", "ich.protocol": config.protocol.name,
-            "ich.data": config.data.source.value}
+    tags = {
+        "ich.sweep": config.name,
+        "ich.kind": "sweep",
+        "ich.protocol": config.protocol.name,
+        "ich.data": config.data.source.value,
+    }
     return store.open_run(config.name, tags)
 
 
@@ -90,5 +102,3 @@ def close_sweep(sweep: SweepPaths, config: Config, ok: bool) -> None:
         if path.exists():
             store.log_artifact(parent, path)
     store.end(parent, "FINISHED" if ok else "FAILED")
-
-

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
 
 from ich.config import ProtocolConfig, UserError
 from ich.manifest import LABELS
@@ -87,6 +86,9 @@ def _stratified_pick(
             f"{len(rows)} rows leave {picked} after taking a share of {fraction}; at least one row "
             f"must be on either side. Raise data.subset, or give more labelled slices."
         )
+    # Imported here: with scikit-learn it takes a second that a job, whose cohort is made, can save.
+    from iterstrat.ml_stratifiers import MultilabelStratifiedShuffleSplit
+
     splitter = MultilabelStratifiedShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
     target = rows[list(LABELS)].to_numpy()
     with warnings.catch_warnings():

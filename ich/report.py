@@ -33,9 +33,22 @@ REPORT_TABLE_2 = {
 
 # Other people's scripts rely on these names and their order.
 COLUMNS = [
-    "job", "model", "status", "reason", "accuracy", "auc", *(f"auc_{k}" for k in LABELS),
-    "auc_macro", "auc_top", "params", "params_imagenet", "best_epoch", "minutes", "images_per_s",
-    "report_accuracy", "report_auc",
+    "job",
+    "model",
+    "status",
+    "reason",
+    "accuracy",
+    "auc",
+    *(f"auc_{k}" for k in LABELS),
+    "auc_macro",
+    "auc_top",
+    "params",
+    "params_imagenet",
+    "best_epoch",
+    "minutes",
+    "images_per_s",
+    "report_accuracy",
+    "report_auc",
 ]
 _HIGHER = ["accuracy", "auc", *(f"auc_{k}" for k in LABELS), "auc_macro", "auc_top", "images_per_s"]
 _LOWER = ["params", "minutes"]
@@ -43,15 +56,28 @@ BASELINE = "always negative"
 
 # Heading, source column, format: what people read. The CSV holds all columns, unrounded.
 _SHOWN: list[tuple[str, str, str]] = [
-    ("accuracy", "accuracy", "{:.4f}"), ("AUC", "auc", "{:.4f}"), ("AUC any", "auc_any", "{:.4f}"),
-    ("AUC macro", "auc_macro", "{:.4f}"), ("trained M", "params", "{:.2f}"),
-    ("ImageNet M", "params_imagenet", "{:.1f}"), ("best epoch", "best_epoch", "{:.0f}"),
-    ("minutes", "minutes", "{:.1f}"), ("images/s", "images_per_s", "{:.0f}"),
-    ("report accuracy", "report_accuracy", "{:.4f}"), ("report AUC", "report_auc", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.4f}"),
+    ("AUC", "auc", "{:.4f}"),
+    ("AUC any", "auc_any", "{:.4f}"),
+    ("AUC macro", "auc_macro", "{:.4f}"),
+    ("trained M", "params", "{:.2f}"),
+    ("ImageNet M", "params_imagenet", "{:.1f}"),
+    ("best epoch", "best_epoch", "{:.0f}"),
+    ("minutes", "minutes", "{:.1f}"),
+    ("images/s", "images_per_s", "{:.0f}"),
+    ("report accuracy", "report_accuracy", "{:.4f}"),
+    ("report AUC", "report_auc", "{:.4f}"),
 ]
 # What a narrow terminal leaves out, first to last; the files always have everything.
-_OPTIONAL = ["auc_macro", "params_imagenet", "minutes", "images_per_s", "report_accuracy",
-             "best_epoch", "report_auc"]
+_OPTIONAL = [
+    "auc_macro",
+    "params_imagenet",
+    "minutes",
+    "images_per_s",
+    "report_accuracy",
+    "best_epoch",
+    "report_auc",
+]
 
 
 def compare(sweep: SweepPaths) -> pd.DataFrame:
@@ -106,13 +132,15 @@ def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
     lines.append(
         "Selected and scored on the same validation rows: there is no test set. "
         f"{finished[0]['cohort']['leak_images']:.1%} of the validation rows show an image that is "
-        "also trained on, and slices of one patient stand on both sides.")
+        "also trained on, and the split does not keep a patient's slices together."
+    )
     lines.append(
         f"{cfg.train.epochs} epochs, batch {cfg.train.batch_size}, learning rate "
         f"{cfg.optimizer.lr:g}, {_pixels(cfg.data.image_size)}, "
         f"{_start(cfg.model.weights, cfg.model.pretrained)}; one seed ({cfg.seed}), "
         "so small differences mean nothing. Every metric is that of the epoch with the best "
-        f"validation {cfg.train.monitor.value}. {finished[0]['device']}.")
+        f"validation {cfg.train.monitor.value}. {finished[0]['device']}."
+    )
     return lines
 
 
@@ -121,7 +149,8 @@ def _cohort_line(source: str, protocol: str, c: dict[str, Any]) -> str:
     return (
         f"Protocol `{protocol}` on `{source}`: {c['images']:,} images, {c['oversampled']:,} rows "
         f"after epidural oversampling, {c['subset']:,} in the subset, {c['train']:,} for training "
-        f"and {c['val']:,} for validation{quarantined}.")
+        f"and {c['val']:,} for validation{quarantined}."
+    )
 
 
 def _pixels(image_size: int | None) -> str:
@@ -177,8 +206,12 @@ def _markdown(
     lines += ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(_SHOWN) + " --- |"]
     for cells in _cells(table, "**{}**"):
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    lines += ["", "Best in each column in bold. AUC is micro-averaged over the six labels; AUC any "
-              "is the label *any*. The report's own figures come from its Table 2.", ""]
+    lines += [
+        "",
+        "Best in each column in bold. AUC is micro-averaged over the six labels; AUC any "
+        "is the label *any*. The report's own figures come from its Table 2.",
+        "",
+    ]
     lines += [f"![{f.stem.replace('_', ' ')}](figures/{f.name})" for f in figures]
     lines += ["", f"Launched {record['started']} with `{record['command']}`."]
     return "\n".join(lines) + "\n"
@@ -194,14 +227,17 @@ def _print(
     dropped: list[str] = []
     out = _terminal_table(cells, dropped)
     unbounded = console.options.update(width=1000)
-    while (Measurement.get(console, unbounded, out).maximum > console.width
-           and len(dropped) < len(_OPTIONAL)):
+    while Measurement.get(console, unbounded, out).maximum > console.width and len(dropped) < len(
+        _OPTIONAL
+    ):
         dropped = _OPTIONAL[: len(dropped) + 1]
         out = _terminal_table(cells, dropped)
     console.print(out)
     console.print(f"\nTable and figures: {sweep.markdown.parent}/  (comparison.csv, comparison.md)")
-    console.print("Next: make ui compares the runs in MLflow; "
-                  f"python -m ich.report {sweep.root} rebuilds this table.")
+    console.print(
+        "Next: make ui compares the runs in MLflow; "
+        f"python -m ich.report {sweep.root} rebuilds this table."
+    )
 
 
 def _terminal_table(cells: list[list[str]], dropped: list[str]) -> Table:
@@ -232,8 +268,11 @@ def _learning_curves(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    panels = [("train/loss", "training loss"), ("val/accuracy", "validation accuracy"),
-              ("val/auc", "validation AUC (micro)")]
+    panels = [
+        ("train/loss", "training loss"),
+        ("val/accuracy", "validation accuracy"),
+        ("val/auc", "validation AUC (micro)"),
+    ]
     for axis, (key, title) in zip(axes, panels, strict=True):
         for n, result in enumerate(finished):
             journal = RunPaths(sweep.root / result["job"]).read_metrics()
@@ -260,8 +299,11 @@ def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
         x, y = result["params"] / 1e6, result["auc_any"]
         axis.scatter(x, y, s=40)
         axis.annotate(result["job"], (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axis.set(xlabel="trained parameters, millions", ylabel="validation AUC of any",
-             title=f"{sweep.root.name}: AUC against size")
+    axis.set(
+        xlabel="trained parameters, millions",
+        ylabel="validation AUC of any",
+        title=f"{sweep.root.name}: AUC against size",
+    )
     axis.margins(x=0.2, y=0.15)
     axis.grid(alpha=0.3)
     return _save(figure, sweep.figures / "auc_by_size.png")

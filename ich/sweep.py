@@ -11,6 +11,7 @@ end, whatever became of single jobs, there is a comparison table (`ich.report`).
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -58,9 +59,10 @@ def close() -> bool:
 
 
 def main() -> None:
-    """Exit status 0 if every job finished, 1 if one failed, 130 after Ctrl-C."""
+    """Exit status 0 if every job finished, 1 if one failed, 130 or 143 after Ctrl-C or SIGTERM."""
     register()
     launcher.register_resolvers()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is reached
     ok = False
     try:
         train_one()

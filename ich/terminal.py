@@ -68,18 +68,27 @@ class Terminal:
                 if state:
                     whole = state["steps"]
                     bar.update(
-                        task, total=state["epochs"],
+                        task,
+                        total=state["epochs"],
                         completed=state["epoch"] - 1 + state["step"] / whole,
                         description=f"{config.job} epoch {state['epoch']}/{state['epochs']}",
-                        note=f"{state['phase']} {state['step']}/{whole}")
+                        note=f"{state['phase']} {state['step']}/{whole}",
+                    )
 
             yield watch
 
     def _bar(self, *columns: TextColumn | MofNCompleteColumn) -> Progress:
         return Progress(
-            TextColumn("{task.description}"), BarColumn(), *columns, TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-            console=self.out, transient=True, disable=not self.out.is_terminal)
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *columns,
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.out,
+            transient=True,
+            disable=not self.out.is_terminal,
+        )
 
     def started(self, number: int, total: int, config: Config, run: RunPaths) -> None:
         """One line as a job starts."""
@@ -95,7 +104,8 @@ class Terminal:
         self.out.print(
             f"[green]{config.job} {word}[/green]: best epoch {result['best_epoch']}, accuracy "
             f"{_number(result['accuracy'])}, AUC {_number(result['auc'])}, "
-            f"{_number(result['minutes'], 1)} min")
+            f"{_number(result['minutes'], 1)} min"
+        )
 
 
 def _epoch_line(config: Config, line: dict[str, float | None]) -> str:
@@ -103,7 +113,8 @@ def _epoch_line(config: Config, line: dict[str, float | None]) -> str:
         f"{config.job} epoch {line['step']}/{config.train.epochs}: "
         f"loss {_number(line['train/loss'])}, validation loss {_number(line['val/log_loss'])}, "
         f"accuracy {_number(line['val/accuracy'])}, AUC {_number(line['val/auc'])}, "
-        f"{_number(line['train/images_per_s'], 0)} images/s")
+        f"{_number(line['train/images_per_s'], 0)} images/s"
+    )
 
 
 def _number(value: object, digits: int = 4) -> str:

@@ -89,8 +89,11 @@ class MlflowStore:
         with _creation_lock(self.uri):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(cfg.experiment)
-            self.experiment_id = found.experiment_id if found else (
-                self.client.create_experiment(cfg.experiment, artifacts))
+            self.experiment_id = (
+                found.experiment_id
+                if found
+                else (self.client.create_experiment(cfg.experiment, artifacts))
+            )
 
     def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str | None:
         """Starts a run; None if MLflow would not."""
@@ -106,8 +109,14 @@ class MlflowStore:
 
     def reopen(self, run_id: str) -> bool:
         """Sets an ended run to RUNNING again; False if it is not there."""
-        return _safely("reopen a run", lambda: self.client.update_run(run_id, status="RUNNING"),
-                       default=False) is None
+        return (
+            _safely(
+                "reopen a run",
+                lambda: self.client.update_run(run_id, status="RUNNING"),
+                default=False,
+            )
+            is None
+        )
 
     def log_params(self, run_id: str, params: dict[str, str]) -> None:
         from mlflow.entities import Param
@@ -132,10 +141,13 @@ class MlflowStore:
 
     def end_running_children(self, parent: str, name: str, status: str) -> None:
         """Ends the runs of one job that its dead process left RUNNING."""
-        query = (f"tags.`mlflow.parentRunId` = '{parent}' and "
-                 f"tags.`mlflow.runName` = '{name}' and attributes.status = 'RUNNING'")
-        found = _safely("search runs", lambda: self.client.search_runs(
-            [self.experiment_id], query), default=[])
+        query = (
+            f"tags.`mlflow.parentRunId` = '{parent}' and "
+            f"tags.`mlflow.runName` = '{name}' and attributes.status = 'RUNNING'"
+        )
+        found = _safely(
+            "search runs", lambda: self.client.search_runs([self.experiment_id], query), default=[]
+        )
         for run in found:
             self.end(run.info.run_id, status)
 
@@ -150,8 +162,12 @@ def open_store(cfg: TrackingConfig) -> MlflowStore | None:
 
 
 def open_tracker(
-    store: MlflowStore | None, journal: Path, name: str, parent: str | None,
-    params: dict[str, str], tags: dict[str, str],
+    store: MlflowStore | None,
+    journal: Path,
+    name: str,
+    parent: str | None,
+    params: dict[str, str],
+    tags: dict[str, str],
 ) -> Tracker:
     """A job's tracker; without a store, or if MLflow refuses the run, the journal alone."""
     run_id = store.open_run(name, tags, parent) if store else None
@@ -168,7 +184,8 @@ def _locations(cfg: TrackingConfig) -> tuple[str, str | None]:
     if uri.startswith("sqlite:///"):
         path = Path(uri.removeprefix("sqlite:///"))
         return f"sqlite:///{path.absolute()}", (
-            Path(cfg.artifacts or here / "mlartifacts").absolute().as_uri())
+            Path(cfg.artifacts or here / "mlartifacts").absolute().as_uri()
+        )
     if uri.startswith("file:") or "://" not in uri:
         raise UserError(
             f"tracking.uri is {uri!r}, but MLflow no longer writes to plain folders. Use "
@@ -205,6 +222,9 @@ def _safely(what: str, call: Callable[[], Any], default: Any = None) -> Any:
     try:
         return call()
     except Exception as error:  # a tracker must never end a training
-        log.warning("MLflow could not %s (%s); the run's own files are complete",
-                    what, " ".join(str(error).split())[:300])
+        log.warning(
+            "MLflow could not %s (%s); the run's own files are complete",
+            what,
+            " ".join(str(error).split())[:300],
+        )
         return default

@@ -73,17 +73,23 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         seen, train_seconds = seen + len(dataset.train.row), train_seconds + seconds
         logits = trainer.evaluate(epoch, tick)
         scores = multilabel_metrics(logits, dataset.val.target, LABELS)
-        tracker.log(_journal_line(trainer, train_loss, len(dataset.train.row) / seconds, scores),
-                    epoch)
+        tracker.log(
+            _journal_line(trainer, train_loss, len(dataset.train.row) / seconds, scores), epoch
+        )
         auc_top = np.fmax(auc_top, scores["auc"])
         if not best or is_better(scores, best, cfg.train.monitor):
             best = {**scores, "best_epoch": epoch}
             keep_best(run, trainer.model, dataset, logits, cfg)
     params, params_imagenet = count_parameters(cfg.model, len(LABELS))
     return {
-        **best, "auc_top": float(auc_top), "params": params, "params_imagenet": params_imagenet,
-        "epochs": cfg.train.epochs, "minutes": (time.perf_counter() - started) / 60,
-        "images_per_s": seen / train_seconds, "device": device_name(device),
+        **best,
+        "auc_top": float(auc_top),
+        "params": params,
+        "params_imagenet": params_imagenet,
+        "epochs": cfg.train.epochs,
+        "minutes": (time.perf_counter() - started) / 60,
+        "images_per_s": seen / train_seconds,
+        "device": device_name(device),
         "cohort": dataset.summary,
         "always_negative": always_negative(dataset.val.target, LABELS),
     }
@@ -118,10 +124,18 @@ class Trainer:
         optimizer = build_optimizer(cfg.optimizer, model)
         image_size = cfg.data.image_size or cfg.model.image_size
         if image_size > dataset.hu.shape[-1]:
-            log.warning("slices of %d pixels are enlarged to %d; data.cache_size=%d would decode "
-                        "them at full detail", dataset.hu.shape[-1], image_size, image_size)
+            log.warning(
+                "slices of %d pixels are enlarged to %d; data.cache_size=%d would decode "
+                "them at full detail",
+                dataset.hu.shape[-1],
+                image_size,
+                image_size,
+            )
         return Trainer(
-            cfg=cfg, device=device, model=model, optimizer=optimizer,
+            cfg=cfg,
+            device=device,
+            model=model,
+            optimizer=optimizer,
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
             loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
             train_loader=train,
@@ -211,18 +225,27 @@ def keep_best(
     metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": ",".join(LABELS)}
     save_weights(model, run.best, metadata)
     part = run.predictions.with_name("predictions.part.npz")
-    np.savez_compressed(part, image_id=dataset.val.image_id, logits=logits,
-                        target=dataset.val.target, labels=np.array(LABELS))
+    np.savez_compressed(
+        part,
+        image_id=dataset.val.image_id,
+        logits=logits,
+        target=dataset.val.target,
+        labels=np.array(LABELS),
+    )
     part.rename(run.predictions)
 
 
 def build_optimizer(cfg: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The torch optimizer of a config, over all parameters."""
-    kind = {"torch.optim.Adam": torch.optim.Adam, "torch.optim.AdamW": torch.optim.AdamW,
-            "torch.optim.SGD": torch.optim.SGD}[cfg._target_]
+    kind = {
+        "torch.optim.Adam": torch.optim.Adam,
+        "torch.optim.AdamW": torch.optim.AdamW,
+        "torch.optim.SGD": torch.optim.SGD,
+    }[cfg._target_]
     given = {k: getattr(cfg, k) for k in OPTIMIZER_SETTINGS[cfg._target_]}
-    settings = {k: tuple(v) if isinstance(v, list) else v
-                for k, v in given.items() if v is not None}
+    settings = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None
+    }
     return kind(model.parameters(), fused=True, **settings)
 
 
@@ -272,8 +295,16 @@ class ProgressFile:
         now = time.monotonic()
         if now - self.last >= 0.25 or step == steps:
             self.last = now
-            write_json(self.path, {"phase": phase, "epoch": epoch, "epochs": self.epochs,
-                                   "step": step, "steps": steps})
+            write_json(
+                self.path,
+                {
+                    "phase": phase,
+                    "epoch": epoch,
+                    "epochs": self.epochs,
+                    "step": step,
+                    "steps": steps,
+                },
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,12 +317,16 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
-    tracker = open_tracker(open_store(cfg.tracking), run.metrics, cfg.job, args.parent,
-                           flatten(cfg), _tags(cfg))
+    tracker = open_tracker(
+        open_store(cfg.tracking), run.metrics, cfg.job, args.parent, flatten(cfg), _tags(cfg)
+    )
     result: dict[str, Any] = {"status": KILLED, "reason": "ended by a signal"}
     try:
-        result = {"status": FINISHED, "reason": "",
-                  **fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs))}
+        result = {
+            "status": FINISHED,
+            "reason": "",
+            **fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs)),
+        }
     except Exception as error:  # the table has a row for whatever it was
         traceback.print_exc()
         prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -302,8 +337,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tags(cfg: Config) -> dict[str, str]:
-    return {"ich.sweep": cfg.name, "ich.job": cfg.job, "ich.model": cfg.model.name,
-            "ich.protocol": cfg.protocol.name, "ich.data": cfg.data.source.value}
+    return {
+        "ich.sweep": cfg.name,
+        "ich.job": cfg.job,
+        "ich.model": cfg.model.name,
+        "ich.protocol": cfg.protocol.name,
+        "ich.data": cfg.data.source.value,
+    }
 
 
 def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any]) -> None:
@@ -311,8 +351,17 @@ def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any])
     run.write_result({**identity, **result})
     run.progress.unlink(missing_ok=True)
     if result["status"] == FINISHED:
-        numbers = ("accuracy", "auc", "auc_macro", "auc_any", "auc_top", "best_epoch", "minutes",
-                   "images_per_s", "params")
+        numbers = (
+            "accuracy",
+            "auc",
+            "auc_macro",
+            "auc_any",
+            "auc_top",
+            "best_epoch",
+            "minutes",
+            "images_per_s",
+            "params",
+        )
         tracker.summary({f"best/{k}": float(result[k]) for k in numbers})
     for path in (run.config, run.best, run.predictions, run.log):
         if path.exists():

@@ -81,8 +81,9 @@ class Augment:
         A crop keeps a square of side `crop_min`..1 of the image, at a random place, and enlarges
         it to the full size. Flips and crop are one affine map, sampled once, bilinearly.
         """
-        moved = (draws[:, :3] < draws.new_tensor(
-            [self.cfg.hflip, self.cfg.vflip, self.cfg.crop])).any(1)
+        moved = (
+            draws[:, :3] < draws.new_tensor([self.cfg.hflip, self.cfg.vflip, self.cfg.crop])
+        ).any(1)
         picked = moved.nonzero().squeeze(1)
         if not len(picked):
             return hu
@@ -95,8 +96,11 @@ class Augment:
 
     def _theta(self, u: torch.Tensor) -> torch.Tensor:
         """Draws [B, 6] -> affine maps [B, 2, 3] from output to input, in -1..1 coordinates."""
-        side = torch.where(u[:, 2] < self.cfg.crop, self.cfg.crop_min
-                           + (1 - self.cfg.crop_min) * u[:, 3], torch.ones_like(u[:, 3]))
+        side = torch.where(
+            u[:, 2] < self.cfg.crop,
+            self.cfg.crop_min + (1 - self.cfg.crop_min) * u[:, 3],
+            torch.ones_like(u[:, 3]),
+        )
         shift = (1 - side)[:, None] * (2 * u[:, 4:6] - 1)
         sign = 1 - 2 * (u[:, :2] < u.new_tensor([self.cfg.hflip, self.cfg.vflip])).to(u.dtype)
         theta = torch.zeros(len(u), 2, 3)
@@ -110,8 +114,7 @@ def resize(hu: torch.Tensor, size: int) -> torch.Tensor:
     x = hu.unsqueeze(1).to(torch.float32)
     if x.shape[-1] == size:
         return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True,
-                         align_corners=False)
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:
@@ -119,8 +122,11 @@ def stream_seed(seed: int, epoch: int, stream: str) -> int:
 
     splitmix64's finalizer (Steele et al. 2014, doi 10.1145/2660193.2660195) spreads the bits.
     """
-    x = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9
-         + int.from_bytes(stream.encode()[:8], "little")) & 0xFFFFFFFFFFFFFFFF
+    x = (
+        seed * 0x9E3779B97F4A7C15
+        + epoch * 0xBF58476D1CE4E5B9
+        + int.from_bytes(stream.encode()[:8], "little")
+    ) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return (x ^ (x >> 31)) & 0x7FFFFFFFFFFFFFFF

@@ -44,8 +44,12 @@ def composed(tmp_path: Path) -> Callable[..., Config]:
     def make(*overrides: str) -> Config:
         register()
         register_resolvers()
-        own = [f"data.cache_dir={tmp_path / 'cache'}", f"sweep.output={tmp_path / 'out'}",
-               "name=test", "job=job"]
+        own = [
+            f"data.cache_dir={tmp_path / 'cache'}",
+            f"sweep.output={tmp_path / 'out'}",
+            "name=test",
+            "job=job",
+        ]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("config", overrides=[*own, *overrides])
         return typed(OmegaConf.create(OmegaConf.to_container(cfg)))

@@ -33,12 +33,30 @@ from ich.train import build_optimizer, build_scheduler
 from ich.transforms import Augment, CTWindows
 
 Compose = Callable[..., Config]
-GROUPS = ["data", "protocol", "windows", "augment", "loss", "optimizer", "scheduler", "train",
-          "tracking", "sweep"]
+GROUPS = [
+    "data",
+    "protocol",
+    "windows",
+    "augment",
+    "loss",
+    "optimizer",
+    "scheduler",
+    "train",
+    "tracking",
+    "sweep",
+]
 OPTIONS = [(g, f.stem) for g in GROUPS for f in sorted((CONF_DIR / g).glob("*.yaml"))]
 MODELS = sorted(f.stem for f in (CONF_DIR / "model").glob("*.yaml"))
-REPORT_MODELS = ["vgg16", "resnet50", "inception_v3", "mobilenet_v2", "xception",
-                 "efficientnet_b0", "efficientnet_b2", "efficientnet_b3"]
+REPORT_MODELS = [
+    "vgg16",
+    "resnet50",
+    "inception_v3",
+    "mobilenet_v2",
+    "xception",
+    "efficientnet_b0",
+    "efficientnet_b2",
+    "efficientnet_b3",
+]
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -147,8 +165,10 @@ def test_values_out_of_range_are_refused(composed: Compose, override: str, messa
 def test_unknown_names_and_types_are_refused(override: str, message: str) -> None:
     register()
     register_resolvers()
-    with (initialize_config_dir(str(CONF_DIR), version_base="1.3"),
-          pytest.raises(ConfigCompositionException) as error):
+    with (
+        initialize_config_dir(str(CONF_DIR), version_base="1.3"),
+        pytest.raises(ConfigCompositionException) as error,
+    ):
         compose("config", overrides=[override])
     assert re.search(message, f"{error.value} {error.value.__cause__}")
 

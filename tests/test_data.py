@@ -47,8 +47,13 @@ def read(text: str) -> tuple[pd.DataFrame, int]:
 
 def test_the_protocols_counts() -> None:
     cohort = apply_protocol(wide(1000, 20, 100), REPORT, subset=0.5)
-    assert cohort.steps == {"images": 1000, "oversampled": 1140, "subset": 570,
-                            "train": 484, "val": 86}
+    assert cohort.steps == {
+        "images": 1000,
+        "oversampled": 1140,
+        "subset": 570,
+        "train": 484,
+        "val": 86,
+    }
     whole = apply_protocol(wide(1000, 20, 100), REPORT, subset=1.0)
     assert whole.rows["image_id"].value_counts().head(20).eq(8).all()
     assert sorted(whole.rows.loc[whole.rows["image_id"] == "ID_000000000", "repeat"]) == [*range(8)]
@@ -71,7 +76,8 @@ def test_the_leak_is_measured() -> None:
     train = set(cohort.split("train")["image_id"])
     val = cohort.split("val")
     assert cohort.summary()["leak_images"] == pytest.approx(
-        np.mean([i in train for i in val["image_id"]]), abs=1e-4)
+        np.mean([i in train for i in val["image_id"]]), abs=1e-4
+    )
     assert cohort.summary()["leak_images"] > 0
     once = ProtocolConfig("report", 0, 1, 0.15)
     assert apply_protocol(wide(400, 50), once, 1.0).summary()["leak_images"] == 0
@@ -104,8 +110,10 @@ def test_labels_read_back_and_exact_repetitions_are_dropped_and_counted() -> Non
         (lambda t: t.replace("_any,1", "_any,", 1), r"line 7: ''\)"),
         (lambda t: t.replace("ID_000000000_any", "../../etc/passwd_any", 1), r"line 7: '../../etc"),
         (lambda t: t.replace("ID_000000000_any,1\n", ""), "ID_000000000 lack some of the 6 labels"),
-        (lambda t: t.replace("ID_000000000_any,1", "ID_000000000_any,0"),
-         "ID_000000000 have an `any` that is not the OR"),
+        (
+            lambda t: t.replace("ID_000000000_any,1", "ID_000000000_any,0"),
+            "ID_000000000 have an `any` that is not the OR",
+        ),
         (lambda t: t + "ID_000000000_epidural,0\n", "ID_000000000 have labels that contradict"),
         (lambda t: t.replace("ID,Label", "id,label"), "must have ID and Label"),
         (lambda t: "", "cannot be read as CSV"),
@@ -128,9 +136,13 @@ def test_folder_and_zip_give_the_same_slices(
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
         for file in sorted(phantom.rglob("*")):
             if file.is_file():
-                out.write(file, f"rsna-intracranial-hemorrhage-detection/{file.relative_to(phantom)}")
-    cohorts = [load_dataset(composed(f'data.root="{root}"', "data.workers=1", "data.cache_size=32"))
-               for root in (phantom, archive)]
+                out.write(
+                    file, f"rsna-intracranial-hemorrhage-detection/{file.relative_to(phantom)}"
+                )
+    cohorts = [
+        load_dataset(composed(f'data.root="{root}"', "data.workers=1", "data.cache_size=32"))
+        for root in (phantom, archive)
+    ]
     for side in ("train", "val"):
         a, b = (getattr(c, side) for c in cohorts)
         assert (a.image_id == b.image_id).all()
@@ -205,8 +217,11 @@ def test_bad_slices_are_quarantined_with_their_reason(phantom: Path, tmp_path: P
     images, store = images_of(root)
     cache = open_cache(images, store, tmp_path / "cache", 32, max_quarantine=0.1, workers=1)
     assert set(cache.quarantine["image_id"]) == set(bad)
-    assert cache.quarantine["reason"].str.contains(
-        "empty|cannot be decoded|not a DICOM file|missing").all()
+    assert (
+        cache.quarantine["reason"]
+        .str.contains("empty|cannot be decoded|not a DICOM file|missing")
+        .all()
+    )
     assert cache.quarantine["reason"].nunique() == 4
     assert set(cache.row) == set(images["image_id"]) - set(bad)
 
@@ -215,8 +230,9 @@ def test_quarantined_images_leave_the_cohort(
     composed: Callable[..., Config], phantom: Path, tmp_path: Path
 ) -> None:
     root, bad = damaged(phantom, tmp_path, 0.03)
-    config = composed(f"data.root={root}", "data.workers=1", "data.max_quarantine=0.1",
-                      "data.cache_size=32")
+    config = composed(
+        f"data.root={root}", "data.workers=1", "data.max_quarantine=0.1", "data.cache_size=32"
+    )
     dataset = load_dataset(config)
     used = {*dataset.train.image_id, *dataset.val.image_id}
     assert not used & set(bad)
@@ -229,8 +245,11 @@ def test_too_many_bad_slices_stop_the_build_and_leave_nothing(
 ) -> None:
     root, _ = damaged(phantom, tmp_path, 0.2)
     images, store = images_of(root)
-    with pytest.raises(UserError, match=r"slices cannot be used, more than data.max_quarantine=0.01"
-                                        r".*the file is empty \(\d+\)"):
+    with pytest.raises(
+        UserError,
+        match=r"slices cannot be used, more than data.max_quarantine=0.01"
+        r".*the file is empty \(\d+\)",
+    ):
         open_cache(images, store, tmp_path / "cache", 32, max_quarantine=0.01, workers=1)
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
@@ -325,8 +344,12 @@ def test_wrapped_12_bit_values_over_the_whole_range() -> None:
 
 
 def test_the_real_mini_set(composed: Callable[..., Config], shared: Path) -> None:
-    config = composed("data=rsna", f"data.root={shared / 'rsna_mini.zip'}", "data.subset=1.0",
-                      "data.cache_size=64")
+    config = composed(
+        "data=rsna",
+        f"data.root={shared / 'rsna_mini.zip'}",
+        "data.subset=1.0",
+        "data.cache_size=64",
+    )
     dataset = load_dataset(config)
     assert dataset.summary["images"] == 155
     assert dataset.summary["repeated_ids"] == 4

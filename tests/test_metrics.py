@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss as sk_log_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.metrics import log_loss as sk_log_loss
 
 from ich.config import LossConfig, LossName
 from ich.losses import build_loss, focal_loss
@@ -37,7 +38,8 @@ def test_accuracy_and_log_loss_against_scikit_learn() -> None:
     got = multilabel_metrics(logits, target, LABELS)
     probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
     assert got["accuracy"] == pytest.approx(
-        accuracy_score(target.ravel(), probability.ravel() > 0.5))
+        accuracy_score(target.ravel(), probability.ravel() > 0.5)
+    )
     assert got["log_loss"] == pytest.approx(sk_log_loss(target.ravel(), probability.ravel()))
 
 
@@ -71,6 +73,7 @@ def test_losses_by_hand() -> None:
     torch.testing.assert_close(weighted(logits, target), (terms * torch.tensor([4.0, 1.0])).mean())
     p_t = torch.where(target > 0, p, 1 - p)
     alpha = torch.where(target > 0, 0.25, 0.75)
-    torch.testing.assert_close(focal_loss(logits, target, 2.0, 0.25),
-                               (alpha * (1 - p_t) ** 2 * terms).mean())
+    torch.testing.assert_close(
+        focal_loss(logits, target, 2.0, 0.25), (alpha * (1 - p_t) ** 2 * terms).mean()
+    )
     torch.testing.assert_close(focal_loss(logits, target, 0.0, 0.5), terms.mean() / 2)

@@ -7,20 +7,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ich.config import CONF_DIR, ModelConfig, UserError
 from ich.model import build_model, count_parameters, ensure_weights, input_spec, load_weights
 from ich.model import save_weights as save
-from omegaconf import OmegaConf
 
 # Trained parameters in millions: convolutional base + Linear(6).
-TRAINED = {"vgg16": 14.72, "resnet50": 23.52, "inception_v3": 21.80, "mobilenet_v2": 2.23,
-           "xception": 20.82, "efficientnet_b0": 4.02, "efficientnet_b2": 7.71,
-           "efficientnet_b3": 10.71}
+TRAINED = {
+    "vgg16": 14.72,
+    "resnet50": 23.52,
+    "inception_v3": 21.80,
+    "mobilenet_v2": 2.23,
+    "xception": 20.82,
+    "efficientnet_b0": 4.02,
+    "efficientnet_b2": 7.71,
+    "efficientnet_b3": 10.71,
+}
 # The report's Table 1, millions.
-IMAGENET = {"vgg16": 138, "resnet50": 26, "inception_v3": 24, "mobilenet_v2": 3.5, "xception": 23,
-            "efficientnet_b0": 5.3, "efficientnet_b2": 9.2, "efficientnet_b3": 12}
+IMAGENET = {
+    "vgg16": 138,
+    "resnet50": 26,
+    "inception_v3": 24,
+    "mobilenet_v2": 3.5,
+    "xception": 23,
+    "efficientnet_b0": 5.3,
+    "efficientnet_b2": 9.2,
+    "efficientnet_b3": 12,
+}
 
 
 def config(name: str, **changes: object) -> ModelConfig:
@@ -111,7 +126,9 @@ def test_pretrained_weights_that_cannot_be_had_name_three_ways_out(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for proxy in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(proxy, raising=False)
-    ways = r"model.weights=FILE; fill the cache .*; or train from scratch with model.pretrained=false"
+    ways = (
+        r"model.weights=FILE; fill the cache .*; or train from scratch with model.pretrained=false"
+    )
     with pytest.raises(UserError, match=f"{name} .* are not at hand: HF_HUB_OFFLINE .*{ways}"):
         ensure_weights(config(name, pretrained=True))
 

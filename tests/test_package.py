@@ -26,8 +26,19 @@ HOMES = {
     "iterstrat": {"protocol"},
 }
 LEAVES = {"transforms", "losses", "metrics", "model"}
-LIGHT = {"config", "manifest", "protocol", "dicom", "cache", "data", "phantom", "results",
-         "terminal", "jobs", "launcher"}  # what composing and decoding need: no torch
+LIGHT = {
+    "config",
+    "manifest",
+    "protocol",
+    "dicom",
+    "cache",
+    "data",
+    "phantom",
+    "results",
+    "terminal",
+    "jobs",
+    "launcher",
+}  # what composing and decoding need: no torch
 
 
 def imports_of(path: Path) -> set[str]:
@@ -68,11 +79,16 @@ def test_leaves_import_only_config() -> None:
 
 def test_config_imports_nothing_heavy() -> None:
     assert {n.split(".")[0] for n in MODULES["config"]} <= {
-        *sys.stdlib_module_names, "omegaconf", "hydra"}
+        *sys.stdlib_module_names,
+        "omegaconf",
+        "hydra",
+    }
 
 
 def test_composing_and_decoding_need_no_torch() -> None:
-    code = f"import sys, {', '.join(f'ich.{m}' for m in sorted(LIGHT))}; print('torch' in sys.modules)"
+    code = (
+        f"import sys, {', '.join(f'ich.{m}' for m in sorted(LIGHT))}; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -85,24 +101,50 @@ def test_no_function_is_longer_than_eighty_lines() -> None:
 
 
 def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
-                   cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     with zipfile.ZipFile(next(iter(tmp_path.glob("*.whl")))) as wheel:
         wheel.extractall(site)
     assert {p.relative_to(site / "ich" / "conf") for p in (site / "ich/conf").rglob("*.yaml")} == {
-        p.relative_to(CONF_DIR) for p in CONF_DIR.rglob("*.yaml")}
+        p.relative_to(CONF_DIR) for p in CONF_DIR.rglob("*.yaml")
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "ich.sweep", "-m", "model=mobilenet_v2", "model.pretrained=false",
-         "data.image_size=32", "data.cache_size=32", f'data.root="{phantom}"', "train.epochs=1",
-         "data.workers=1", "tracking=none", "name=wheel"],
-        cwd=empty, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "ich.sweep",
+            "-m",
+            "model=mobilenet_v2",
+            "model.pretrained=false",
+            "data.image_size=32",
+            "data.cache_size=32",
+            f'data.root="{phantom}"',
+            "train.epochs=1",
+            "data.workers=1",
+            "tracking=none",
+            "name=wheel",
+        ],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert (empty / "multirun_reports/wheel/comparison.csv").exists()
-    where = subprocess.run([sys.executable, "-c", "import ich; print(ich.__file__)"], cwd=empty,
-                           env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True,
-                           text=True, check=True)
+    where = subprocess.run(
+        [sys.executable, "-c", "import ich; print(ich.__file__)"],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert where.stdout.startswith(str(site))
 
 
@@ -133,8 +175,12 @@ def test_every_sweep_command_of_the_readme_composes() -> None:
     assert len(commands) >= 4
     for command in commands:
         args = command.split("#")[0].split()
-        done = subprocess.run([sys.executable, "-m", "ich.sweep", *args, "--cfg", "job"],
-                              capture_output=True, text=True, cwd=REPOSITORY)
+        done = subprocess.run(
+            [sys.executable, "-m", "ich.sweep", *args, "--cfg", "job"],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 

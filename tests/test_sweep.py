@@ -15,8 +15,15 @@ from ich.config import UserError
 from ich.report import COLUMNS, best_cells, build_table, compare
 from ich.results import SweepPaths
 
-SMALL = ["model.pretrained=false", "data.image_size=40", "data.cache_size=40", "data.subset=0.5",
-         "data.workers=1", "train.epochs=1", "train.threads=1"]
+SMALL = [
+    "model.pretrained=false",
+    "data.image_size=40",
+    "data.cache_size=40",
+    "data.subset=0.5",
+    "data.workers=1",
+    "train.epochs=1",
+    "train.threads=1",
+]
 
 # A network that cannot take the demo's small images: composed and checked, it fails in training.
 BROKEN = """name: broken
@@ -27,8 +34,14 @@ image_size: 40
 
 def run(folder: Path, *args: str, module: str = "sweep") -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-m", f"ich.{module}", *args], cwd=folder, env=env,
-                          capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, "-m", f"ich.{module}", *args],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +50,19 @@ def sweep(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("a project")
     (folder / "extra" / "model").mkdir(parents=True)
     (folder / "extra" / "model" / "broken.yaml").write_text(BROKEN)
-    done = run(folder, "-m", "model=mobilenet_v2,broken,efficientnet_b0", "name=three",
-               f'data.root="{phantom}"', f"hydra.searchpath=[file://{folder / 'extra'}]", *SMALL)
+    done = run(
+        folder,
+        "-m",
+        "model=mobilenet_v2,broken,efficientnet_b0",
+        "name=three",
+        f'data.root="{phantom}"',
+        f"hydra.searchpath=[file://{folder / 'extra'}]",
+        *SMALL,
+    )
     return folder, done.stdout + done.stderr, done.returncode
 
 
-def test_one_failing_job_ends_neither_the_sweep_nor_the_table(
-    sweep: tuple[Path, str, int]
-) -> None:
+def test_one_failing_job_ends_neither_the_sweep_nor_the_table(sweep: tuple[Path, str, int]) -> None:
     folder, output, status = sweep
     assert status == 1, output
     table = pd.read_csv(folder / "multirun_reports" / "three" / "comparison.csv")
@@ -52,7 +70,8 @@ def test_one_failing_job_ends_neither_the_sweep_nor_the_table(
     assert list(table["job"].fillna("")) == ["mobilenet_v2", "broken", "efficientnet_b0", ""]
     assert list(table["status"].fillna("")) == ["finished", "failed", "finished", ""]
     assert "RuntimeError: Calculated padded input size" in table["reason"][1] or (
-        "Kernel size" in table["reason"][1])
+        "Kernel size" in table["reason"][1]
+    )
     assert table["model"][3] == "always negative"
     assert table["accuracy"].notna().tolist() == [True, False, True, True]
     assert "Traceback" in (folder / "multirun_reports/three/broken/job.log").read_text()
@@ -75,17 +94,29 @@ def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None
     experiment = client.get_experiment_by_name("ich")
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
     assert {n: r.info.status for n, r in runs.items()} == {
-        "three": "FAILED", "mobilenet_v2": "FINISHED", "broken": "FAILED",
-        "efficientnet_b0": "FINISHED"}
+        "three": "FAILED",
+        "mobilenet_v2": "FINISHED",
+        "broken": "FAILED",
+        "efficientnet_b0": "FINISHED",
+    }
     job = runs["mobilenet_v2"]
     assert job.data.tags["mlflow.parentRunId"] == runs["three"].info.run_id
     assert job.data.params["optimizer.lr"] == "0.0001"
-    assert {"train/loss", "train/lr", "train/images_per_s", "val/accuracy", "val/auc",
-            "val/auc_macro", "val/auc_any", "best/accuracy"} <= set(job.data.metrics)
+    assert {
+        "train/loss",
+        "train/lr",
+        "train/images_per_s",
+        "val/accuracy",
+        "val/auc",
+        "val/auc_macro",
+        "val/auc_any",
+        "best/accuracy",
+    } <= set(job.data.metrics)
     files = {f.path for f in client.list_artifacts(job.info.run_id)}
     assert {"config.yaml", "best.safetensors", "predictions.npz"} <= files
     assert {"comparison.csv", "comparison.md", "figures"} <= {
-        f.path for f in client.list_artifacts(runs["three"].info.run_id)}
+        f.path for f in client.list_artifacts(runs["three"].info.run_id)
+    }
 
 
 def test_the_table_is_rebuilt_from_the_files_alone(sweep: tuple[Path, str, int]) -> None:
@@ -117,8 +148,14 @@ def test_the_same_command_again_runs_only_what_is_missing(
 
 
 def test_a_single_training_has_a_folder_and_a_table_too(phantom: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, "model=mobilenet_v2", f'data.root="{phantom}"', "name=one",
-               "tracking=none", *SMALL)
+    done = run(
+        tmp_path,
+        "model=mobilenet_v2",
+        f'data.root="{phantom}"',
+        "name=one",
+        "tracking=none",
+        *SMALL,
+    )
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "multirun_reports/one/comparison.csv")
     assert table["status"][0] == "finished"
@@ -153,14 +190,27 @@ def test_mistakes_are_said_before_any_job_starts(
 
 
 def result(job: str, **values: object) -> dict[str, object]:
-    base = {"job": job, "model": job, "status": "finished", "reason": "", "accuracy": 0.9,
-            "auc": 0.8, "params": 10, "always_negative": {"accuracy": 0.88, "auc": 0.5}}
+    base = {
+        "job": job,
+        "model": job,
+        "status": "finished",
+        "reason": "",
+        "accuracy": 0.9,
+        "auc": 0.8,
+        "params": 10,
+        "always_negative": {"accuracy": 0.88, "auc": 0.5},
+    }
     return {**base, **values}
 
 
 def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
-    table = build_table([result("vgg16"), result("xception", accuracy=0.95, params=5),
-                         result("mobilenet_v2", auc=None, status="failed", params=1)])
+    table = build_table(
+        [
+            result("vgg16"),
+            result("xception", accuracy=0.95, params=5),
+            result("mobilenet_v2", auc=None, status="failed", params=1),
+        ]
+    )
     assert {(1, "accuracy"), (0, "auc"), (1, "auc"), (1, "params")} <= best_cells(table)
     assert (2, "params") not in best_cells(table)
     assert table.loc[0, "report_auc"] == 0.9619

@@ -25,8 +25,15 @@ from ich.tracking import Tracker
 from ich.train import Trainer, fit, is_better, main
 
 Compose = Callable[..., Config]
-SMALL = ["model=mobilenet_v2", "model.pretrained=false", "data.image_size=32",
-         "data.cache_size=32", "data.workers=1", "tracking=none", "optimizer.lr=3e-3"]
+SMALL = [
+    "model=mobilenet_v2",
+    "model.pretrained=false",
+    "data.image_size=32",
+    "data.cache_size=32",
+    "data.workers=1",
+    "tracking=none",
+    "optimizer.lr=3e-3",
+]
 
 
 def quiet(*_: object) -> None:
@@ -124,8 +131,9 @@ def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -
 
 
 def split(rows: int) -> Split:
-    return Split(np.array([f"ID_{i}" for i in range(rows)]), np.arange(rows),
-                 np.zeros((rows, 6), np.float32))
+    return Split(
+        np.array([f"ID_{i}" for i in range(rows)]), np.arange(rows), np.zeros((rows, 6), np.float32)
+    )
 
 
 def test_an_epoch_serves_every_row_once_in_a_seeded_order() -> None:

@@ -9,8 +9,11 @@ import torch
 from ich.config import AugmentConfig, WindowConfig
 from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
 
-WINDOWS = [WindowConfig("brain", 40, 80), WindowConfig("subdural", 80, 200),
-           WindowConfig("soft_tissue", 40, 380)]
+WINDOWS = [
+    WindowConfig("brain", 40, 80),
+    WindowConfig("subdural", 80, 200),
+    WindowConfig("soft_tissue", 40, 380),
+]
 NONE = AugmentConfig(hflip=0, vflip=0, crop=0, crop_min=1)
 
 
@@ -76,8 +79,12 @@ def test_draws_depend_on_seed_and_epoch_alone() -> None:
     assert torch.equal(augment.draws(3, 5, 10), augment.draws(3, 5, 10))
     assert not torch.equal(augment.draws(3, 5, 10), augment.draws(3, 6, 10))
     assert not torch.equal(augment.draws(3, 5, 10), augment.draws(4, 5, 10))
-    seeds = {stream_seed(s, e, name) for s in range(20) for e in range(20)
-             for name in ("order", "augment", "init")}
+    seeds = {
+        stream_seed(s, e, name)
+        for s in range(20)
+        for e in range(20)
+        for name in ("order", "augment", "init")
+    }
     assert len(seeds) == 20 * 20 * 3
 
 
