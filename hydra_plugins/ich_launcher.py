@@ -1,4 +1,4 @@
-"""The hook by which Hydra finds our launcher: it accepts launchers of this namespace package only."""
+"""The hook by which Hydra finds our launcher: it takes launchers of this namespace only."""
 
 from ich.launcher import LocalLauncher as _LocalLauncher
 

@@ -131,7 +131,7 @@ def _wait(device: torch.device) -> None:
 
 def _model_config(name: str) -> ModelConfig:
     values = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml"))
-    return ModelConfig(**{**values, "pretrained": False})  # type: ignore[arg-type,dict-item]
+    return ModelConfig(**{**values, "pretrained": False})  # type: ignore[dict-item]
 
 
 def write_report(rows: dict[str, dict[str, float]], out: Path, settings: str) -> Path:

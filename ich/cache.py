@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +35,17 @@ DECODER_VERSION = 1  # raise it when the same file would decode to other values
 _CHUNK = 64  # slices a worker takes at a time
 
 Progress = Callable[[int, int], None]
+
+# What reading a file or an archive's member raises: damage, encryption, unknown compression.
+_UNREADABLE = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    NotImplementedError,
+    EOFError,
+    KeyError,
+)
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,14 @@ def open_cache(
         with lock(folder / f"{place.name}.lock"):
             if not (place / "meta.json").exists():
                 _build(images, store, place, size, max_quarantine, workers, progress)
-    return _open(place)
+    cache = _open(place)
+    _check_quarantine(cache.quarantine["reason"].tolist(), len(images), max_quarantine)
+    return cache
 
 
 def _fingerprint(images: pd.DataFrame, store: SliceStore, size: int) -> str:
     digest = hashlib.sha256(f"{DECODER_VERSION}|{size}|{store.identity()}".encode())
-    digest.update("\n".join(images["image_id"]).encode())
+    digest.update("\n".join(images["image_id"] + " " + images["path"]).encode())
     return digest.hexdigest()[:12]
 
 
@@ -124,7 +138,7 @@ def _build(
     try:
         _require_space(part, len(images) * size * size * 2)
         reasons = _decode_all(images, store, part / "hu.npy", size, workers, progress)
-        _check_quarantine(reasons, len(images), max_quarantine)
+        _check_quarantine(list(reasons.values()), len(images), max_quarantine)
         ids = images["image_id"].to_numpy()
         good = [i for i in range(len(ids)) if i not in reasons]
         pd.DataFrame({"image_id": ids[good], "row": good}).to_csv(part / "index.csv", index=False)
@@ -150,9 +164,9 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _check_quarantine(reasons: dict[int, str], total: int, allowed: float) -> None:
+def _check_quarantine(reasons: list[str], total: int, allowed: float) -> None:
     if len(reasons) > allowed * total:
-        common = Counter(reasons.values()).most_common(10)
+        common = Counter(reasons).most_common(10)
         raise UserError(
             f"{len(reasons):,} of {total:,} slices cannot be used, more than data.max_quarantine="
             f"{allowed:g} allows. The commonest reasons: "
@@ -176,12 +190,19 @@ def _decode_all(
     jobs = [(store.root, [paths[i] for i in rows], rows.start, target, size) for rows in chunks]
     reasons: dict[int, str] = {}
     done = 0
-    for count, failed in _run(jobs, min(workers or os.cpu_count() or 1, len(jobs))):
+    for count, failed in _run(jobs, min(workers or available_cores(), len(jobs))):
         done += count
         reasons |= failed
         if progress:
             progress(done, len(paths))
     return reasons
+
+
+def available_cores() -> int:
+    """Cores this process may use: a batch system or a container may have set fewer."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _Job = tuple[Path, list[str], int, Path, int]
@@ -225,7 +246,7 @@ def _read_bytes(root: Path, path: str) -> bytes:
                 raise DicomError("not a regular file")
             return file.read_bytes()
         return _archive(root).read(path)
-    except (OSError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except _UNREADABLE as error:
         raise DicomError(f"cannot be read ({type(error).__name__})") from None
 
 

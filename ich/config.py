@@ -265,6 +265,26 @@ def flatten(config: Config) -> dict[str, str]:
     return flat
 
 
+# What a training's outcome does not depend on: changing these repeats nothing.
+_INCIDENTAL = (
+    "sweep",
+    "tracking",
+    "data.workers",
+    "data.cache_dir",
+    "data.max_quarantine",
+    "train.threads",
+)
+
+
+def _is_incidental(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in _INCIDENTAL)
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What makes this training this one: its flat settings without the incidental ones."""
+    return {k: v for k, v in flatten(config).items() if not _is_incidental(k)}
+
+
 def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) -> str:
     """A job's folder: its model, then the other swept overrides; only characters safe in a path.
 
@@ -283,15 +303,15 @@ def sweep_name(task_overrides: Iterable[str], swept: Iterable[str], base: str) -
     """A sweep's folder: `base`, and a hash of the overrides that all its jobs share, if any.
 
     Adding a model, or another value to what is swept over, therefore stays in the same folder.
+    `base` is the experiment, or the data where there is no experiment.
     """
-    ignored = {"model", "experiment", "name", "data", *swept}
-    shared = sorted(
-        o
-        for o in task_overrides
-        if (key := o.split("=", 1)[0].lstrip("+~")) not in ignored
-        and key.split(".")[0] not in ("sweep", "tracking")
-    )
-    return f"{base}-{_short_hash(shared)}" if shared else base
+    ignored = {"model", "experiment", "name", f"data={base}", *swept}
+    shared = []
+    for override in task_overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if not ignored & {key, override} and not _is_incidental(key):
+            shared.append(override)
+    return f"{base}-{_short_hash(sorted(shared))}" if shared else base
 
 
 def _short_hash(parts: list[str]) -> str:
@@ -325,6 +345,14 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
             bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", c.name)),
             "letters, digits and _.+- (it becomes a folder)",
         ),
+        (
+            "job",
+            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", c.job))
+            and c.job not in ("superseded", "figures"),
+            "letters, digits and _.,=+- (it becomes a folder), and not superseded or figures",
+        ),
+        ("seed", 0 <= c.seed < 2**63, "0 or more"),
+        ("protocol.seed", 0 <= c.protocol.seed < 2**32, "from 0 to 4294967295"),
         ("data.subset", 0 < c.data.subset <= 1, "above 0 and at most 1"),
         ("data.cache_size", 16 <= c.data.cache_size <= 1024, "from 16 to 1024 pixels"),
         ("data.max_quarantine", 0 <= c.data.max_quarantine <= 1, share),
@@ -341,6 +369,20 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ("loss.gamma", c.loss.gamma is None or 0 <= c.loss.gamma < math.inf, "0 or more"),
         ("loss.alpha", c.loss.alpha is None or 0 < c.loss.alpha < 1, "above 0 and below 1"),
         ("optimizer.lr", 0 < c.optimizer.lr < math.inf, "a finite number above 0"),
+        *(
+            (f"optimizer.{k}", v is None or 0 <= v < math.inf, "a finite number, 0 or more")
+            for k, v in (
+                ("weight_decay", c.optimizer.weight_decay),
+                ("eps", c.optimizer.eps),
+                ("momentum", c.optimizer.momentum),
+            )
+        ),
+        (
+            "optimizer.betas",
+            c.optimizer.betas is None
+            or (len(c.optimizer.betas) == 2 and all(0 <= b < 1 for b in c.optimizer.betas)),
+            "two numbers from 0 to below 1",
+        ),
         ("scheduler.warmup", 0 <= c.scheduler.warmup < 1, "from 0 to below 1"),
         ("train.epochs", c.train.epochs >= 1, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
@@ -368,8 +410,14 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         )
 
 
+def image_size(config: Config) -> int:
+    """Side of the network's input, pixels: `data.image_size`, or the model's own."""
+    own = config.model.image_size
+    return own if config.data.image_size is None else config.data.image_size
+
+
 def _check_image_size(config: Config) -> None:
-    size = config.data.image_size or config.model.image_size
+    size = image_size(config)
     if not config.model.min_size <= size <= 2048:
         raise UserError(
             f"the image size is {size} pixels, but {config.model.name} needs at least "

@@ -75,13 +75,13 @@ def open_store(cfg: DataConfig, report: Report | None = None) -> SliceStore:
             "data.root=PATH, or use data=phantom, which needs no files."
         )
     p = cfg.phantom
-    try:
-        spec = PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
-    except ValueError as error:
-        raise UserError(f"data.phantom: {error}") from None
     name = f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
     step = (lambda done, total: report("simulating patients", done, total)) if report else None
-    return SliceStore(ensure_phantom(Path(cfg.cache_dir) / name, spec, progress=step))
+    try:
+        spec = PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
+        return SliceStore(ensure_phantom(Path(cfg.cache_dir) / name, spec, progress=step))
+    except (ValueError, FileExistsError, PermissionError) as error:
+        raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
 
 def load_cohort(cfg: Config, store: SliceStore) -> Cohort:

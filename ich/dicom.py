@@ -33,34 +33,44 @@ def read_hu(data: bytes) -> np.ndarray:
         DicomError: the file is no DICOM, no single-frame greyscale CT slice, or damaged.
     """
     dataset = _parse(data)
-    _check_is_ct_slice(dataset)
-    slope = _finite(dataset, "RescaleSlope")
-    intercept = _finite(dataset, "RescaleIntercept")
+    try:
+        _check_is_ct_slice(dataset)
+        slope = _finite(dataset, "RescaleSlope")
+        intercept = _finite(dataset, "RescaleIntercept")
+        wrapped = _is_wrapped(dataset, intercept)
+    except DicomError:
+        raise
+    except Exception as error:  # a damaged element raises when it is first looked at
+        raise DicomError(f"unreadable header ({type(error).__name__})") from None
     if slope == 0:
         raise DicomError("RescaleSlope is 0, so stored values carry no HU")
+    if wrapped and slope != 1:
+        raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
     stored = _stored_values(dataset)
-    if _is_wrapped(dataset, intercept):
-        return unwrap_12bit(stored)
+    if wrapped:
+        return unwrap_12bit(stored, round(intercept))
     hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     return np.clip(np.rint(hu), HU_MIN, HU_MAX).astype(np.int16)
 
 
-def unwrap_12bit(stored: np.ndarray) -> np.ndarray:
+def unwrap_12bit(stored: np.ndarray, intercept: int = 0) -> np.ndarray:
     """HU of 12-bit unsigned files whose values were stored modulo 4096.
 
     Some scanners' files declare an intercept near 0 with BitsStored 12, unsigned: they hold HU
-    itself, and what is below 0 wrapped around. -1024..3071 are exactly 4,096 values, so the wrap
-    can be undone without loss: 0..3071 are themselves and 3072..4095 are -1024..-1. (The popular
-    fix adds 1000 before it wraps, which turns air, -1024 stored as 3072, into +3072.)
+    itself (less the intercept), and what is below 0 wrapped around. -1024..3071 are exactly 4,096
+    values, so the wrap can be undone without loss: with intercept 0, 0..3071 are themselves and
+    3072..4095 are -1024..-1. (The popular fix adds 1000 before it wraps, which turns air, -1024
+    stored as 3072, into +3072.)
 
     Args:
         stored: unsigned integers [H, W] in 0..4095.
+        intercept: RescaleIntercept, HU.
 
     Returns:
         int16 [H, W], HU in -1024..3071.
     """
-    values = stored.astype(np.int16)
-    return np.where(values > HU_MAX, values - np.int16(4096), values)
+    values = stored.astype(np.int32) + intercept
+    return ((values - HU_MIN) % 4096 + HU_MIN).astype(np.int16)
 
 
 def _is_wrapped(dataset: pydicom.Dataset, intercept: float) -> bool:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from ich.config import Config, to_yaml
-from ich.results import FAILED, KILLED, RunPaths
+from ich.results import FAILED, FINISHED, KILLED, RunPaths
 from ich.tracking import open_store
 
 _POLL_SECONDS = 0.2
@@ -35,19 +35,26 @@ def run_job(
         parent: the sweep's MLflow run.
         watch: called several times a second while the child runs.
     """
-    text = to_yaml(config)
-    if run.is_finished(text):
+    if run.is_finished(config):
         return run.read_result()
     run.supersede()
     run.root.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(text)
+    run.config.write_text(to_yaml(config))
     command = [sys.executable, "-m", "ich.train", str(run.root)]
     if parent:
         command += ["--parent", parent]
-    reason = supervise(command, run, config.sweep.time_limit, watch)
-    if not run.result.exists():
+    try:
+        reason = supervise(command, run, config.sweep.time_limit, watch)
+        died = not run.result.exists()
+    except JobTimeoutError as error:
+        reason, died = str(error), run.read_result()["status"] != FINISHED
+    if died:
         _write_death(config, run, parent, reason)
     return run.read_result()
+
+
+class JobTimeoutError(Exception):
+    """A job exceeded its time limit and has been ended."""
 
 
 def supervise(
@@ -56,6 +63,9 @@ def supervise(
     """Runs a command with its output in the run's log; returns how it ended, in words.
 
     A time limit (minutes) or an interrupt of this process ends the child, first with SIGTERM.
+
+    Raises:
+        JobTimeoutError: the time limit was exceeded.
     """
     deadline = time.monotonic() + time_limit * 60 if time_limit else float("inf")
     with run.log.open("ab") as log:
@@ -71,8 +81,7 @@ def supervise(
             while child.poll() is None:
                 if time.monotonic() > deadline:
                     _stop(child)
-                    run.result.unlink(missing_ok=True)
-                    return f"exceeded its time limit of {time_limit:g} minutes"
+                    raise JobTimeoutError(f"exceeded its time limit of {time_limit:g} minutes")
                 watch()
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -112,9 +121,18 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     """The result of a child that could not write its own, and the end of its MLflow run."""
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
+    mlflow_run = run.read_result().get("mlflow_run")
     run.write_result(
-        {"status": status, "reason": reason, "job": config.job, "model": config.model.name}
+        {
+            "status": status,
+            "reason": reason,
+            "job": config.job,
+            "model": config.model.name,
+            "mlflow_run": mlflow_run,
+        }
     )
     store = open_store(config.tracking)
-    if store is not None and parent is not None:
+    if store is not None and mlflow_run:
+        store.end(mlflow_run, status.upper())
+    elif store is not None and parent:
         store.end_running_children(parent, config.job, status.upper())

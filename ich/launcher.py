@@ -59,7 +59,6 @@ class LocalLauncher(Launcher):
             # Fixed here: seen from inside one job, nothing tells what the sweep varies.
             job.name = str(self.config.name)
             job.job = job_name(job.hydra.overrides.task, swept, job.model.name)
-            job.hydra.sweep.dir = str(self.config.hydra.sweep.dir)
         return job
 
 
@@ -70,7 +69,12 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
             sweep = open_sweep(configs, report)
         except UserError as error:
             raise CompactHydraException(f"ich: {error}") from None
-    launched.append((sweep, configs[0]))
+        except OSError as error:
+            raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+    if sweep not in [s for s, _ in launched]:
+        launched.append((sweep, configs[0]))
+    done = sum(sweep.run(c.job).is_finished(c) for c in configs)
+    Terminal().opened(sweep, len(configs), done)
     return sweep
 
 

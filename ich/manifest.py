@@ -24,6 +24,13 @@ LABELS = (*SUBTYPES, "any")
 
 # An id becomes part of a path, so nothing but the data set's own form is accepted.
 _ROW_ID = re.compile(r"(ID_[0-9A-Za-z]+)_([a-z]+)")
+_BAD_CSV = (
+    pd.errors.ParserError,
+    pd.errors.EmptyDataError,
+    UnicodeDecodeError,
+    OSError,
+    zipfile.BadZipFile,
+)
 _TRAIN_CSV = re.compile(r"stage_[12]_train\.csv")
 _TRAIN_DIR = re.compile(r"stage_[12]_train(_images)?")
 
@@ -44,7 +51,7 @@ def read_labels(source: Path | IO[bytes], name: str) -> tuple[pd.DataFrame, int]
             `any` that is not the OR of the subtypes (by id).
     """
     long = _read_csv(source, name)
-    parts = long["ID"].str.extract(f"^{_ROW_ID.pattern}$")
+    parts = long["ID"].str.extract(rf"^{_ROW_ID.pattern}\Z")
     _refuse_rows(name, long["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
     _refuse_rows(name, long["ID"], ~parts[1].isin(LABELS), f"ends in none of {', '.join(LABELS)}")
     value = pd.to_numeric(long["Label"], errors="coerce")
@@ -55,8 +62,8 @@ def read_labels(source: Path | IO[bytes], name: str) -> tuple[pd.DataFrame, int]
 
 def _read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
+    except _BAD_CSV as error:
         raise UserError(f"the label file {name} cannot be read as CSV: {error}") from None
     if list(frame.columns[:2]) != ["ID", "Label"]:
         raise UserError(
@@ -172,13 +179,11 @@ class SliceStore:
         if self.is_zip:
             names: Iterable[str] = self._members
         else:
-            folders = [
-                d
-                for g in ("*", "*/*")
-                for d in sorted(self.root.glob(g))
-                if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)
-            ]
-            names = (f.relative_to(self.root).as_posix() for d in folders for f in d.iterdir())
+            names = (
+                f.relative_to(self.root).as_posix()
+                for d in self._slice_folders()
+                for f in d.iterdir()
+            )
         paths = (PurePosixPath(n) for n in names)
         return {
             p.stem: str(p)
@@ -186,10 +191,19 @@ class SliceStore:
             if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)
         }
 
+    def _slice_folders(self) -> list[Path]:
+        return [
+            d
+            for g in ("*", "*/*")
+            for d in sorted(self.root.glob(g))
+            if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)
+        ]
+
     def identity(self) -> str:
-        """Changes when the store is another one (its place; an archive's size and time too)."""
-        stat = self.root.stat()
-        return f"{self.root.resolve()}|{(stat.st_size, stat.st_mtime_ns) if self.is_zip else ''}"
+        """Changes with the store's place, an archive's size and time, a folder's list of files."""
+        parts = [self.root] if self.is_zip else self._slice_folders()
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+        return f"{self.root.resolve()}|{stats}"
 
 
 def build_manifest(labels: pd.DataFrame, store: SliceStore) -> pd.DataFrame:

@@ -28,9 +28,10 @@ def multilabel_metrics(
     logits, target = logits.astype(np.float64), target.astype(np.float64)
     per_label = {f"auc_{k}": auc(logits[:, i], target[:, i]) for i, k in enumerate(labels)}
     defined = [v for v in per_label.values() if not np.isnan(v)]
+    right = (logits > 0) == (target > 0.5)
     return {
         "log_loss": log_loss(logits, target),
-        "accuracy": float(((logits > 0) == (target > 0.5)).mean()),
+        "accuracy": float(right.mean()) if np.isfinite(logits).all() else float("nan"),
         "auc": auc(logits.ravel(), target.ravel()),
         "auc_macro": float(np.mean(defined)) if defined else float("nan"),
         **per_label,
@@ -39,7 +40,8 @@ def multilabel_metrics(
 
 def log_loss(logits: np.ndarray, target: np.ndarray) -> float:
     """Mean binary cross-entropy, from logits, so that no probability has to be clipped."""
-    return float(np.mean(np.logaddexp(0, logits) - logits * target))
+    with np.errstate(invalid="ignore"):  # NaN logits have a NaN loss, and that is no news
+        return float(np.mean(np.logaddexp(0, logits) - logits * target))
 
 
 def auc(score: np.ndarray, target: np.ndarray) -> float:

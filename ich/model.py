@@ -94,6 +94,43 @@ def count_parameters(cfg: ModelConfig, outputs: int = 6) -> tuple[int, int]:
     return _count(ours), _count(imagenet)
 
 
+def check_architecture(cfg: ModelConfig, channels: int, size: int, outputs: int = 6) -> None:
+    """Takes one step on torch's meta device, where shapes are computed and nothing is stored.
+
+    Raises:
+        UserError: the network does not take this input, or has parameters no gradient reaches
+            (its convolutional base is not what timm's `forward_features` returns).
+    """
+    input_spec(cfg)
+    with torch.device("meta"):
+        try:
+            model = _classifier(
+                timm.create_model(cfg.timm, num_classes=0, in_chans=channels), outputs
+            )
+            model(torch.zeros(2, channels, size, size)).sum().backward()
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            AssertionError,
+        ) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise UserError(
+                f"{cfg.name} ({cfg.timm}) cannot be trained on {channels} channels of {size} "
+                f"pixels as a convolutional base with one linear layer: {reason}. Change "
+                f"data.image_size, or choose a convolutional network."
+            ) from None
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    if unused:
+        raise UserError(
+            f"{cfg.name} ({cfg.timm}) has {len(unused)} tensors behind its convolutional base that "
+            f"would never be trained, the first is {unused[0]}. Choose a network whose features "
+            f"go straight into its classifier."
+        )
+
+
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -124,10 +161,10 @@ def _require_reachable(cfg: ModelConfig) -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise _no_weights(cfg, "HF_HUB_OFFLINE is set and the cache does not hold them")
-    url = constants.ENDPOINT if pretrained.hf_hub_id else pretrained.url
-    host = urlparse(url).hostname or ""
+    url = urlparse(constants.ENDPOINT if pretrained.hf_hub_id else pretrained.url)
+    host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
     try:
-        socket.create_connection((host, 443), timeout=5).close()
+        socket.create_connection((host, port), timeout=5).close()
     except OSError as error:
         raise _no_weights(cfg, f"{host} cannot be reached ({error})") from None
 

@@ -6,13 +6,16 @@ them. What is wrong in the eighth job is said here, and not after seven training
 
 from __future__ import annotations
 
+import fcntl
+import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from ich.config import Config, UserError, validate
+from ich.config import Config, UserError, image_size, validate
 from ich.data import Report, load_dataset
 from ich.results import SweepPaths, write_json
 from ich.tracking import open_store
@@ -32,10 +35,14 @@ def check_jobs(configs: Sequence[Config]) -> None:
             f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
             f"times in this command. Name each value once."
         )
-    from ich.model import ensure_weights  # torch takes seconds, which a typo need not wait for
+    from ich.model import (
+        check_architecture,
+        ensure_weights,
+    )  # torch takes seconds, which a typo need not wait for
 
-    for model in {repr(c.model): c.model for c in configs}.values():
-        ensure_weights(model)
+    for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():
+        check_architecture(c.model, len(c.windows.channels), image_size(c))
+        ensure_weights(c.model)
 
 
 def open_sweep(configs: Sequence[Config], report: Report | None = None) -> SweepPaths:
@@ -52,17 +59,18 @@ def open_sweep(configs: Sequence[Config], report: Report | None = None) -> Sweep
         UserError: see `check_jobs` and `ich.data.load_dataset`.
     """
     check_jobs(configs)
+    open_store(configs[0].tracking, required=True)
     for config in {repr((c.data, c.protocol)): c for c in configs}.values():
         load_dataset(config, report)
     first = configs[0]
     sweep = SweepPaths(Path(first.sweep.output) / first.name)
-    sweep.root.mkdir(parents=True, exist_ok=True)
+    earlier = _hold(sweep)
     parent = _open_parent(first, sweep)
     write_json(
         sweep.record,
         {
             "name": first.name,
-            "jobs": [c.job for c in configs],
+            "jobs": list(dict.fromkeys([*earlier, *(c.job for c in configs)])),
             "mlflow_run": parent,
             "started": time.strftime("%Y-%m-%d %H:%M"),
             "command": _command(),
@@ -71,14 +79,39 @@ def open_sweep(configs: Sequence[Config], report: Report | None = None) -> Sweep
     return sweep
 
 
+_held: dict[Path, IO[str]] = {}
+
+
+def _hold(sweep: SweepPaths) -> list[str]:
+    """Makes the sweep's folder and keeps it for this process; returns the jobs of earlier batches.
+
+    Raises:
+        UserError: another process runs a sweep in it.
+    """
+    if sweep.root in _held:
+        return list(sweep.read_record()["jobs"])
+    sweep.root.mkdir(parents=True, exist_ok=True)
+    handle = (sweep.root / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise UserError(
+            f"another sweep is running in {sweep.root}. Wait for it, or give this one a folder of "
+            f"its own with name=NAME."
+        ) from None
+    _held[sweep.root] = handle
+    return []
+
+
 def _command() -> str:
     module = Path(sys.argv[0]).stem
-    return " ".join(["python", "-m", f"ich.{module}", *sys.argv[1:]])
+    return shlex.join(["python", "-m", f"ich.{module}", *sys.argv[1:]])
 
 
 def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
     """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
-    store = open_store(config.tracking)
+    store = open_store(config.tracking, required=True)
     if store is None:
         return None
     earlier = sweep.read_record().get("mlflow_run")

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 from rich.measure import Measurement
 from rich.table import Table
 
-from ich.config import UserError, load
+from ich.config import UserError
 from ich.manifest import LABELS
 from ich.results import FINISHED, RunPaths, SweepPaths
 from ich.terminal import console
@@ -110,10 +113,16 @@ def compare(sweep: SweepPaths) -> pd.DataFrame:
 def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
     """One row per result, in order, in `COLUMNS`; what a job does not have is empty."""
     rows = [_row(result) for result in results]
-    finished = [r for r in results if r["status"] == FINISHED]
-    if finished:
-        rows.append({"model": BASELINE, **finished[0]["always_negative"]})
-    return pd.DataFrame(rows, columns=COLUMNS)
+    # One row per set of validation rows: a sweep over the cohort has several.
+    seen: list[dict[str, float]] = []
+    for result in results:
+        if result["status"] == FINISHED and result["always_negative"] not in seen:
+            seen.append(result["always_negative"])
+            where = f"the validation rows of {result['job']}" if len(seen) > 1 else ""
+            rows.append({"model": BASELINE, "reason": where, **result["always_negative"]})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    whole = ["params", "params_imagenet", "best_epoch"]
+    return table.astype(dict.fromkeys(whole, "Int64"))
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -127,40 +136,70 @@ def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
     finished = [r for r in results if r["status"] == FINISHED]
     if not finished:
         return ["No job has finished."]
-    cfg = load(sweep.run(finished[0]["job"]).config)
-    lines = [_cohort_line(cfg.data.source.value, cfg.protocol.name, finished[0]["cohort"])]
+    configs = [OmegaConf.load(sweep.run(r["job"]).config) for r in finished]
+
+    def setting(key: str) -> str:
+        return _either(OmegaConf.select(c, key) for c in configs)
+
+    distinct = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in finished}
+    cohorts = list(distinct.values())
+    lines = [
+        f"Protocol `{setting('protocol.name')}` on `{setting('data.source')}`: "
+        + "; or ".join(map(_cohort, cohorts))
+        + "."
+    ]
+    leaks = _either(f"{c['leak_images']:.1%}" for c in cohorts)
     lines.append(
         "Selected and scored on the same validation rows: there is no test set. "
-        f"{finished[0]['cohort']['leak_images']:.1%} of the validation rows show an image that is "
-        "also trained on, and the split does not keep a patient's slices together."
+        f"{leaks} of the validation rows show an image that is also trained on, and the split does "
+        "not keep a patient's slices together."
     )
+    starts = _either(_start(c) for c in configs)
     lines.append(
-        f"{cfg.train.epochs} epochs, batch {cfg.train.batch_size}, learning rate "
-        f"{cfg.optimizer.lr:g}, {_pixels(cfg.data.image_size)}, "
-        f"{_start(cfg.model.weights, cfg.model.pretrained)}; one seed ({cfg.seed}), "
-        "so small differences mean nothing. Every metric is that of the epoch with the best "
-        f"validation {cfg.train.monitor.value}. {finished[0]['device']}."
+        f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
+        f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
+        f"{starts}, seed {setting('seed')}. Intervals are not computed: small differences mean "
+        f"nothing. Every metric is that of the epoch with the best validation "
+        f"{setting('train.monitor')}. {_either(r['device'] for r in finished)}."
     )
+    if "rsna" not in setting("data.source"):
+        lines.append(
+            "The report's columns are its own results on the RSNA set, for orientation; "
+            "nothing here compares with them."
+        )
     return lines
 
 
-def _cohort_line(source: str, protocol: str, c: dict[str, Any]) -> str:
+def _either(values: Iterable[Any]) -> str:
+    """The value that all share, or all the values there are."""
+    return " or ".join(dict.fromkeys(str(v) for v in values))
+
+
+def _cohort(c: dict[str, Any]) -> str:
     quarantined = f", {c['quarantined']} undecodable and left out" if c["quarantined"] else ""
     return (
-        f"Protocol `{protocol}` on `{source}`: {c['images']:,} images, {c['oversampled']:,} rows "
-        f"after epidural oversampling, {c['subset']:,} in the subset, {c['train']:,} for training "
-        f"and {c['val']:,} for validation{quarantined}."
+        f"{c['images']:,} images, {c['oversampled']:,} rows after epidural oversampling, "
+        f"{c['subset']:,} in the subset, {c['train']:,} for training and {c['val']:,} for "
+        f"validation{quarantined}"
     )
 
 
-def _pixels(image_size: int | None) -> str:
-    return f"{image_size} px" if image_size else "each model's own image size"
+def _optimizer(cfg: Any) -> str:
+    name = str(OmegaConf.select(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
+    return f"{name} {float(OmegaConf.select(cfg, 'optimizer.lr')):g}"
 
 
-def _start(weights: str | None, pretrained: bool) -> str:
-    if weights:
+def _pixels(cfg: Any) -> str:
+    size = OmegaConf.select(cfg, "data.image_size")
+    return f"{size} px" if size else "each model's own image size"
+
+
+def _start(cfg: Any) -> str:
+    if OmegaConf.select(cfg, "model.weights"):
         return "weights from a local file"
-    return "ImageNet weights" if pretrained else "random initialization (no pretrained weights)"
+    if OmegaConf.select(cfg, "model.pretrained"):
+        return "ImageNet weights"
+    return "random initialization (no pretrained weights)"
 
 
 def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:

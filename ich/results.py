@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
+
+from ich.config import Config, identity, load
+
 FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
 
 
@@ -52,7 +56,10 @@ class RunPaths:
         """The run's outcome; a run that never wrote one is `not started`."""
         if not self.result.exists():
             return {"status": NOT_STARTED, "reason": ""}
-        result: dict[str, Any] = json.loads(self.result.read_text())
+        try:
+            result: dict[str, Any] = json.loads(self.result.read_text())
+        except json.JSONDecodeError:
+            return {"status": FAILED, "reason": f"{self.result.name} is damaged"}
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -66,14 +73,14 @@ class RunPaths:
         lines = self.metrics.read_text().splitlines()
         return list(_parsed(lines))
 
-    def is_finished(self, config_yaml: str) -> bool:
-        """Whether this folder holds a finished run of exactly this config, weights included."""
-        return (
-            self.read_result()["status"] == FINISHED
-            and self.best.exists()
-            and self.config.exists()
-            and self.config.read_text() == config_yaml
-        )
+    def is_finished(self, config: Config) -> bool:
+        """Whether this folder holds a finished run of this very training, weights included."""
+        if self.read_result()["status"] != FINISHED or not self.best.exists():
+            return False
+        try:
+            return identity(load(self.config)) == identity(config)
+        except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich
+            return False
 
     def supersede(self) -> None:
         """Moves an earlier run of the same job aside; it is kept, and no table lists it."""
@@ -121,13 +128,17 @@ class SweepPaths:
         return record
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically: a temporary name, sync, rename. NaN and infinities become null."""
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Writes JSON atomically: a temporary name, sync, rename. NaN and infinities become null.
+
+    `sync=False` is for files that nobody misses after a power cut.
+    """
     part = path.with_name(f"{path.name}.part")
     with part.open("w") as file:
         json.dump(_finite(value), file, indent=1, allow_nan=False)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     part.rename(path)
 
 

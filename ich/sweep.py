@@ -17,6 +17,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -37,6 +38,11 @@ def train_one(cfg: DictConfig) -> float | None:
         launcher.prepare([config])
     sweep = SweepPaths(Path(config.sweep.output) / config.name)
     record, run, terminal = sweep.read_record(), sweep.run(config.job), Terminal()
+    if config.job not in record.get("jobs", []):
+        raise CompactHydraException(
+            "ich: this launcher does not prepare a sweep's data and record "
+            "its jobs. Leave hydra/launcher at local."
+        )
     terminal.started(record["jobs"].index(config.job) + 1, len(record["jobs"]), config, run)
     before = run.read_result()
     with terminal.watching(config, run) as watch:

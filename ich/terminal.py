@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from ich.config import Config
-from ich.results import FINISHED, RunPaths
+from ich.results import FINISHED, RunPaths, SweepPaths
 
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
 
@@ -89,6 +89,10 @@ class Terminal:
             transient=True,
             disable=not self.out.is_terminal,
         )
+
+    def opened(self, sweep: SweepPaths, jobs: int, done: int) -> None:
+        """One line as the jobs of a sweep begin."""
+        self.out.print(f"{sweep.root}: {done} finished before, {jobs - done} to run")
 
     def started(self, number: int, total: int, config: Config, run: RunPaths) -> None:
         """One line as a job starts."""

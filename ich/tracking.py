@@ -21,6 +21,9 @@ from ich.cache import lock
 from ich.config import TrackingConfig, UserError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# MLflow would otherwise retry a dead server for minutes, at every call.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 log = logging.getLogger(__name__)
 _PARAM_LIMIT = 6000  # MLflow cuts longer values; config.yaml holds them whole
@@ -89,10 +92,12 @@ class MlflowStore:
         with _creation_lock(self.uri):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(cfg.experiment)
+            # The tag opens MLflow's pages for trained models instead of those for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
             self.experiment_id = (
                 found.experiment_id
                 if found
-                else (self.client.create_experiment(cfg.experiment, artifacts))
+                else self.client.create_experiment(cfg.experiment, artifacts, kind)
             )
 
     def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str | None:
@@ -156,9 +161,34 @@ class MlflowStore:
         _safely("end a run", lambda: self.client.set_terminated(run_id, status))
 
 
-def open_store(cfg: TrackingConfig) -> MlflowStore | None:
-    """The configured store, or None for `tracking=none`."""
-    return MlflowStore(cfg) if cfg.mlflow else None
+def open_store(cfg: TrackingConfig, required: bool = False) -> MlflowStore | None:
+    """The configured store; None for `tracking=none`, or if MLflow cannot be reached.
+
+    Args:
+        cfg: where MLflow is.
+        required: at the start of a sweep, when nothing is lost yet, refuse instead of going on.
+
+    Raises:
+        UserError: the store cannot be opened, and it is required.
+    """
+    if not cfg.mlflow:
+        return None
+    try:
+        return MlflowStore(cfg)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if required:
+            raise (
+                error
+                if isinstance(error, UserError)
+                else UserError(
+                    f"MLflow at tracking.uri={cfg.uri!r} cannot be used: {reason}. Start the "
+                    f"server, leave tracking.uri null for a database in this folder, or use "
+                    f"tracking=none."
+                )
+            ) from None
+        log.warning("MLflow cannot be used (%s); the run's own files are complete", reason)
+        return None
 
 
 def open_tracker(

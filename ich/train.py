@@ -7,6 +7,7 @@ RUN_DIR (see `ich.results`), whatever becomes of the process.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import signal
@@ -31,6 +32,7 @@ from ich.config import (
     SchedulerName,
     UserError,
     flatten,
+    image_size,
     load,
 )
 from ich.data import Dataset, load_dataset
@@ -67,15 +69,15 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
     best: dict[str, Any] = {}
     auc_top = math.nan
     for epoch in range(1, cfg.train.epochs + 1):
-        begin = time.perf_counter()
+        begin, lr = time.perf_counter(), trainer.optimizer.param_groups[0]["lr"]
         train_loss = trainer.train_one_epoch(epoch, tick)
         seconds = time.perf_counter() - begin
         seen, train_seconds = seen + len(dataset.train.row), train_seconds + seconds
         logits = trainer.evaluate(epoch, tick)
         scores = multilabel_metrics(logits, dataset.val.target, LABELS)
-        tracker.log(
-            _journal_line(trainer, train_loss, len(dataset.train.row) / seconds, scores), epoch
-        )
+        speed = {"train/lr": lr, "train/images_per_s": len(dataset.train.row) / seconds}
+        validation = {f"val/{k}": v for k, v in scores.items()}
+        tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
         auc_top = np.fmax(auc_top, scores["auc"])
         if not best or is_better(scores, best, cfg.train.monitor):
             best = {**scores, "best_epoch": epoch}
@@ -122,14 +124,14 @@ class Trainer:
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train = Loader(dataset.hu, dataset.train, cfg.train.batch_size, device)
         optimizer = build_optimizer(cfg.optimizer, model)
-        image_size = cfg.data.image_size or cfg.model.image_size
-        if image_size > dataset.hu.shape[-1]:
+        size = image_size(cfg)
+        if size > dataset.hu.shape[-1]:
             log.warning(
                 "slices of %d pixels are enlarged to %d; data.cache_size=%d would decode "
                 "them at full detail",
                 dataset.hu.shape[-1],
-                image_size,
-                image_size,
+                size,
+                size,
             )
         return Trainer(
             cfg=cfg,
@@ -143,7 +145,7 @@ class Trainer:
             augment=Augment(cfg.augment),
             windows=CTWindows(cfg.windows.channels, device),
             normalize=Normalize(spec.mean, spec.std, channels, device),
-            image_size=image_size,
+            image_size=size,
         )
 
     def channels(self, hu: torch.Tensor) -> torch.Tensor:
@@ -180,13 +182,23 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, epoch: int, tick: Tick) -> np.ndarray:
-        """Logits of the validation rows, float32 [N, 6], in the cohort's order."""
+        """Logits of the validation rows, float32 [N, 6], in the cohort's order.
+
+        Raises:
+            UserError: a logit is not finite; it would score like a confident "no bleed".
+        """
         self.model.eval()
         parts, steps = [], len(self.val_loader)
         for step, batch in enumerate(self.val_loader.in_order(), start=1):
             parts.append(self.model(self.channels(resize(batch.hu, self.image_size))))
             tick("validating", epoch, step, steps)
-        return torch.cat(parts).float().cpu().numpy()
+        logits = torch.cat(parts).float().cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the validation logits are not finite after epoch {epoch}. Lower optimizer.lr; "
+                f"the weights of the best epoch before it are kept."
+            )
+        return logits
 
 
 def _require_finite(losses: list[torch.Tensor], epoch: int, first_step: int) -> None:
@@ -197,17 +209,6 @@ def _require_finite(losses: list[torch.Tensor], epoch: int, first_step: int) -> 
             f"the loss is not finite in epoch {epoch}, step {step}. Lower optimizer.lr; the "
             f"weights of the best epoch before it are kept."
         )
-
-
-def _journal_line(
-    trainer: Trainer, train_loss: float, images_per_s: float, scores: dict[str, float]
-) -> dict[str, float]:
-    return {
-        "train/loss": train_loss,
-        "train/lr": trainer.optimizer.param_groups[0]["lr"],
-        "train/images_per_s": images_per_s,
-        **{f"val/{k}": v for k, v in scores.items()},
-    }
 
 
 def is_better(scores: dict[str, float], best: dict[str, Any], monitor: Monitor) -> bool:
@@ -222,8 +223,9 @@ def keep_best(
     run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
 ) -> None:
     """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
-    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": ",".join(LABELS)}
-    save_weights(model, run.best, metadata)
+    # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
+    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": LABELS}
+    save_weights(model, run.best, {"ich": json.dumps(metadata)})
     part = run.predictions.with_name("predictions.part.npz")
     np.savez_compressed(
         part,
@@ -295,16 +297,16 @@ class ProgressFile:
         now = time.monotonic()
         if now - self.last >= 0.25 or step == steps:
             self.last = now
-            write_json(
-                self.path,
-                {
-                    "phase": phase,
-                    "epoch": epoch,
-                    "epochs": self.epochs,
-                    "step": step,
-                    "steps": steps,
-                },
-            )
+            place = {"epoch": epoch, "epochs": self.epochs, "step": step, "steps": steps}
+            write_json(self.path, {"phase": phase, **place}, sync=False)
+
+
+class Terminated(BaseException):
+    """SIGTERM. No `Exception`, so that nothing on the way mistakes it for an error of its own."""
+
+
+def _on_sigterm(*_: object) -> None:
+    raise Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -314,30 +316,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", help="MLflow run of the sweep")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _on_sigterm)
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
     tracker = open_tracker(
         open_store(cfg.tracking), run.metrics, cfg.job, args.parent, flatten(cfg), _tags(cfg)
     )
-    result: dict[str, Any] = {"status": KILLED, "reason": "ended by a signal"}
+    result = _outcome(lambda: fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs)))
+    _close(cfg, run, tracker, result)
+    return 0 if result["status"] == FINISHED else 1
+
+
+def _outcome(training: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A training's result, or how it ended: the table has a row for whatever it was."""
     try:
-        result = {
-            "status": FINISHED,
-            "reason": "",
-            **fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs)),
-        }
-    except Exception as error:  # the table has a row for whatever it was
+        return {"status": FINISHED, "reason": "", **training()}
+    except (Terminated, KeyboardInterrupt):
+        return {"status": KILLED, "reason": "ended by SIGTERM or an interrupt"}
+    except SystemExit as error:
+        return {"status": FAILED, "reason": f"called sys.exit({error.code!r})"}
+    except Exception as error:
         traceback.print_exc()
         prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        result = {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
-    finally:
-        _close(cfg, run, tracker, result)
-    return 0 if result["status"] == FINISHED else 1
+        return {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
 
 
 def _tags(cfg: Config) -> dict[str, str]:
     return {
+        "ich.kind": "job",
         "ich.sweep": cfg.name,
         "ich.job": cfg.job,
         "ich.model": cfg.model.name,

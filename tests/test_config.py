@@ -101,7 +101,7 @@ def test_every_yaml_opens_with_the_command_that_runs_it() -> None:
     for path in CONF_DIR.rglob("*.yaml"):
         if path.parts[-2] in ("job_logging", "hydra_logging"):
             continue
-        first = [line for line in path.read_text().splitlines() if "@package" not in line][0]
+        first = next(line for line in path.read_text().splitlines() if "@package" not in line)
         assert re.match(r"# (make sweep|python -m ich\.)", first), path
 
 
@@ -146,6 +146,13 @@ def test_a_saved_config_reads_back_equal(composed: Compose, tmp_path: Path) -> N
         ("windows.channels=[]", "windows.channels"),
         ("windows.channels=[{name:b,center:40,width:0}]", "window 'b' has center 40.0 and width 0"),
         ("name=../up", "name is '../up', but must be letters"),
+        ("job=../up", "job is '../up', but must be letters"),
+        ("job=superseded", "job is 'superseded'"),
+        ("seed=-1", "seed is -1"),
+        ("protocol.seed=-1", "protocol.seed is -1"),
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas is [0.9, 1.5]"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay is -1.0"),
+        ("data.image_size=0", "the image size is 0 pixels"),
     ],
 )
 def test_values_out_of_range_are_refused(composed: Compose, override: str, message: str) -> None:

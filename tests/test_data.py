@@ -20,6 +20,7 @@ from ich.config import Config, ProtocolConfig, UserError
 from ich.data import load_dataset
 from ich.dicom import DicomError, read_hu, unwrap_12bit
 from ich.manifest import LABELS, SUBTYPES, SliceStore, build_manifest, read_labels
+from ich.phantom import PhantomSpec, write_phantom
 from ich.protocol import apply_protocol
 
 REPORT = ProtocolConfig(name="report", seed=0, epidural_times=8, val_fraction=0.15)
@@ -267,6 +268,29 @@ def test_what_is_decoded_is_not_decoded_again(
     assert np.array_equal(first.hu[row], resize_area(hu, 32))
 
 
+def test_other_files_under_the_same_path_are_decoded_anew(tmp_path: Path) -> None:
+    root = tmp_path / "phantom"
+    caches = []
+    for prevalence in (0.0, 1.0):
+        shutil.rmtree(root, ignore_errors=True)
+        write_phantom(root, PhantomSpec(2, 0, 64, prevalence), workers=1)
+        images, store = images_of(root)
+        caches.append(open_cache(images, store, tmp_path / "cache", 32, 0.0, workers=1))
+    first, second = caches
+    assert first.row == second.row
+    assert not np.array_equal(first.hu, second.hu)
+
+
+def test_the_quarantine_limit_holds_for_a_cache_that_is_there(
+    phantom: Path, tmp_path: Path
+) -> None:
+    root, _ = damaged(phantom, tmp_path, 0.2)
+    images, store = images_of(root)
+    open_cache(images, store, tmp_path / "cache", 32, max_quarantine=1.0, workers=1)
+    with pytest.raises(UserError, match="more than data.max_quarantine=0.01 allows"):
+        open_cache(images, store, tmp_path / "cache", 32, max_quarantine=0.01, workers=1)
+
+
 def test_an_interrupted_build_is_never_read(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +346,7 @@ def edited(phantom: Path, **changes: object) -> bytes:
         ({"SamplesPerPixel": 3}, "SamplesPerPixel is 3"),
         ({"NumberOfFrames": "2"}, r"multi-frame file \(2 frames\)"),
         ({"Rows": 60000}, "Rows is 60000, not from 1 to 4096"),
+        ({"NumberOfFrames": ["1", "2"]}, r"unreadable header \(TypeError\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -335,6 +360,8 @@ def test_files_that_are_no_ct_slice_are_refused_by_name(
 def test_wrapped_12_bit_values_over_the_whole_range() -> None:
     hu = np.arange(-1024, 3072, dtype=np.int16).reshape(64, 64)
     assert np.array_equal(unwrap_12bit((hu % 4096).astype(np.uint16)), hu)
+    shifted = ((hu.astype(np.int32) - 7) % 4096).astype(np.uint16)
+    assert np.array_equal(unwrap_12bit(shifted, intercept=7), hu)
     # The popular fix (+1000, wrap, -1000) is wrong exactly below -1000.
     popular = (hu.astype(np.int32) % 4096 + 1000) % 4096 - 1000
     assert np.array_equal(np.unique(hu[popular != hu]), np.arange(-1024, -1000))
@@ -362,6 +389,6 @@ def test_the_real_mini_set(composed: Callable[..., Config], shared: Path) -> Non
 
 def test_compressed_slices_without_a_decoder_are_refused_by_name(shared: Path) -> None:
     with zipfile.ZipFile(shared / "jpeg_lossless.zip") as archive:
-        name = [n for n in archive.namelist() if n.endswith(".dcm")][0]
+        name = next(n for n in archive.namelist() if n.endswith(".dcm"))
         with pytest.raises(DicomError, match=re.compile("pixel data cannot be decoded.*", re.S)):
             read_hu(archive.read(name))

@@ -52,8 +52,11 @@ def test_a_label_of_one_class_is_undefined_and_left_out_of_the_mean() -> None:
     assert got["auc_macro"] == pytest.approx(np.mean(rest))
 
 
-def test_nan_scores_have_no_auc() -> None:
+def test_nan_scores_have_neither_auc_nor_accuracy() -> None:
     assert math.isnan(auc(np.array([0.1, np.nan]), np.array([0, 1])))
+    logits, target = predictions()
+    logits[0, 0] = np.nan
+    assert math.isnan(multilabel_metrics(logits, target, LABELS)["accuracy"])
 
 
 def test_always_negative_scores_the_share_of_negatives() -> None:

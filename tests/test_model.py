@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ich.config import CONF_DIR, ModelConfig, UserError
-from ich.model import build_model, count_parameters, ensure_weights, input_spec, load_weights
+from ich.model import (
+    build_model,
+    check_architecture,
+    count_parameters,
+    ensure_weights,
+    input_spec,
+    load_weights,
+)
 from ich.model import save_weights as save
 
 # Trained parameters in millions: convolutional base + Linear(6).
@@ -126,11 +133,27 @@ def test_pretrained_weights_that_cannot_be_had_name_three_ways_out(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for proxy in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(proxy, raising=False)
-    ways = (
-        r"model.weights=FILE; fill the cache .*; or train from scratch with model.pretrained=false"
-    )
+    ways = r"model.weights=FILE; fill the cache .*; or train .* with model.pretrained=false"
     with pytest.raises(UserError, match=f"{name} .* are not at hand: HF_HUB_OFFLINE .*{ways}"):
         ensure_weights(config(name, pretrained=True))
+
+
+@pytest.mark.parametrize(
+    ("timm", "size", "message"),
+    [
+        ("mobilenetv3_large_100.ra_in1k", 64, "tensors behind its convolutional base that would"),
+        ("vit_tiny_patch16_224.augreg_in21k", 224, "cannot be trained on 3 channels of 224 pixels"),
+        ("inception_v3.tv_in1k", 40, "cannot be trained on 3 channels of 40 pixels"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(timm: str, size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_architecture(ModelConfig(name="x", timm=timm, image_size=size), 3, size)
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "efficientnet_lite0"])
+def test_the_shipped_networks_fit(name: str) -> None:
+    check_architecture(config(name), 3, config(name).image_size)
 
 
 def test_unknown_timm_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -25,15 +26,21 @@ SMALL = [
     "train.threads=1",
 ]
 
-# A network that cannot take the demo's small images: composed and checked, it fails in training.
-BROKEN = """name: broken
-timm: inception_v3.tv_in1k
-image_size: 40
+# It composes and passes every check, and diverges in training.
+BROKEN = """# @package _global_
+model:
+  name: broken
+  timm: mobilenetv2_100.ra_in1k
+  image_size: 40
+optimizer:
+  weight_decay: 1e39
 """
 
 
-def run(folder: Path, *args: str, module: str = "sweep") -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+def run(
+    folder: Path, *args: str, module: str = "sweep", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(environment or {})}
     return subprocess.run(
         [sys.executable, "-m", f"ich.{module}", *args],
         cwd=folder,
@@ -69,9 +76,7 @@ def test_one_failing_job_ends_neither_the_sweep_nor_the_table(sweep: tuple[Path,
     assert list(table.columns) == COLUMNS
     assert list(table["job"].fillna("")) == ["mobilenet_v2", "broken", "efficientnet_b0", ""]
     assert list(table["status"].fillna("")) == ["finished", "failed", "finished", ""]
-    assert "RuntimeError: Calculated padded input size" in table["reason"][1] or (
-        "Kernel size" in table["reason"][1]
-    )
+    assert "not finite" in table["reason"][1]
     assert table["model"][3] == "always negative"
     assert table["accuracy"].notna().tolist() == [True, False, True, True]
     assert "Traceback" in (folder / "multirun_reports/three/broken/job.log").read_text()
@@ -172,18 +177,21 @@ def test_a_single_training_has_a_folder_and_a_table_too(phantom: Path, tmp_path:
         (["model=vgg16", "model.weights=no.safetensors"], "model.weights is 'no.safetensors'"),
         (["model=vgg16,resnet50", "model.pretrained=true"], "Three ways out"),
         (["model=vgg16", "data=rsna", "data.root=nowhere"], "data.root is 'nowhere'"),
+        (["model=vgg16", "name=../up"], "name is '../up', but must be letters"),
+        (["model=vgg16", "tracking.uri=http://127.0.0.1:9"], "cannot be used"),
     ],
 )
 def test_mistakes_are_said_before_any_job_starts(
     tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     env_free = [] if "model.pretrained=true" in overrides else ["model.pretrained=false"]
-    os.environ["HF_HUB_CACHE"] = str(tmp_path / "empty")
-    done = run(tmp_path, "-m", *overrides, *env_free, "name=refused")
+    cache = {"HF_HUB_CACHE": str(tmp_path / "empty"), "TORCH_HOME": str(tmp_path / "empty")}
+    done = run(tmp_path, "-m", *overrides, *env_free, environment=cache)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "multirun_reports").rglob("job.log"))
+    assert not (tmp_path / "multirun_reports").exists()
+    assert not (tmp_path / "up").exists()
 
 
 # The table itself
@@ -216,6 +224,37 @@ def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
     assert table.loc[0, "report_auc"] == 0.9619
     assert table["model"].iloc[-1] == "always negative"
     assert table["accuracy"].iloc[-1] == 0.88
+
+
+def test_the_heading_speaks_for_every_job(phantom: Path, tmp_path: Path) -> None:
+    done = run(
+        tmp_path, "-m", "model=mobilenet_v2", "seed=0,1", "protocol.seed=0,1", "name=seeds",
+        f'data.root="{phantom}"', "tracking=none", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    place = SweepPaths(tmp_path / "multirun_reports" / "seeds")
+    assert "seed 0 or 1." in place.markdown.read_text()
+    table = pd.read_csv(place.csv)
+    assert table["job"][1] == "mobilenet_v2,seed=0,protocol.seed=1"
+    assert (table["model"] == "always negative").sum() == 2
+
+
+def test_two_sweeps_in_one_folder_are_refused(phantom: Path, tmp_path: Path) -> None:
+    place = tmp_path / "multirun_reports" / "busy"
+    place.mkdir(parents=True)
+    with (place / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = run(tmp_path, "model=mobilenet_v2", "name=busy", f'data.root="{phantom}"',
+                   "tracking=none", *SMALL)  # fmt: skip
+    assert done.returncode == 1
+    assert "another sweep is running in multirun_reports/busy" in done.stderr
+    assert not (place / "sweep.json").exists()
+
+
+def test_a_launcher_that_prepares_nothing_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "hydra/launcher=basic", "model=mobilenet_v2", *SMALL)
+    assert done.returncode == 1
+    assert "Leave hydra/launcher at local" in done.stderr
 
 
 def test_a_sweep_without_a_finished_job_still_has_its_table(tmp_path: Path) -> None:

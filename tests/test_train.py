@@ -15,14 +15,14 @@ from safetensors import safe_open
 
 from ich.config import Config, Monitor, UserError, to_yaml
 from ich.data import Split, load_dataset
-from ich.jobs import describe_exit, run_job, supervise
+from ich.jobs import JobTimeoutError, describe_exit, run_job, supervise
 from ich.loader import Loader
 from ich.manifest import LABELS
 from ich.metrics import multilabel_metrics
 from ich.model import build_model, load_weights
 from ich.results import RunPaths
 from ich.tracking import Tracker
-from ich.train import Trainer, fit, is_better, main
+from ich.train import Terminated, Trainer, fit, is_better, main
 
 Compose = Callable[..., Config]
 SMALL = [
@@ -76,7 +76,7 @@ def test_the_kept_weights_and_predictions_are_the_best_epochs(
     load_weights(trainer.model, run.best)
     np.testing.assert_allclose(trainer.evaluate(1, quiet), saved["logits"], atol=1e-4)
     with safe_open(run.best, "pt") as file:
-        assert file.metadata()["timm"] == "mobilenetv2_100.ra_in1k"
+        assert json.loads(file.metadata()["ich"])["timm"] == "mobilenetv2_100.ra_in1k"
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(
@@ -139,7 +139,7 @@ def split(rows: int) -> Split:
 def test_an_epoch_serves_every_row_once_in_a_seeded_order() -> None:
     hu = np.arange(10, dtype=np.int16)[:, None, None] * np.ones((1, 2, 2), np.int16)
     loader = Loader(hu, split(10), 4, torch.device("cpu"))
-    seen = [b for b in loader.epoch(0, 1)]
+    seen = list(loader.epoch(0, 1))
     order = torch.cat([b.position for b in seen])
     assert sorted(order.tolist()) == list(range(10))
     assert (torch.cat([b.hu for b in seen])[:, 0, 0] == order).all()
@@ -177,8 +177,8 @@ def test_how_a_process_ended_is_said_in_words(tmp_path: Path, code: str, reason:
 
 def test_a_hanging_job_is_ended_at_its_time_limit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
-    got = supervise(command, RunPaths(tmp_path), 0.02, quiet)
-    assert got == "exceeded its time limit of 0.02 minutes"
+    with pytest.raises(JobTimeoutError, match="exceeded its time limit of 0.02 minutes"):
+        supervise(command, RunPaths(tmp_path), 0.02, quiet)
     assert describe_exit(-15) == "ended by SIGTERM"
 
 
@@ -206,9 +206,47 @@ def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
     monkeypatch.setattr("ich.jobs.supervise", lambda *_: "not reached")
     assert run_job(config, run, None, quiet)["status"] == "finished"
     assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
+    config.sweep.time_limit, config.train.threads = 90, 1  # no part of what a training is
+    assert run_job(config, run, None, quiet)["status"] == "finished"
     config.optimizer.lr = 1e-3
     assert run_job(config, run, None, quiet)["reason"] == "not reached"
     assert (tmp_path / "superseded" / "run.1" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (SystemExit(0), "failed", "called sys.exit(0)"),
+        (SystemExit(3), "failed", "called sys.exit(3)"),
+        (Terminated(), "killed", "ended by SIGTERM"),
+        (RuntimeError("out of\nmemory"), "failed", "RuntimeError: out of memory"),
+        (UserError("Lower it."), "failed", "Lower it."),
+    ],
+)
+def test_however_a_training_ends_its_result_says_so(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: str,
+    reason: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    run = RunPaths(tmp_path)
+    run.config.write_text(to_yaml(config))
+    monkeypatch.setattr("ich.train.fit", fail)
+    assert main([str(tmp_path)]) == 1
+    assert run.read_result()["status"] == status
+    assert run.read_result()["reason"].startswith(reason)
+
+
+def test_logits_that_are_not_finite_are_never_scored(config: Config) -> None:
+    trainer = Trainer.build(config, load_dataset(config), torch.device("cpu"))
+    torch.nn.init.constant_(trainer.model.head.bias, math.nan)
+    with pytest.raises(UserError, match="validation logits are not finite after epoch 3"):
+        trainer.evaluate(3, quiet)
 
 
 def test_a_failing_training_writes_its_reason(config: Config, tmp_path: Path) -> None:
