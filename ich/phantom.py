@@ -1240,11 +1240,11 @@ def draw_figure(spec: PhantomSpec, path: Path) -> None:
 
     examples = choose_examples(spec)
     side = 1.9
-    figure = Figure(figsize=(5 * side + 0.35, len(examples) * side + 0.35), facecolor="black")
+    figure = Figure(figsize=(5 * side + 0.6, len(examples) * side + 0.35), facecolor="black")
     FigureCanvasAgg(figure)
     grid = figure.subplots(
         len(examples), 5, squeeze=False,
-        gridspec_kw={"wspace": 0.02, "hspace": 0.02, "left": 0.035, "right": 1, "bottom": 0,
+        gridspec_kw={"wspace": 0.02, "hspace": 0.02, "left": 0.06, "right": 1, "bottom": 0,
                      "top": 0.97},
     )  # fmt: skip
     for row, s in zip(grid, examples.values(), strict=True):
@@ -1263,7 +1263,7 @@ def draw_figure(spec: PhantomSpec, path: Path) -> None:
     ):
         axes.set_title(title, color="white", fontsize=9, pad=4)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=1200 / (5 * side + 0.35), facecolor="black")
+    figure.savefig(path, dpi=1200 / (5 * side + 0.6), facecolor="black")
 
 
 def _draw_contours(axes: Any, s: PhantomSlice) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from ich.config import Config, UserError, image_size, validate
-from ich.data import Report, load_dataset
+from ich import data
+from ich.config import Config, Source, UserError, image_size, validate
 from ich.results import SweepPaths, write_json
 from ich.tracking import open_store
 
@@ -29,23 +29,23 @@ def check_jobs(configs: Sequence[Config]) -> None:
     """
     for config in configs:
         validate(config)
+        if config.data.root is not None or config.data.source is not Source.phantom:
+            data.open_store(config.data)  # said before weights are downloaded
     twice = [job for job, n in Counter(c.job for c in configs).items() if n > 1]
     if twice:
         raise UserError(
             f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
             f"times in this command. Name each value once."
         )
-    from ich.model import (
-        check_architecture,
-        ensure_weights,
-    )  # torch takes seconds, which a typo need not wait for
+    # Imported here: torch takes seconds, which a typo need not wait for.
+    from ich.model import check_architecture, ensure_weights
 
     for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():
         check_architecture(c.model, len(c.windows.channels), image_size(c))
         ensure_weights(c.model)
 
 
-def open_sweep(configs: Sequence[Config], report: Report | None = None) -> SweepPaths:
+def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> SweepPaths:
     """Checks the jobs, prepares their data, and records the launch in `sweep.json`.
 
     Args:
@@ -61,7 +61,7 @@ def open_sweep(configs: Sequence[Config], report: Report | None = None) -> Sweep
     check_jobs(configs)
     open_store(configs[0].tracking, required=True)
     for config in {repr((c.data, c.protocol)): c for c in configs}.values():
-        load_dataset(config, report)
+        data.load_dataset(config, report)
     first = configs[0]
     sweep = SweepPaths(Path(first.sweep.output) / first.name)
     earlier = _hold(sweep)

@@ -177,6 +177,7 @@ def test_a_single_training_has_a_folder_and_a_table_too(phantom: Path, tmp_path:
         (["model=vgg16", "model.weights=no.safetensors"], "model.weights is 'no.safetensors'"),
         (["model=vgg16,resnet50", "model.pretrained=true"], "Three ways out"),
         (["model=vgg16", "data=rsna", "data.root=nowhere"], "data.root is 'nowhere'"),
+        (["experiment=report", "model.pretrained=true"], "data.root is not set"),
         (["model=vgg16", "name=../up"], "name is '../up', but must be letters"),
         (["model=vgg16", "tracking.uri=http://127.0.0.1:9"], "cannot be used"),
     ],
