@@ -332,12 +332,18 @@ def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for result in finished:
+    for n, result in enumerate(sorted(finished, key=lambda r: int(r["params"]))):
         if result["auc_any"] is None:
             continue
         x, y = result["params"] / 1e6, result["auc_any"]
         axis.scatter(x, y, s=40)
-        axis.annotate(result["job"], (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.annotate(
+            result["job"],
+            (x, y),
+            textcoords="offset points",
+            xytext=(6, 5 if n % 2 else -11),
+            fontsize=8,
+        )
     axis.set(
         xlabel="trained parameters, millions",
         ylabel="validation AUC of any",

@@ -65,6 +65,13 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         torch.set_num_threads(cfg.train.threads)
     dataset = load_dataset(cfg)
     trainer = Trainer.build(cfg, dataset, device)
+    log.info(
+        "%s on %s: %d training rows, %d validation rows",
+        cfg.model.timm,
+        device_name(device),
+        len(dataset.train.row),
+        len(dataset.val.row),
+    )
     started, seen, train_seconds = time.perf_counter(), 0, 0.0
     best: dict[str, Any] = {}
     auc_top = math.nan
@@ -78,6 +85,13 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         speed = {"train/lr": lr, "train/images_per_s": len(dataset.train.row) / seconds}
         validation = {f"val/{k}": v for k, v in scores.items()}
         tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
+        log.info(
+            "epoch %d of %d: loss %.4f, validation loss %.4f, accuracy %.4f, AUC %.4f",
+            epoch,
+            cfg.train.epochs,
+            train_loss,
+            *(scores[k] for k in ("log_loss", "accuracy", "auc")),
+        )
         auc_top = np.fmax(auc_top, scores["auc"])
         if not best or is_better(scores, best, cfg.train.monitor):
             best = {**scores, "best_epoch": epoch}
