@@ -288,14 +288,16 @@ def identity(config: Config) -> dict[str, str]:
 def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) -> str:
     """A job's folder: its model, then the other swept overrides; only characters safe in a path.
 
-    Anything else is replaced, and then a hash of the exact text keeps two jobs apart.
+    Of a path only its last part is shown, and other characters are replaced; then a hash of the
+    exact text keeps two jobs apart.
     """
     keys = set(swept) - {"model"}
     rest = [o.lstrip("+~") for o in task_overrides if o.split("=", 1)[0].lstrip("+~") in keys]
     text = ",".join([model, *rest])
-    safe = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", text).strip(".")
-    if safe != text or len(safe) > 80:
-        safe = f"{safe[:80]}-{_short_hash([text])}"
+    short = re.sub(r"=[^,]*/", "=", text)
+    safe = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", short).strip(".")
+    if safe != text or len(safe) > 120:
+        safe = f"{safe[:120]}-{_short_hash([text])}"
     return safe
 
 

@@ -261,7 +261,7 @@ def _print(
 ) -> None:
     console.print(f"\n[bold]{record['name']}[/bold]")
     for text in heading:
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=not console.is_terminal)
     cells = _cells(table, "[bold green]{}[/bold green]")
     dropped: list[str] = []
     out = _terminal_table(cells, dropped)

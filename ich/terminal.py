@@ -47,7 +47,7 @@ class Terminal:
                 bar.update(tasks[what], completed=done)
                 if done == total:
                     bar.remove_task(tasks.pop(what))
-                    self.out.print(f"{what}: {total:,} done")
+                    self._line(f"{what}: {total:,} done")
 
             yield report
 
@@ -62,7 +62,7 @@ class Terminal:
                 nonlocal shown
                 journal = run.read_metrics()
                 for line in journal[shown:]:
-                    self.out.print(_epoch_line(config, line))
+                    self._line(_epoch_line(config, line))
                 shown = len(journal)
                 state = _read_progress(run)
                 if state:
@@ -90,22 +90,26 @@ class Terminal:
             disable=not self.out.is_terminal,
         )
 
+    def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
+        # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
+        self.out.print(text, markup=markup, end=end, soft_wrap=True)
+
     def opened(self, sweep: SweepPaths, jobs: int, done: int) -> None:
         """One line as the jobs of a sweep begin."""
-        self.out.print(f"{sweep.root}: {done} finished before, {jobs - done} to run")
+        self._line(f"{sweep.root}: {done} finished before, {jobs - done} to run")
 
     def started(self, number: int, total: int, config: Config, run: RunPaths) -> None:
         """One line as a job starts."""
-        self.out.print(f"\n[bold]\\[{number}/{total}] {config.job}[/bold]  log: {run.log}")
+        self._line(f"\n[bold]\\[{number}/{total}] {config.job}[/bold]  log: {run.log}")
 
     def ended(self, config: Config, result: dict[str, object], skipped: bool) -> None:
         """One line as a job ends."""
         if result["status"] != FINISHED:
-            self.out.print(f"[red]{config.job} {result['status']}[/red]: ", end="")
-            self.out.print(str(result["reason"]), markup=False)
+            self._line(f"[red]{config.job} {result['status']}[/red]: ", end="")
+            self._line(str(result["reason"]), markup=False)
             return
         word = "was finished before" if skipped else "finished"
-        self.out.print(
+        self._line(
             f"[green]{config.job} {word}[/green]: best epoch {result['best_epoch']}, accuracy "
             f"{_number(result['accuracy'])}, AUC {_number(result['auc'])}, "
             f"{_number(result['minutes'], 1)} min"

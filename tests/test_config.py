@@ -187,6 +187,12 @@ def test_names_keep_sweeps_and_jobs_apart() -> None:
     assert job_name(["model=a", "seed=1"], ["model", "seed"], "a") == "a,seed=1"
     assert job_name(["model=a", "seed=1"], ["model"], "a") == "a"
     assert "/" not in job_name(["data.root=../x y"], ["data.root"], "a")
+    paths = [
+        job_name([f"model.weights={d}/w.st", "seed=1"], ["model.weights", "seed"], "a")
+        for d in ("one", "two")
+    ]
+    assert all(p.startswith("a,model.weights=w.st,seed=1-") for p in paths)
+    assert len(set(paths)) == 2
     quoted = [job_name([f"data.root={v}"], ["data.root"], "a") for v in ("'a b'", "'a_b'")]
     assert len(set(quoted)) == 2
 
