@@ -92,12 +92,10 @@ class MlflowStore:
         with _creation_lock(self.uri):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(cfg.experiment)
-            # The tag opens MLflow's pages for trained models instead of those for language models.
-            kind = {"mlflow.experimentKind": "custom_model_development"}
             self.experiment_id = (
                 found.experiment_id
                 if found
-                else self.client.create_experiment(cfg.experiment, artifacts, kind)
+                else self.client.create_experiment(cfg.experiment, artifacts)
             )
 
     def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str | None:
