@@ -11,14 +11,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,9 +27,11 @@ import pandas as pd
 from ich.config import UserError
 from ich.dicom import HU_MIN, DicomError, read_hu
 from ich.manifest import SliceStore
+from ich.pool import available_cores, run_parallel
 
 DECODER_VERSION = 1  # raise it when the same file would decode to other values
 _CHUNK = 64  # slices a worker takes at a time
+_SLICES_PER_WORKER = 500  # a process takes about as long to start as this many take to decode
 
 Progress = Callable[[int, int], None]
 
@@ -188,9 +187,10 @@ def _decode_all(
     np.lib.format.open_memmap(target, "w+", np.int16, (len(paths), size, size)).flush()
     chunks = [range(i, min(i + _CHUNK, len(paths))) for i in range(0, len(paths), _CHUNK)]
     jobs = [(store.root, [paths[i] for i in rows], rows.start, target, size) for rows in chunks]
+    workers = workers or min(available_cores(), -(-len(paths) // _SLICES_PER_WORKER))
     reasons: dict[int, str] = {}
     done = 0
-    for count, failed in _run(jobs, min(workers or available_cores(), len(jobs))):
+    for count, failed in run_parallel(_decode_chunk, jobs, workers):
         done += count
         reasons |= failed
         if progress:
@@ -198,30 +198,7 @@ def _decode_all(
     return reasons
 
 
-def available_cores() -> int:
-    """Cores this process may use: a batch system or a container may have set fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 _Job = tuple[Path, list[str], int, Path, int]
-
-
-def _run(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[int, dict[int, str]]]:
-    if workers == 1:
-        yield from map(_decode_chunk, jobs)
-        return
-    # Spawned, not forked: the parent may hold torch's and a progress bar's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        pending = [pool.submit(_decode_chunk, job) for job in jobs]
-        try:
-            for future in as_completed(pending):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _decode_chunk(job: _Job) -> tuple[int, dict[int, str]]:

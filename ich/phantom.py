@@ -32,15 +32,11 @@ import argparse
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +49,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy import fft
 from scipy.ndimage import gaussian_filter, map_coordinates
+
+from ich.pool import available_cores, run_parallel
 
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 LABELS = (*SUBTYPES, "any")
@@ -1056,8 +1054,9 @@ def _save(path: Path, d: Dataset, signed: bool) -> None:
     d.save_as(path, enforce_file_format=False)
 
 
-def _write_study(spec: PhantomSpec, patient: int, folder: Path) -> list[tuple[str, dict[str, int]]]:
+def _write_study(job: tuple[PhantomSpec, int, Path]) -> list[tuple[str, dict[str, int]]]:
     """Write one patient's files; the labels of its slices. Runs in a worker process."""
+    spec, patient, folder = job
     scanner = draw_patient(spec, patient).scanner
     digits = {"patient": 8, "study": 10, "series": 10}
     ids = {k: _identifier(spec.seed + i, patient, n) for i, (k, n) in enumerate(digits.items(), 1)}
@@ -1069,43 +1068,16 @@ def _write_study(spec: PhantomSpec, patient: int, folder: Path) -> list[tuple[st
     return rows
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Spawned children import `__main__`; ours need only this module, and the caller's script
-    may lack the guard that keeps it from running again."""
-    main_module = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main_module
-
-
 def _write_studies(
     spec: PhantomSpec, folder: Path, workers: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, dict[str, int]]:
     """Write all patients; labels by image id."""
     rows: dict[str, dict[str, int]] = {}
-
-    def collect(done: int, study: list[tuple[str, dict[str, int]]]) -> None:
+    jobs = [(spec, patient, folder) for patient in range(spec.patients)]
+    for done, study in enumerate(run_parallel(_write_study, jobs, workers), 1):
         rows.update(study)
         if progress is not None:
             progress(done, spec.patients)
-
-    if workers <= 1:
-        for patient in range(spec.patients):
-            collect(patient + 1, _write_study(spec, patient, folder))
-        return rows
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        with _without_main():
-            jobs = [pool.submit(_write_study, spec, i, folder) for i in range(spec.patients)]
-        try:
-            for done, job in enumerate(as_completed(jobs), 1):
-                collect(done, job.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
     return rows
 
 
@@ -1171,7 +1143,7 @@ def write_phantom(
     try:
         images = temporary / "stage_2_train"
         images.mkdir()
-        count = min(workers or os.cpu_count() or 1, spec.patients)
+        count = min(workers or available_cores(), spec.patients)
         rows = _write_studies(spec, images, count, progress)
         _write_labels(temporary / "stage_2_train.csv", rows)
         about = json.dumps({**_describe(spec), "slices": len(rows)}, indent=2) + "\n"
