@@ -39,7 +39,7 @@ def run_parallel(
     # Spawned, not forked: the parent may hold torch's and a progress bar's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        with _without_main():
+        with _without_main(), _one_thread_each():
             pending = [pool.submit(function, job) for job in jobs]
         try:
             for future in as_completed(pending):
@@ -47,6 +47,23 @@ def run_parallel(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started here do linear algebra on one thread: with several each, they would wait
+    for one another's cores."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
