@@ -8,6 +8,7 @@ multirun_reports/benchmarks/. Keep the machine otherwise idle.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -26,9 +27,10 @@ from omegaconf import OmegaConf
 
 from ich.cache import open_cache
 from ich.config import CONF_DIR, ModelConfig, OptimizerConfig
-from ich.manifest import SliceStore, build_manifest, read_labels
+from ich.manifest import build_manifest, read_labels, rsna_labels
 from ich.model import build_model
 from ich.phantom import PhantomSpec, write_phantom
+from ich.store import SliceStore
 from ich.train import build_optimizer, device_name
 
 MODELS = (
@@ -65,7 +67,7 @@ def bench_prepare(folder: Path, patients: int, rounds: int) -> dict[str, float]:
     """Slices decoded per second: the cache's build against a plain pydicom loop."""
     root = write_phantom(folder / "phantom", PhantomSpec(patients=patients, seed=0, size=512))
     store = SliceStore.open(str(root))
-    images = build_manifest(read_labels(*store.label_source())[0], store)
+    images = build_manifest(read_labels(io.BytesIO(store.read(rsna_labels(store))), "labels")[0], store)
     paths = [root / p for p in images["path"]]
 
     def ours() -> float:

@@ -26,8 +26,8 @@ import pandas as pd
 
 from ich.config import UserError
 from ich.dicom import HU_MIN, DicomError, read_hu
-from ich.manifest import SliceStore
 from ich.pool import available_cores, run_parallel
+from ich.store import SliceStore
 
 DECODER_VERSION = 1  # raise it when the same file would decode to other values
 _CHUNK = 64  # slices a worker takes at a time

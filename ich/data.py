@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import pandas as pd
 
 from ich.cache import Cache, lock, open_cache
 from ich.config import Config, DataConfig, Source, UserError
-from ich.manifest import LABELS, SliceStore, build_manifest, read_labels
+from ich.manifest import LABELS, build_manifest, read_labels, rsna_labels
 from ich.phantom import PhantomSpec, ensure_phantom
 from ich.protocol import TRAIN, VAL, Cohort, apply_protocol
+from ich.store import SliceStore
 
 # Called with (what is done, done, in all).
 Report = Callable[[str, int, int], None]
@@ -110,7 +112,8 @@ def _make_cohort(cfg: Config, store: SliceStore) -> Cohort:
 
 def _label_source(cfg: DataConfig, store: SliceStore):  # type: ignore[no-untyped-def]
     if cfg.labels is None:
-        return store.label_source()
+        path = rsna_labels(store)
+        return io.BytesIO(store.read(path)), path
     path = Path(cfg.labels)
     if not path.is_file():
         raise UserError(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -18,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ich.config import UserError
+from ich.store import SliceStore
 
 SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
 LABELS = (*SUBTYPES, "any")
@@ -119,91 +118,27 @@ def _refuse_ids(name: str, ids: Iterable[str], what: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class SliceStore:
-    """The data set's files: an unpacked folder, or the Kaggle zip read in place."""
+def rsna_labels(store: SliceStore) -> str:
+    """The path of the training labels in a store of the RSNA layout, the later stage's if both.
 
-    root: Path
-
-    @staticmethod
-    def open(root: str) -> SliceStore:
-        """Checks that `root` is a folder or a zip archive.
-
-        Raises:
-            UserError: it does not exist or is neither.
-        """
-        path = Path(root)
-        if not path.exists():
-            raise UserError(
-                f"data.root is {root!r}, which does not exist. Give the unpacked RSNA folder or "
-                f"the Kaggle zip, or use data=phantom, which needs no files."
-            )
-        if not path.is_dir() and not zipfile.is_zipfile(path):
-            raise UserError(
-                f"data.root is {root!r}, which is neither a folder nor a zip archive. Give the "
-                f"unpacked RSNA folder or the Kaggle zip; a broken download must be repeated."
-            )
-        return SliceStore(path)
-
-    @property
-    def is_zip(self) -> bool:
-        return self.root.is_file()
-
-    @cached_property
-    def _members(self) -> list[str]:
-        with zipfile.ZipFile(self.root) as archive:
-            return archive.namelist()
-
-    def label_source(self) -> tuple[Path | IO[bytes], str]:
-        """The training labels in the store: a path or an open member, and its name."""
-        if self.is_zip:
-            found = [m for m in self._members if _TRAIN_CSV.fullmatch(PurePosixPath(m).name)]
-            if found:
-                return zipfile.ZipFile(self.root).open(max(found)), max(found)
-        else:
-            paths = [
-                p
-                for g in ("*.csv", "*/*.csv")
-                for p in sorted(self.root.glob(g))
-                if _TRAIN_CSV.fullmatch(p.name)
-            ]
-            if paths:
-                return paths[-1], paths[-1].name
+    Raises:
+        UserError: there are none.
+    """
+    found = [p for p in store.paths if _TRAIN_CSV.fullmatch(PurePosixPath(p).name)]
+    if not found:
         raise UserError(
-            f"{self.root} holds no stage_2_train.csv, so there are no labels. Point data.root at "
+            f"{store.root} holds no stage_2_train.csv, so there are no labels. Point data.root at "
             f"the data set's own folder or zip, or give the CSV with data.labels=FILE."
         )
+    return max(found, key=lambda p: PurePosixPath(p).name)
 
-    def slices(self) -> dict[str, str]:
-        """Image id -> path of its training file, relative to the store."""
-        if self.is_zip:
-            names: Iterable[str] = self._members
-        else:
-            names = (
-                f.relative_to(self.root).as_posix()
-                for d in self._slice_folders()
-                for f in d.iterdir()
-            )
-        paths = (PurePosixPath(n) for n in names)
-        return {
-            p.stem: str(p)
-            for p in paths
-            if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)
-        }
 
-    def _slice_folders(self) -> list[Path]:
-        return [
-            d
-            for g in ("*", "*/*")
-            for d in sorted(self.root.glob(g))
-            if d.is_dir() and _TRAIN_DIR.fullmatch(d.name)
-        ]
-
-    def identity(self) -> str:
-        """Changes with the store's place, an archive's size and time, a folder's list of files."""
-        parts = [self.root] if self.is_zip else self._slice_folders()
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        return f"{self.root.resolve()}|{stats}"
+def rsna_slices(store: SliceStore) -> dict[str, str]:
+    """Image id -> path of its training file, in a store of the RSNA layout."""
+    paths = (PurePosixPath(n) for n in store.paths)
+    return {
+        p.stem: str(p) for p in paths if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)
+    }
 
 
 def build_manifest(labels: pd.DataFrame, store: SliceStore) -> pd.DataFrame:
@@ -214,7 +149,7 @@ def build_manifest(labels: pd.DataFrame, store: SliceStore) -> pd.DataFrame:
     Raises:
         UserError: not one labelled image has a file.
     """
-    paths = store.slices()
+    paths = rsna_slices(store)
     manifest = labels.assign(path=[paths.get(i, "") for i in labels["image_id"]])
     if not (manifest["path"] != "").any():
         raise UserError(

@@ -19,9 +19,10 @@ from ich.cache import open_cache, resize_area, square
 from ich.config import Config, ProtocolConfig, UserError
 from ich.data import load_dataset
 from ich.dicom import DicomError, read_hu, unwrap_12bit
-from ich.manifest import LABELS, SUBTYPES, SliceStore, build_manifest, read_labels
+from ich.manifest import LABELS, SUBTYPES, build_manifest, read_labels, rsna_labels
 from ich.phantom import PhantomSpec, write_phantom
 from ich.protocol import apply_protocol
+from ich.store import SliceStore
 
 REPORT = ProtocolConfig(name="report", seed=0, epidural_times=8, val_fraction=0.15)
 
@@ -209,7 +210,7 @@ def damaged(phantom: Path, folder: Path, share: float) -> tuple[Path, list[str]]
 
 def images_of(root: Path) -> tuple[pd.DataFrame, SliceStore]:
     store = SliceStore.open(str(root))
-    labels, _ = read_labels(*store.label_source())
+    labels, _ = read_labels(io.BytesIO(store.read(rsna_labels(store))), "labels")
     return build_manifest(labels, store), store
 
 
