@@ -67,7 +67,9 @@ def bench_prepare(folder: Path, patients: int, rounds: int) -> dict[str, float]:
     """Slices decoded per second: the cache's build against a plain pydicom loop."""
     root = write_phantom(folder / "phantom", PhantomSpec(patients=patients, seed=0, size=512))
     store = SliceStore.open(str(root))
-    images = build_manifest(read_labels(io.BytesIO(store.read(rsna_labels(store))), "labels")[0], store)
+    images = build_manifest(
+        read_labels(io.BytesIO(store.read(rsna_labels(store))), "labels")[0], store
+    )
     paths = [root / p for p in images["path"]]
 
     def ours() -> float:
