@@ -8,7 +8,6 @@ multirun_reports/benchmarks/. Keep the machine otherwise idle.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -16,21 +15,22 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pydicom
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from ich.cache import open_cache
+from ich.cache import build_cache
 from ich.config import CONF_DIR, ModelConfig, OptimizerConfig
-from ich.manifest import build_manifest, read_labels, rsna_labels
 from ich.model import build_model
 from ich.phantom import PhantomSpec, write_phantom
-from ich.store import SliceStore
+from ich.store import SliceStore, read_bytes
 from ich.train import build_optimizer, device_name
 
 MODELS = (
@@ -43,7 +43,9 @@ MODELS = (
     "efficientnet_b2",
     "efficientnet_b3",
 )
-_SIZE = 128  # side of the decoded slices in `prepare`
+_SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
+
+Rate = Callable[[], float]
 
 
 def ratio(ours: Callable[[], float], plain: Callable[[], float], rounds: int) -> dict[str, float]:
@@ -63,37 +65,76 @@ def ratio(ours: Callable[[], float], plain: Callable[[], float], rounds: int) ->
     }
 
 
-def bench_prepare(folder: Path, patients: int, rounds: int) -> dict[str, float]:
-    """Slices decoded per second: the cache's build against a plain pydicom loop."""
+def bench_prepare(folder: Path, patients: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Slices decoded per second, from a folder and a zip: the cache's build, with all it takes,
+    against a plain loop in one process, and against reading the files' bytes."""
     root = write_phantom(folder / "phantom", PhantomSpec(patients=patients, seed=0, size=512))
-    store = SliceStore.open(str(root))
-    images = build_manifest(
-        read_labels(io.BytesIO(store.read(rsna_labels(store))), "labels")[0], store
-    )
-    paths = [root / p for p in images["path"]]
+    rows = {}
+    for store in (SliceStore(root), SliceStore(_zipped(root))):
+        paths = [p for p in store.paths if p.endswith(".dcm")]
+        kind = f"{'zip' if store.is_zip else 'folder'} of {len(paths):,}"
+        read = _reader(store, paths)
+        read()  # all sides then read from the page cache
+        for size in _SIZES:
+            ours, plain = _cache_build(store, paths, size, folder), _plain_loop(store, paths, size)
+            name = f"prepare, {kind}, {size} px: cache build"
+            rows[f"{name} / plain loop"] = ratio(ours, plain, rounds)
+            rows[f"{name} / reading the bytes"] = ratio(ours, read, rounds)
+    return rows
 
-    def ours() -> float:
+
+def _zipped(root: Path) -> Path:
+    target = root.with_suffix(".zip")
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*.dcm")):
+            archive.write(file, file.relative_to(root).as_posix())
+    return target
+
+
+def _cache_build(store: SliceStore, paths: list[str], size: int, folder: Path) -> Rate:
+    images = pd.DataFrame({"image_id": [Path(p).stem for p in paths], "path": paths})
+
+    def rate() -> float:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             start = time.perf_counter()
-            open_cache(images, store, Path(place), _SIZE, 0.0)
-            return len(images) / (time.perf_counter() - start)
+            # A store of its own: an archive's directory is read again.
+            cache = build_cache(images, SliceStore(store.root), Path(place), size, 0.0)
+            seconds = time.perf_counter() - start
+        assert len(cache.row) == len(paths)
+        return len(paths) / seconds
 
-    def plain() -> float:
+    return rate
+
+
+def _reader(store: SliceStore, paths: list[str]) -> Rate:
+    """Reads the files, inflating those of an archive, and does nothing with them."""
+
+    def rate() -> float:
         start = time.perf_counter()
-        for path in paths:
-            _plain_slice(path)
+        for location in SliceStore(store.root).locate(paths):
+            read_bytes(store.root, location)
         return len(paths) / (time.perf_counter() - start)
 
-    plain()  # both sides then read from the page cache
-    return ratio(ours, plain, rounds)
+    return rate
 
 
-def _plain_slice(path: Path) -> np.ndarray:
-    """What most scripts do: pixel_array, rescale in float, resize."""
-    dataset = pydicom.dcmread(path)
-    hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
-    x = torch.from_numpy(hu.astype(np.float32))[None, None]
-    return F.interpolate(x, size=(_SIZE, _SIZE), mode="area").numpy()
+def _plain_loop(store: SliceStore, paths: list[str], size: int) -> Rate:
+    """What most scripts do: pixel_array, rescale in float, resize with OpenCV."""
+    import cv2
+
+    def rate() -> float:
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(store.root)) if store.is_zip else None
+            for path in paths:
+                file = archive.open(path) if archive else store.root / path
+                dataset = pydicom.dcmread(file)
+                slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+                hu = dataset.pixel_array * slope + intercept
+                cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA)
+        return len(paths) / (time.perf_counter() - start)
+
+    return rate
 
 
 def bench_step(name: str, size: int, seconds: float, rounds: int) -> dict[str, float]:
@@ -176,18 +217,14 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints and saves the table."""
     parser = argparse.ArgumentParser(prog="python -m ich.bench", description=__doc__)
     parser.add_argument("--image-size", type=int, default=96, help="input of the step, pixels")
-    parser.add_argument("--patients", type=int, default=12, help="phantom patients to decode")
+    parser.add_argument("--patients", type=int, default=120, help="phantom patients to decode")
     parser.add_argument("--rounds", type=int, default=3, help="alternations per pair")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one timing of a step")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("multirun_reports/benchmarks"))
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = {
-            "prepare: cache build / plain loop": bench_prepare(
-                Path(folder), args.patients, args.rounds
-            )
-        }
+        rows = bench_prepare(Path(folder), args.patients, args.rounds)
     for name in args.models:
         rows[f"step: {name}, channels_last / NCHW"] = bench_step(
             name, args.image_size, args.seconds, args.rounds

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -29,10 +29,18 @@ class UserError(ValueError):
 
 
 class Source(Enum):
-    """Where slices come from. Both are read by the same code, from the RSNA layout."""
+    """Where slices come from: `phantom` and `rsna` in the RSNA layout, `folder` in any."""
 
     phantom = "phantom"
     rsna = "rsna"
+    folder = "folder"
+
+
+class ProtocolName(Enum):
+    """How images become training, validation and test rows, see `ich.protocol`."""
+
+    report = "report"
+    sound = "sound"
 
 
 class Monitor(Enum):
@@ -83,6 +91,9 @@ class DataConfig:
     source: Source = MISSING
     root: str | None = None
     labels: str | None = None
+    label_columns: list[str] | None = None
+    any_label: str | None = None
+    metadata: str | None = None
     subset: float = MISSING
     cache_size: int = MISSING
     cache_dir: str = MISSING
@@ -94,12 +105,17 @@ class DataConfig:
 
 @dataclass
 class ProtocolConfig:
-    """How the manifest becomes training and validation rows (`ich.protocol`)."""
+    """How the manifest becomes training, validation and test rows (`ich.protocol`)."""
 
-    name: str = MISSING
+    name: ProtocolName = MISSING
     seed: int = MISSING
-    epidural_times: int = MISSING
+    oversample: str | None = None
+    oversample_times: int = MISSING
+    negatives_per_positive: float | None = None
     val_fraction: float = MISSING
+    test_fraction: float = MISSING
+    folds: int | None = None
+    fold: int | None = None
 
 
 @dataclass
@@ -219,6 +235,18 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
 
+@dataclass
+class PrepareConfig:
+    """What `python -m ich.prepare` composes: data, protocol, and the windows of its pictures."""
+
+    dry_run: bool = MISSING
+    verify: bool = MISSING
+    output: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+
+
 # `_target_` is executable configuration: only these names are ever looked up.
 OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
     "torch.optim.Adam": frozenset({"lr", "betas", "eps", "weight_decay"}),
@@ -228,15 +256,19 @@ OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
 
 
 def register() -> None:
-    """Makes the schema known to Hydra as `ich_schema`, the base of `conf/config.yaml`."""
+    """Makes the schemas known to Hydra: the bases of `conf/config.yaml` and `conf/prepare.yaml`."""
     ConfigStore.instance().store(name="ich_schema", node=Config)
+    ConfigStore.instance().store(name="ich_prepare_schema", node=PrepareConfig)
 
 
-def typed(cfg: DictConfig | dict[str, Any]) -> Config:
+AnyConfig = TypeVar("AnyConfig", Config, PrepareConfig)
+
+
+def typed(cfg: DictConfig | dict[str, Any], schema: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
     """A composed or saved config as typed dataclasses, every interpolation resolved."""
-    node = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+    node = OmegaConf.merge(OmegaConf.structured(schema), cfg)
     config = OmegaConf.to_object(node)
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     return config
 
 
@@ -328,15 +360,87 @@ def validate(config: Config) -> None:
     """
     for key, ok, allowed in _ranges(config):
         if not ok:
-            value = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            raise UserError(
-                f"{key} is {value!r}, but must be {allowed}. Set it with {key}=VALUE on the "
-                f"command line, or in the YAML under conf/ that gave it."
-            )
+            _refuse(config, key, allowed)
+    validate_data(config)
     _check_optimizer(config.optimizer)
     _check_image_size(config)
+
+
+def _refuse(config: Config | PrepareConfig, key: str, allowed: str) -> None:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    shown = value.value if isinstance(value, Enum) else value
+    raise UserError(
+        f"{key} is {shown!r}, but must be {allowed}. Set it with {key}=VALUE on the "
+        f"command line, or in the YAML under conf/ that gave it."
+    )
+
+
+def validate_data(config: Config | PrepareConfig) -> None:
+    """Checks the ranges of `data`, `protocol` and `windows`.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    for key, ok, allowed in _data_ranges(config.data, config.protocol):
+        if not ok:
+            _refuse(config, key, allowed)
+    if not config.windows.channels:
+        _refuse(config, "windows.channels", "a list of at least one window")
+    for window in config.windows.channels:
+        if not (math.isfinite(window.center) and 0 < window.width < math.inf):
+            raise UserError(
+                f"window {window.name!r} has center {window.center} and width {window.width}, but "
+                f"the center must be finite and the width above 0 HU. Mend windows.channels."
+            )
+
+
+def _data_ranges(data: DataConfig, protocol: ProtocolConfig) -> list[tuple[str, bool, str]]:
+    p, ratio = protocol, protocol.negatives_per_positive
+    sound = p.name is ProtocolName.sound
+    labels = data.label_columns
+    return [
+        (
+            "data.label_columns",
+            labels is None or (len(labels) >= 1 and len(set(labels)) == len(labels)),
+            "null, or distinct column names",
+        ),
+        (
+            "data.any_label",
+            data.any_label is None or labels is None or data.any_label in labels,
+            f"null or one of data.label_columns, {', '.join(labels or [])}",
+        ),
+        ("data.subset", 0 < data.subset <= 1, "above 0 and at most 1"),
+        ("data.cache_size", 16 <= data.cache_size <= 1024, "from 16 to 1024 pixels"),
+        ("data.max_quarantine", 0 <= data.max_quarantine <= 1, "a number from 0 to 1"),
+        ("data.workers", data.workers is None or data.workers >= 1, "at least 1, or null"),
+        ("protocol.seed", 0 <= p.seed < 2**32, "from 0 to 4294967295"),
+        ("protocol.oversample_times", p.oversample_times >= 1, "at least 1 (1 adds no copy)"),
+        (
+            "protocol.negatives_per_positive",
+            ratio is None or 0 < ratio < math.inf,
+            "a finite number above 0, or null to keep all negatives",
+        ),
+        ("protocol.val_fraction", 0 < p.val_fraction < 1, "above 0 and below 1"),
+        (
+            "protocol.test_fraction",
+            0 <= p.test_fraction < 1 - p.val_fraction if sound else p.test_fraction == 0,
+            "0 or more, with val_fraction below 1 in all"
+            if sound
+            else "0: the report's protocol has no test set; use protocol=sound",
+        ),
+        (
+            "protocol.folds",
+            p.folds is None or (sound and p.folds >= 3),
+            "null, or at least 3 with protocol=sound (one fold tests, one validates)",
+        ),
+        (
+            "protocol.fold",
+            (p.fold is None) if p.folds is None else p.fold is not None and 0 <= p.fold < p.folds,
+            "null without protocol.folds" if p.folds is None else f"from 0 to {p.folds - 1}",
+        ),
+    ]
 
 
 def _ranges(c: Config) -> list[tuple[str, bool, str]]:
@@ -354,15 +458,6 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
             "letters, digits and _.,=+- (it becomes a folder), and not superseded or figures",
         ),
         ("seed", 0 <= c.seed < 2**63, "0 or more"),
-        ("protocol.seed", 0 <= c.protocol.seed < 2**32, "from 0 to 4294967295"),
-        ("data.subset", 0 < c.data.subset <= 1, "above 0 and at most 1"),
-        ("data.cache_size", 16 <= c.data.cache_size <= 1024, "from 16 to 1024 pixels"),
-        ("data.max_quarantine", 0 <= c.data.max_quarantine <= 1, share),
-        ("data.workers", c.data.workers is None or c.data.workers >= 1, "at least 1, or null"),
-        ("protocol.name", c.protocol.name == "report", "report"),
-        ("protocol.val_fraction", 0 < c.protocol.val_fraction < 1, "above 0 and below 1"),
-        ("protocol.epidural_times", c.protocol.epidural_times >= 1, "at least 1 (1 adds no copy)"),
-        ("windows.channels", len(c.windows.channels) >= 1, "a list of at least one window"),
         *(
             (f"augment.{k}", 0 <= getattr(c.augment, k) <= 1, share)
             for k in ("hflip", "vflip", "crop")
@@ -426,9 +521,3 @@ def _check_image_size(config: Config) -> None:
             f"{config.model.min_size} and at most 2048. Set data.image_size, or leave it null for "
             f"the model's own {config.model.image_size}."
         )
-    for window in config.windows.channels:
-        if not (math.isfinite(window.center) and 0 < window.width < math.inf):
-            raise UserError(
-                f"window {window.name!r} has center {window.center} and width {window.width}, but "
-                f"the center must be finite and the width above 0 HU. Mend windows.channels."
-            )

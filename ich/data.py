@@ -1,6 +1,6 @@
 """The one path from a data config to slices and targets: labels, manifest, cohort, cache.
 
-`data=phantom` and `data=rsna` differ in where the files come from, and in nothing after it.
+Data sets differ in where their files and labels come from, and in nothing after the manifest.
 """
 
 from __future__ import annotations
@@ -9,76 +9,161 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich.cache import Cache, lock, open_cache
-from ich.config import Config, DataConfig, Source, UserError
-from ich.manifest import LABELS, build_manifest, read_labels, rsna_labels
+from ich.cache import Cache, build_cache, lock, read_cache
+from ich.config import Config, DataConfig, PrepareConfig, ProtocolName, Source, UserError
+from ich.manifest import Labels, build_manifest, label_source, read_labels
+from ich.patients import KEYS, Pseudonyms, read_metadata, scan_headers
 from ich.phantom import PhantomSpec, ensure_phantom
-from ich.protocol import TRAIN, VAL, Cohort, apply_protocol
+from ich.protocol import TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.store import SliceStore
 
 # Called with (what is done, done, in all).
 Report = Callable[[str, int, int], None]
+AnyConfig = Config | PrepareConfig
 
 
 @dataclass(frozen=True)
 class Split:
     """One side of the cohort.
 
-    image_id: str [N]. row: int64 [N], positions in the cache. target: float32 [N, 6].
+    image_id: str [N]. row: int64 [N], positions in the cache. target: float32 [N, L].
+    patient: int64 [N], the same number for the same patient throughout the cohort, -1 if unknown.
     """
 
     image_id: np.ndarray
     row: np.ndarray
     target: np.ndarray
+    patient: np.ndarray
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a training reads: HU of all slices, the two splits, and how they came about."""
+    """What a training reads: HU of all slices, the splits, and how they came about.
+
+    hu: int16 [N, S, S], HU. labels: the L names. test: None where the protocol has no test set.
+    """
 
     hu: np.ndarray
+    labels: tuple[str, ...]
     train: Split
     val: Split
-    summary: dict[str, object]
+    test: Split | None
+    summary: dict[str, Any]
 
 
-def load_dataset(cfg: Config, report: Report | None = None) -> Dataset:
+@dataclass(frozen=True)
+class Prepared:
+    """A cohort whose slices are decoded; images in quarantine have left it.
+
+    wanted: the cohort before the quarantine. key: the cohort's fingerprint.
+    """
+
+    cohort: Cohort
+    wanted: Cohort
+    cache: Cache
+    key: str
+
+    def require_rows(self) -> None:
+        """Refuses a cohort that cannot be trained or scored.
+
+        Raises:
+            UserError: the quarantine took every slice of a split.
+        """
+        for name in self.wanted.splits:
+            if name not in self.cohort.splits:
+                raise UserError(f"no slice is left in the {name} set after the quarantine.")
+
+    def summary(self) -> dict[str, Any]:
+        """The cohort's summary, with its fingerprint and what became of its files."""
+        return {
+            **self.cohort.summary(),
+            "quarantined": len(self.cache.quarantine),
+            "cohort": self.key,
+            "cache": self.cache.folder.name,
+        }
+
+
+def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) -> Dataset:
     """Everything up to decoded slices; what is already on disk is not made again.
+
+    Args:
+        cfg: a job.
+        report: progress.
+        build: decode what is missing; without, as in a job of a prepared sweep, nothing is looked
+            up in the data set itself.
 
     Raises:
         UserError: bad labels, missing files, or too many slices that cannot be decoded.
     """
-    store = open_store(cfg.data, report)
-    cohort = load_cohort(cfg, store)
-    cache = load_cache(cfg.data, cohort, store, report)
-    rows = cohort.rows[cohort.rows["image_id"].isin(cache.row.keys())]
-    sides = {name: int((rows["split"] == name).sum()) for name in (TRAIN, VAL)}
-    kept = Cohort(rows, {**cohort.steps, **sides})
-    summary = {**kept.summary(), "quarantined": len(cache.quarantine), "cache": cache.folder.name}
-    train, val = (_split(kept.split(name), cache) for name in (TRAIN, VAL))
-    if not len(train.row) or not len(val.row):
-        raise UserError("no slice is left in training or validation after the quarantine.")
-    return Dataset(cache.hu, train, val, summary)
+    done = prepare(cfg, report, build)
+    done.require_rows()
+    cohort, cache = done.cohort, done.cache
+    codes, _ = pd.factorize(cohort.rows["patient"])
+    rows = cohort.rows.assign(patient=np.where(cohort.rows["patient"] == "", -1, codes))
+    sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
+    return Dataset(
+        cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), done.summary()
+    )
 
 
-def open_store(cfg: DataConfig, report: Report | None = None) -> SliceStore:
-    """The data set's files; the phantom's are made here on first use."""
+def prepare(cfg: AnyConfig, report: Report | None = None, build: bool = True) -> Prepared:
+    """The cohort and its decoded slices; see `load_dataset`."""
+    store = open_store(cfg.data, report if build else None)
+    assert store is not None
+    cohort, key = load_cohort(cfg, store, report)
+    images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
+    data, folder = cfg.data, Path(cfg.data.cache_dir)
+    if build:
+        cache = build_cache(
+            images,
+            store,
+            folder,
+            data.cache_size,
+            data.max_quarantine,
+            data.workers,
+            _step(report, "decoding slices"),
+        )
+    else:
+        cache = read_cache(images, store, folder, data.cache_size)
+    return Prepared(cohort.without(set(cache.quarantine["image_id"])), cohort, cache, key)
+
+
+def _step(report: Report | None, what: str) -> Callable[[int, int], None] | None:
+    return (lambda done, total: report(what, done, total)) if report else None
+
+
+def open_store(
+    cfg: DataConfig, report: Report | None = None, required: bool = True
+) -> SliceStore | None:
+    """The data set's files; the phantom's are made here on first use.
+
+    Args:
+        cfg: where they are.
+        report: progress of making the phantom.
+        required: refuse to go on without files; otherwise None is returned.
+
+    Raises:
+        UserError: there are none where there should be, or the phantom cannot be made.
+    """
     if cfg.root is not None:
         return SliceStore.open(cfg.root)
     if cfg.source is not Source.phantom:
+        if not required:
+            return None
         raise UserError(
-            "data.root is not set. Give the unpacked RSNA folder or the Kaggle zip with "
+            "data.root is not set. Give the folder or the zip that holds the slices with "
             "data.root=PATH, or use data=phantom, which needs no files."
         )
     p = cfg.phantom
     name = f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
-    step = (lambda done, total: report("simulating patients", done, total)) if report else None
+    step = _step(report, "simulating patients")
     try:
         spec = PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
         return SliceStore(ensure_phantom(Path(cfg.cache_dir) / name, spec, progress=step))
@@ -86,66 +171,101 @@ def open_store(cfg: DataConfig, report: Report | None = None) -> SliceStore:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
 
-def load_cohort(cfg: Config, store: SliceStore) -> Cohort:
-    """The cohort, kept on disk once made: eight jobs would otherwise each split it again."""
-    place = Path(cfg.data.cache_dir) / f"cohort-{_cohort_key(cfg, store)}"
-    rows_file, steps_file = place.with_suffix(".csv.gz"), place.with_suffix(".json")
+def load_cohort(
+    cfg: AnyConfig, store: SliceStore | None, report: Report | None = None
+) -> tuple[Cohort, str]:
+    """The cohort and its fingerprint, kept on disk once made: eight jobs would each split again.
+
+    Raises:
+        UserError: see `ich.manifest`, `ich.patients` and `ich.protocol`.
+    """
+    key = _cohort_key(cfg, store)
+    place = Path(cfg.data.cache_dir) / f"cohort-{key}"
+    rows_file, facts_file = place.with_suffix(".csv.gz"), place.with_suffix(".json")
     place.parent.mkdir(parents=True, exist_ok=True)
     with lock(place.with_suffix(".lock")):
-        if not steps_file.exists():
-            cohort = _make_cohort(cfg, store)
-            cohort.rows.to_csv(rows_file, index=False)
-            part = steps_file.with_suffix(".part")
-            part.write_text(json.dumps(cohort.steps))
-            part.rename(steps_file)
-        rows = pd.read_csv(rows_file, keep_default_na=False)
-    return Cohort(rows, json.loads(steps_file.read_text()))
+        if not facts_file.exists():
+            cohort = make_cohort(cfg, store, report)
+            cohort.rows.to_csv(rows_file, index=False, compression={"method": "gzip", "mtime": 1})
+            facts = {k: v for k, v in asdict(replace(cohort, rows=None)).items() if k != "rows"}  # type: ignore[arg-type]
+            part = facts_file.with_suffix(".part")
+            part.write_text(json.dumps(facts))
+            part.rename(facts_file)
+        text = dict.fromkeys(["image_id", "path", *KEYS, "split"], str)
+        rows = pd.read_csv(rows_file, keep_default_na=False, dtype=text)
+        facts = json.loads(facts_file.read_text())
+    return Cohort(rows, tuple(facts.pop("labels")), **facts), key
 
 
-def _make_cohort(cfg: Config, store: SliceStore) -> Cohort:
-    source, name = _label_source(cfg.data, store)
-    labels, repeated = read_labels(source, name)
-    manifest = build_manifest(labels, store)
-    cohort = apply_protocol(manifest, cfg.protocol, cfg.data.subset)
-    return Cohort(cohort.rows, {"repeated_ids": repeated, **cohort.steps})
+def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:
+    """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
+    labels = load_labels(cfg.data, store)
+    manifest = build_manifest(labels, store, cfg.data.source)
+    sound = cfg.protocol.name is ProtocolName.sound
+    manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
+    cohort = apply_protocol(manifest, labels.names, cfg.protocol, cfg.data.subset)
+    # Only the audit needs them: headers of the cohort's files, not of the whole data set.
+    rows = cohort.rows if sound else _with_keys(cfg.data, cohort.rows, store, report)
+    return replace(cohort, rows=rows, steps={"repeated_ids": labels.repeated, **cohort.steps})
 
 
-def _label_source(cfg: DataConfig, store: SliceStore):  # type: ignore[no-untyped-def]
-    if cfg.labels is None:
-        path = rsna_labels(store)
-        return io.BytesIO(store.read(path)), path
-    path = Path(cfg.labels)
-    if not path.is_file():
-        raise UserError(
-            f"data.labels is {cfg.labels!r}, which is no file. Give the label CSV, or "
-            f"leave it null to take stage_2_train.csv from data.root."
-        )
-    return path, path.name
+def load_labels(cfg: DataConfig, store: SliceStore | None) -> Labels:
+    """The label CSV that the config names, or the one in the store."""
+    path, name = label_source(cfg, store)
+    source: Path | io.BytesIO
+    if path is None:
+        assert store is not None
+        source = io.BytesIO(store.read(name))
+    else:
+        source = path
+    return read_labels(source, name, cfg.label_columns, cfg.any_label)
 
 
-def _cohort_key(cfg: Config, store: SliceStore) -> str:
-    source, name = _label_source(cfg.data, store)
-    if isinstance(source, Path):
-        stat = source.stat()
-        name = f"{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    parts = [store.identity(), name, repr(cfg.protocol), repr(cfg.data.subset)]
+def _with_keys(
+    cfg: DataConfig, rows: pd.DataFrame, store: SliceStore | None, report: Report | None
+) -> pd.DataFrame:
+    """Adds the keys `patient` and `study`, empty where nothing tells them."""
+    pseudonyms = Pseudonyms.beside(Path(cfg.cache_dir))
+    own = [c if c in rows else None for c in ("patient_id", "study_id")]
+    rows = rows.drop(columns=KEYS, errors="ignore")
+    if cfg.metadata is not None:
+        keys = read_metadata(Path(cfg.metadata), pseudonyms).reindex(rows["image_id"]).fillna("")
+    elif own[0] is not None:
+        keys = pseudonyms.keys(rows, own)
+    elif store is not None:
+        step = _step(report, "reading headers")
+        paths, folder = rows["path"].tolist(), Path(cfg.cache_dir)
+        scan = scan_headers(paths, store, folder, pseudonyms, cfg.workers, step)
+        keys = scan.reindex(rows["path"])
+        # A file that cannot be read is its own patient: it is quarantined when it is decoded.
+        keys["readable"] = keys["readable"].eq(True)
+        keys[KEYS] = keys[KEYS].fillna("")
+        ids = rows["image_id"].to_numpy()
+        keys["patient"] = np.where(keys["readable"], keys["patient"], "unreadable:" + ids)
+    else:
+        keys = pd.DataFrame("", index=rows.index, columns=KEYS)
+    rows = rows.drop(columns=[c for c in own if c])
+    return rows.assign(**{k: keys[k].to_numpy() for k in KEYS})
+
+
+def _cohort_key(cfg: AnyConfig, store: SliceStore | None) -> str:
+    """Fingerprint of what the cohort depends on: files, labels, metadata, protocol, subset."""
+    data = cfg.data
+    parts = [store.identity() if store else "", data.source.value, repr(cfg.protocol)]
+    parts += [repr((data.label_columns, data.any_label, data.subset))]
+    for named in (data.labels, data.metadata):
+        if named is not None and (path := Path(named)).is_file():
+            stat = path.stat()
+            parts.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}")
+        else:
+            parts.append(repr(named))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def load_cache(
-    cfg: DataConfig, cohort: Cohort, store: SliceStore, report: Report | None = None
-) -> Cache:
-    """The decoded slices of the cohort's images."""
-    images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
-    step = (lambda done, total: report("decoding slices", done, total)) if report else None
-    return open_cache(
-        images, store, Path(cfg.cache_dir), cfg.cache_size, cfg.max_quarantine, cfg.workers, step
-    )
-
-
-def _split(rows: pd.DataFrame, cache: Cache) -> Split:
+def _split(rows: pd.DataFrame, labels: tuple[str, ...], cache: Cache) -> Split:
     return Split(
         image_id=rows["image_id"].to_numpy(dtype=str),
         row=rows["image_id"].map(cache.row).to_numpy(dtype=np.int64),
-        target=rows[list(LABELS)].to_numpy(dtype=np.float32),
+        target=rows[list(labels)].to_numpy(dtype=np.float32),
+        patient=rows["patient"].to_numpy(dtype=np.int64),
     )

@@ -8,19 +8,64 @@ a usable slope or intercept, or one that is no single greyscale CT slice, is ref
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import RawDataElement
+from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
+from pydicom.pixels import get_decoder
+from pydicom.tag import Tag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+# pydicom logs and warns with the values it finds odd, UIDs and names among them.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 HU_MIN, HU_MAX = -1024, 3071
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
+_MAX_RESCALE = (
+    100_000  # a slope or an intercept beyond it leaves no 16-bit value within -1024..3071
+)
+
+# What must hold of a slice, beside its size and rescale; the first allowed value is the usual one.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "Modality": ("CT",),
+    "SamplesPerPixel": (1,),
+    "PhotometricInterpretation": ("MONOCHROME2",),
+    "BitsAllocated": (16,),
+    "BitsStored": tuple(range(16, 0, -1)),
+    "PixelRepresentation": (0, 1),
+}
+_KEYWORDS = (
+    *_ALLOWED,
+    *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
+)
+_TAGS = tuple(Tag(keyword) for keyword in _KEYWORDS)
+_PIXEL_DATA = Tag("PixelData")
 
 
 class DicomError(ValueError):
     """Why one file yields no slice. Names the element and its value, never an identifier."""
+
+
+class _Header(NamedTuple):
+    """The checked elements of one slice. `syntax` says how its pixel data are encoded."""
+
+    rows: int
+    columns: int
+    dtype: np.dtype
+    slope: float
+    intercept: float
+    wrapped: bool
+    syntax: UID
 
 
 def read_hu(data: bytes) -> np.ndarray:
@@ -32,25 +77,34 @@ def read_hu(data: bytes) -> np.ndarray:
     Raises:
         DicomError: the file is no DICOM, no single-frame greyscale CT slice, or damaged.
     """
-    dataset = _parse(data)
-    try:
-        _check_is_ct_slice(dataset)
-        slope = _finite(dataset, "RescaleSlope")
-        intercept = _finite(dataset, "RescaleIntercept")
-        wrapped = _is_wrapped(dataset, intercept)
-    except DicomError:
-        raise
-    except Exception as error:  # a damaged element raises when it is first looked at
-        raise DicomError(f"unreadable header ({type(error).__name__})") from None
-    if slope == 0:
-        raise DicomError("RescaleSlope is 0, so stored values carry no HU")
-    if wrapped and slope != 1:
-        raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
-    stored = _stored_values(dataset)
-    if wrapped:
-        return unwrap_12bit(stored, round(intercept))
-    hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    return np.clip(np.rint(hu), HU_MIN, HU_MAX).astype(np.int16)
+    with warnings.catch_warnings():
+        # RSNA's identifiers look like ID_..., which is no valid UID; nothing here reads them.
+        warnings.simplefilter("ignore")
+        # The pixel data are not copied out of `data`: pydicom only says where they are.
+        dataset = _parse(data, defer_size=4096)
+        header = _header(dataset)
+        stored = _stored_values(dataset, header, data)
+    if header.wrapped:
+        return unwrap_12bit(stored, round(header.intercept))
+    return _rescale(stored, header.slope, header.intercept)
+
+
+def read_keys(data: bytes) -> tuple[str, str]:
+    """PatientID and StudyInstanceUID of one file's bytes, empty where the file has none.
+
+    They name a person: whoever calls this replaces them at once (`ich.patients`).
+
+    Raises:
+        DicomError: the file is no DICOM, or its header is damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = _parse(data, stop_before_pixels=True)
+        try:
+            patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
+        except Exception as error:  # a damaged element raises when it is first looked at
+            raise DicomError(f"unreadable header ({type(error).__name__})") from None
+    return str(patient or ""), str(study or "")
 
 
 def unwrap_12bit(stored: np.ndarray, intercept: int = 0) -> np.ndarray:
@@ -73,44 +127,91 @@ def unwrap_12bit(stored: np.ndarray, intercept: int = 0) -> np.ndarray:
     return ((values - HU_MIN) % 4096 + HU_MIN).astype(np.int16)
 
 
-def _is_wrapped(dataset: pydicom.Dataset, intercept: float) -> bool:
-    return (
-        dataset.get("BitsStored") == 12
-        and dataset.get("PixelRepresentation") == 0
-        and intercept > -100
-    )
+def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """Stored values [H, W] -> int16 HU; in the stored type where slope and intercept allow it."""
+    if slope == 1 and intercept.is_integer() and abs(intercept) <= 32_767:
+        shift, span = int(intercept), np.iinfo(stored.dtype)
+        low, high = max(HU_MIN - shift, span.min), min(HU_MAX - shift, span.max)
+        if low <= high:  # clipped before it is shifted, so the sum fits int16, also modulo 65,536
+            hu = np.clip(stored, low, high).astype(np.int16, copy=False)
+            hu += np.int16(shift)
+            return hu
+    hu = stored.astype(np.float64) * slope + intercept
+    return np.rint(np.clip(hu, HU_MIN, HU_MAX)).astype(np.int16)
 
 
-def _parse(data: bytes) -> pydicom.Dataset:
+def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
     if not data:
         raise DicomError("the file is empty")
-    with warnings.catch_warnings():
-        # RSNA's identifiers look like ID_..., which is no valid UID; nothing here reads them.
-        warnings.simplefilter("ignore")
-        try:
-            return pydicom.dcmread(io.BytesIO(data))
-        except InvalidDicomError:
-            raise DicomError("not a DICOM file (no DICM prefix)") from None
-        except Exception as error:  # a damaged header can raise nearly anything in the parser
-            raise DicomError(f"unreadable header ({type(error).__name__})") from None
+    if DeflatedExplicitVRLittleEndian.encode() + b"\0" in data[:4096]:
+        # pydicom would inflate it whole, to up to a thousand times its size, before any check.
+        raise DicomError(f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read")
+    try:
+        return pydicom.dcmread(io.BytesIO(data), **options)
+    except InvalidDicomError:
+        raise DicomError("not a DICOM file (no DICM prefix)") from None
+    except Exception as error:  # a damaged header can raise nearly anything in the parser
+        raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
 
-def _check_is_ct_slice(dataset: pydicom.Dataset) -> None:
-    wanted: dict[str, tuple[Any, ...]] = {
-        "Modality": ("CT",),
-        "SamplesPerPixel": (1,),
-        "PhotometricInterpretation": ("MONOCHROME2",),
-        "BitsAllocated": (16,),
-    }
-    for keyword, allowed in wanted.items():
+# The slices of a data set share few distinct headers, and converting and checking these twelve
+# elements takes longer than reading the pixel data, so each combination of raw values is seen once.
+_seen: dict[tuple, _Header] = {}
+_SEEN_LIMIT = 256
+
+
+def _header(dataset: pydicom.Dataset) -> _Header:
+    try:
+        key = (dataset.file_meta.get("TransferSyntaxUID"), *_raw(dataset))
+        if (header := _seen.get(key)) is None:
+            header = _check(dataset)
+            if len(_seen) >= _SEEN_LIMIT:
+                _seen.clear()
+            _seen[key] = header
+        return header
+    except DicomError:
+        raise
+    except Exception as error:  # a damaged element raises when it is first looked at
+        raise DicomError(f"unreadable header ({type(error).__name__})") from None
+
+
+def _raw(dataset: pydicom.Dataset) -> list[tuple[str | None, Any] | None]:
+    items = (dataset.get_item(tag) for tag in _TAGS)
+    return [item and (item.VR, item.value) for item in items]
+
+
+def _check(dataset: pydicom.Dataset) -> _Header:
+    for keyword, allowed in _ALLOWED.items():
         if (value := dataset.get(keyword)) not in allowed:
-            raise DicomError(f"{keyword} is {value!r}, not {allowed[0]!r}")
-    if int(dataset.get("NumberOfFrames", 1) or 1) != 1:
-        raise DicomError(f"multi-frame file ({dataset.NumberOfFrames} frames), not one slice")
+            raise DicomError(f"{keyword} is {_shown(value)}, not {allowed[0]!r}")
+    frames = dataset.get("NumberOfFrames")
+    if int(frames or 1) != 1:
+        raise DicomError(f"multi-frame file ({_shown(int(frames))} frames), not one slice")
     for keyword in ("Rows", "Columns"):
         value = dataset.get(keyword)
         if not isinstance(value, int) or not 1 <= value <= MAX_SIDE:
-            raise DicomError(f"{keyword} is {value!r}, not from 1 to {MAX_SIDE}")
+            raise DicomError(f"{keyword} is {_shown(value)}, not from 1 to {MAX_SIDE}")
+    if dataset.get("HighBit", dataset.BitsStored - 1) != dataset.BitsStored - 1:
+        raise DicomError(
+            f"HighBit is {_shown(dataset.HighBit)}, not {dataset.BitsStored - 1}, one less than "
+            f"BitsStored"
+        )
+    slope, intercept = _finite(dataset, "RescaleSlope"), _finite(dataset, "RescaleIntercept")
+    wrapped = dataset.BitsStored == 12 and dataset.PixelRepresentation == 0 and intercept > -100
+    if slope == 0:
+        raise DicomError("RescaleSlope is 0, so stored values carry no HU")
+    if wrapped and slope != 1:
+        raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
+    dtype = np.dtype("<i2" if dataset.PixelRepresentation else "<u2")
+    return _Header(
+        dataset.Rows, dataset.Columns, dtype, slope, intercept, wrapped, _syntax(dataset)
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: one line, and short whatever the file holds."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _finite(dataset: pydicom.Dataset, keyword: str) -> float:
@@ -118,17 +219,75 @@ def _finite(dataset: pydicom.Dataset, keyword: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise DicomError(f"{keyword} is {value!r}, not a number") from None
+        raise DicomError(f"{keyword} is {_shown(value)}, not a number") from None
     if not np.isfinite(number):
         raise DicomError(f"{keyword} is {number}, not finite")
+    if abs(number) > _MAX_RESCALE:
+        raise DicomError(f"{keyword} is {number:g}, not within {_MAX_RESCALE:,} of 0")
     return number
 
 
-def _stored_values(dataset: pydicom.Dataset) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return dataset.pixel_array
-        except Exception as error:  # decoder plug-ins raise their own types
-            text = " ".join(str(error).split())[:200]
-            raise DicomError(f"pixel data cannot be decoded: {text}") from None
+def _syntax(dataset: pydicom.Dataset) -> UID:
+    """The transfer syntax, checked to be one that can be decoded here."""
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        raise DicomError("the transfer syntax is missing, so the encoding of the pixels is unknown")
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        raise DicomError(f"the transfer syntax {_shown(syntax.name)} is not read") from None
+    if not decoder.is_available:
+        raise DicomError(
+            f"{syntax.name} needs a decoder that is not installed: pip install 'ich[codecs]'"
+        )
+    return syntax
+
+
+def _stored_values(dataset: pydicom.Dataset, header: _Header, data: bytes) -> np.ndarray:
+    """Integers [Rows, Columns] as stored; unsigned or signed as the header says."""
+    item = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
+    if not isinstance(item, RawDataElement):
+        raise DicomError("PixelData is missing")
+    if header.syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
+        return _decoded(_parse(data), header)
+    count = header.rows * header.columns
+    present = min(item.length, len(data) - item.value_tell)
+    if not 0 <= present - 2 * count <= 1:  # one byte of padding may follow
+        raise DicomError(
+            f"pixel data cannot be decoded: {present:,} bytes, but {header.rows} x "
+            f"{header.columns} pixels of 16 bits take {2 * count:,}"
+        )
+    stored = np.frombuffer(data, header.dtype, count, item.value_tell)
+    return stored.reshape(header.rows, header.columns)
+
+
+def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
+    """Pixel data in any other encoding, by pydicom and its plug-ins."""
+    try:
+        if header.syntax.is_encapsulated:
+            size = _stream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
+            if size not in (None, (header.rows, header.columns)):
+                # Checked first, because a plug-in allocates what the stream asks for.
+                raise ValueError(f"a stream of {size} pixels, not {header.rows, header.columns}")
+        return dataset.pixel_array
+    except Exception as error:  # decoder plug-ins raise their own types
+        text = " ".join(str(error).split())[:200]
+        raise DicomError(f"pixel data cannot be decoded: {text}") from None
+
+
+def _stream_size(frame: bytes) -> tuple[int, int] | None:
+    """(height, width) that a JPEG, JPEG-LS or JPEG 2000 stream declares; None of others."""
+    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SOC, then SIZ (ISO 15444-1 A.5.1)
+        x1, y1, x0, y0 = (int.from_bytes(frame[i : i + 4]) for i in (8, 12, 16, 20))
+        return y1 - y0, x1 - x0
+    if frame[:2] != b"\xff\xd8":
+        return None
+    start = 2
+    while frame[start : start + 1] == b"\xff":  # JPEG: segments up to the frame header
+        marker = frame[start + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            height, width = frame[start + 5 : start + 7], frame[start + 7 : start + 9]
+            return int.from_bytes(height), int.from_bytes(width)
+        fill = marker == 0xFF  # any number of these may come before a marker
+        start += 1 if fill else 2 + int.from_bytes(frame[start + 2 : start + 4])
+    raise ValueError("no frame header in the JPEG stream")

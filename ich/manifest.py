@@ -1,28 +1,29 @@
-"""Label CSV -> manifest: one row per image, its six labels, and where its file lies.
+"""Label CSV -> manifest: one row per image, its labels, and where its file lies.
 
-The RSNA CSV is long: `ID_<image>_<label>,Label`, six rows an image. What is wrong in it is named by
-line or id and refused; exact repetitions, which the original has four of, are dropped and counted.
+Two forms are read. The RSNA's is long: `ID_<image>_<label>,Label`, one row per image and label. The
+other is wide: `image_id` or `path`, then one column per label. What is wrong is named by line or id
+and refused; exact repetitions, which the RSNA's has four of, are dropped and counted.
 """
 
 from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
 import pandas as pd
 
-from ich.config import UserError
+from ich.config import DataConfig, Source, UserError
 from ich.store import SliceStore
 
-SUBTYPES = ("epidural", "intraparenchymal", "intraventricular", "subarachnoid", "subdural")
-LABELS = (*SUBTYPES, "any")
-
-# An id becomes part of a path, so nothing but the data set's own form is accepted.
-_ROW_ID = re.compile(r"(ID_[0-9A-Za-z]+)_([a-z]+)")
+# An id becomes part of a path and of tables, so only harmless characters are accepted.
+_ROW_ID = r"^(ID_[0-9A-Za-z]+)_(\w+)\Z"
+_IMAGE_ID = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
+_PATH = r"(?!/)(?!(?:.*/)?\.\.(?:/|\Z))[^\x00-\x1f\\]+"
 _BAD_CSV = (
     pd.errors.ParserError,
     pd.errors.EmptyDataError,
@@ -32,59 +33,86 @@ _BAD_CSV = (
 )
 _TRAIN_CSV = re.compile(r"stage_[12]_train\.csv")
 _TRAIN_DIR = re.compile(r"stage_[12]_train(_images)?")
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+# What a wide CSV or a metadata file may call its key columns; the first is ours.
+IMAGE = ("image_id", "Image", "ImageId", "SOPInstanceUID")
+PATIENT = ("patient_id", "PatientID")
+STUDY = ("study_id", "StudyInstanceUID")
+PATH = ("path",)
 
 
-def read_labels(source: Path | IO[bytes], name: str) -> tuple[pd.DataFrame, int]:
-    """Reads the long label CSV.
+@dataclass(frozen=True)
+class Labels:
+    """What a label CSV says.
+
+    table: one row per image in order of first appearance: `image_id`, the labels as int8, and
+        `path`, `patient_id` and `study_id` where the CSV has them.
+    names: the labels, in order.
+    repeated: images that stood more than once, in exact repetition.
+    """
+
+    table: pd.DataFrame
+    names: tuple[str, ...]
+    repeated: int
+
+
+def read_labels(
+    source: Path | IO[bytes],
+    name: str,
+    columns: Sequence[str] | None = None,
+    any_label: str | None = None,
+) -> Labels:
+    """Reads a label CSV, long or wide.
 
     Args:
-        source: a path or an open binary file.
+        source: a path (`.gz` is unpacked) or an open binary file.
         name: what the source is called in messages.
-
-    Returns:
-        The wide table, one row per image in order of first appearance (`image_id`, then the six
-        labels as int8), and the number of images that stood twice.
+        columns: the labels, in order; None takes all there are.
+        any_label: the label that must be the OR of the others, if one is.
 
     Raises:
         UserError: a malformed row (by line), contradicting repetitions, a missing label, or an
-            `any` that is not the OR of the subtypes (by id).
+            `any_label` that is not the OR of the others (by id).
     """
-    long = _read_csv(source, name)
-    parts = long["ID"].str.extract(rf"^{_ROW_ID.pattern}\Z")
-    _refuse_rows(name, long["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
-    _refuse_rows(name, long["ID"], ~parts[1].isin(LABELS), f"ends in none of {', '.join(LABELS)}")
-    value = pd.to_numeric(long["Label"], errors="coerce")
-    _refuse_rows(name, long["Label"], ~value.isin([0, 1]), "is no label; labels are 0 or 1")
-    table = pd.DataFrame({"image_id": parts[0], "label": parts[1], "value": value.astype(np.int8)})
-    return _widen(table, name)
+    frame = read_csv(source, f"the label file {name}")
+    long = {"ID", "Label"} <= set(frame.columns)
+    read = _read_long if long else _read_wide
+    labels = read(frame, name, columns)
+    if any_label is not None:
+        if any_label not in labels.names:
+            raise UserError(
+                f"data.any_label is {any_label!r}, but the label file {name} has the labels "
+                f"{', '.join(labels.names)}. Name one of them, or set data.any_label=null."
+            )
+        others = [k for k in labels.names if k != any_label]
+        either = labels.table[others].max(axis=1)
+        _refuse_ids(
+            name,
+            labels.table.loc[either != labels.table[any_label], "image_id"],
+            f"have an `{any_label}` that is not the OR of their other labels",
+        )
+    return labels
 
 
-def _read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
+def read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
+    """A CSV as text, blank lines kept so that line numbers hold; unreadable ones are refused."""
     try:
         frame = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
     except _BAD_CSV as error:
-        raise UserError(f"the label file {name} cannot be read as CSV: {error}") from None
-    if list(frame.columns[:2]) != ["ID", "Label"]:
-        raise UserError(
-            f"the label file {name} has the columns {', '.join(map(str, frame.columns))}, but "
-            f"must have ID and Label, as the RSNA stage_2_train.csv has. Point data.labels at it."
-        )
+        raise UserError(f"{name} cannot be read as CSV: {error}") from None
     if frame.empty:
-        raise UserError(f"the label file {name} holds no row below its heading.")
+        raise UserError(f"{name} holds no row below its heading.")
     return frame
 
 
-def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> None:
-    if bad.any():
-        rows = np.flatnonzero(bad.to_numpy())
-        shown = "; ".join(f"line {row + 2}: {values.iloc[row]!r}" for row in rows[:5])
-        raise UserError(
-            f"the label file {name} has {len(rows)} bad row(s): a value {what} ({shown}). "
-            f"Mend or remove them; the heading is line 1."
-        )
-
-
-def _widen(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int]:
+def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) -> Labels:
+    parts = frame["ID"].str.extract(_ROW_ID)
+    _refuse_rows(name, frame["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
+    names = tuple(columns or dict.fromkeys(parts[1]))
+    _refuse_rows(name, frame["ID"], ~parts[1].isin(names), f"ends in none of {', '.join(names)}")
+    value = _zero_or_one(name, frame["Label"])
+    table = pd.DataFrame({"image_id": parts[0], "label": parts[1], "value": value})
     distinct = table.drop_duplicates()
     twice = distinct.duplicated(["image_id", "label"], keep=False)
     _refuse_ids(name, distinct.loc[twice, "image_id"], "have labels that contradict each other")
@@ -92,20 +120,78 @@ def _widen(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int]:
     counts = distinct["image_id"].value_counts()
     _refuse_ids(
         name,
-        counts.index[counts != len(LABELS)],
-        f"lack some of the {len(LABELS)} labels {', '.join(LABELS)}",
+        counts.index[counts != len(names)],
+        f"lack some of the {len(names)} labels {', '.join(names)}",
     )
     order = distinct["image_id"].unique()
     wide = distinct.pivot(index="image_id", columns="label", values="value").loc[order]
-    wide = wide[list(LABELS)].reset_index()
     wide.columns.name = None
-    either = wide[list(SUBTYPES)].max(axis=1)
+    return Labels(wide[list(names)].reset_index(), names, int(repeated))
+
+
+def _read_wide(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) -> Labels:
+    keys = {k[0]: first_of(frame, k) for k in (IMAGE, PATH, PATIENT, STUDY)}
+    if keys["image_id"] is None and keys["path"] is None:
+        raise UserError(
+            f"the label file {name} has the columns {_listed(frame.columns)}, but must have ID and "
+            f"Label (the RSNA's form), or image_id or path and one column per label. Point "
+            f"data.labels at such a file."
+        )
+    names = tuple(columns or (c for c in frame.columns if c not in keys.values()))
+    if missing := [k for k in names if k not in frame.columns]:
+        raise UserError(
+            f"the label file {name} has no column {', '.join(missing)}; it has "
+            f"{_listed(frame.columns)}. Name the label columns with data.label_columns=[...]."
+        )
+    if not names:
+        raise UserError(
+            f"the label file {name} has no label column, only {_listed(frame.columns)}. Add one "
+            f"column of 0 and 1 for each label."
+        )
+    table = pd.DataFrame({k: frame[c] for k, c in keys.items() if c is not None})
+    for key, pattern in (("image_id", _IMAGE_ID), ("path", _PATH)):
+        if key in table:
+            bad = ~table[key].str.fullmatch(pattern)
+            _refuse_rows(name, table[key], bad, f"is no {key.replace('_', ' ')}")
+    if "image_id" not in table:
+        table.insert(0, "image_id", table["path"])
+    for label in names:
+        table[label] = _zero_or_one(name, frame[label])
+    distinct = table.drop_duplicates()
     _refuse_ids(
         name,
-        wide.loc[either != wide["any"], "image_id"],
-        "have an `any` that is not the OR of their subtypes",
+        distinct.loc[distinct["image_id"].duplicated(), "image_id"],
+        "stand twice with different values",
     )
-    return wide, int(repeated)
+    repeated = table.loc[table["image_id"].duplicated(), "image_id"].nunique()
+    return Labels(distinct.reset_index(drop=True), names, int(repeated))
+
+
+def first_of(frame: pd.DataFrame, names: Sequence[str]) -> str | None:
+    """The first of some column names that a frame has."""
+    return next((n for n in names if n in frame.columns), None)
+
+
+def _listed(columns: Iterable[object]) -> str:
+    names = [str(c) for c in columns]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _zero_or_one(name: str, values: pd.Series) -> pd.Series:
+    number = pd.to_numeric(values, errors="coerce")
+    _refuse_rows(name, values, ~number.isin([0, 1]), "is no label; labels are 0 or 1")
+    return number.astype(np.int8)
+
+
+def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> None:
+    if bad.any():
+        rows = np.flatnonzero(bad.to_numpy())
+        shown = "; ".join(f"line {row + 2}: {values.iloc[row][:80]!r}" for row in rows[:5])
+        where = "" if values.name in ("ID", "Label") else f" in the column {values.name}"
+        raise UserError(
+            f"the label file {name} has {len(rows)} bad row(s){where}: a value {what} ({shown}). "
+            f"Mend or remove them; the heading is line 1."
+        )
 
 
 def _refuse_ids(name: str, ids: Iterable[str], what: str) -> None:
@@ -133,28 +219,81 @@ def rsna_labels(store: SliceStore) -> str:
     return max(found, key=lambda p: PurePosixPath(p).name)
 
 
-def rsna_slices(store: SliceStore) -> dict[str, str]:
-    """Image id -> path of its training file, in a store of the RSNA layout."""
-    paths = (PurePosixPath(n) for n in store.paths)
-    return {
-        p.stem: str(p) for p in paths if p.suffix == ".dcm" and _TRAIN_DIR.fullmatch(p.parent.name)
-    }
-
-
-def build_manifest(labels: pd.DataFrame, store: SliceStore) -> pd.DataFrame:
+def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> pd.DataFrame:
     """Adds `path`, the file of each image in the store, to the wide labels.
 
-    An image without a file keeps an empty path: it is quarantined when slices are decoded.
+    An image without a file keeps an empty path: it is quarantined when slices are decoded. Without
+    a store no image has one.
 
     Raises:
-        UserError: not one labelled image has a file.
+        UserError: not one labelled image has a file, or several files could be one image's.
     """
-    paths = rsna_slices(store)
-    manifest = labels.assign(path=[paths.get(i, "") for i in labels["image_id"]])
-    if not (manifest["path"] != "").any():
+    table = labels.table
+    if store is None:
+        return table.assign(path="")
+    if "path" in table:
+        there = set(store.paths)
+        paths = [p if p in there else "" for p in table["path"]]
+    else:
+        find = _rsna_slices if source is not Source.folder else _by_file_name
+        found = find(store, table["image_id"])
+        paths = [found.get(i, "") for i in table["image_id"]]
+    if not any(paths):
+        form = "by their file name or path" if source is Source.folder else "as stage_2_train/*.dcm"
         raise UserError(
-            f"{store.root} holds none of the {len(labels):,} labelled images as "
-            f"stage_2_train/ID_*.dcm (it has {len(paths):,} training slices). Point data.root at "
-            f"the folder or zip that holds both the labels and the slices."
+            f"{store.root} holds none of the {len(table):,} labelled images {form}; it has "
+            f"{len(store.paths):,} files. Point data.root at the folder or zip that holds the "
+            f"slices, and data.labels at the CSV that belongs to them."
         )
-    return manifest
+    return table.assign(path=paths)
+
+
+def _rsna_slices(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
+    """Image id -> path of its training file, in a store of the RSNA layout."""
+    found = {}
+    for path in store.paths:
+        folder, _, file = path.rpartition("/")
+        if file.endswith(".dcm") and _TRAIN_DIR.fullmatch(folder.rpartition("/")[2]):
+            found[file.removesuffix(".dcm")] = path
+    return found
+
+
+def _by_file_name(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
+    """Image id -> path of the one file of that name, with or without a DICOM suffix."""
+    wanted, found, twice = set(image_ids), dict[str, str](), list[str]()
+    for path in store.paths:
+        file = path.rpartition("/")[2]
+        stem, dot, suffix = file.rpartition(".")
+        image = stem if f"{dot}{suffix}".lower() in _SUFFIXES else file
+        if image in wanted:
+            if image in found:
+                twice.append(f"{image} ({found[image]} and {path})")
+            found[image] = path
+    if twice:
+        raise UserError(
+            f"{len(twice):,} image ids are the name of several files, as {twice[0]}. Give a column "
+            f"`path`, relative to data.root, in data.labels instead of `image_id`."
+        )
+    return found
+
+
+def label_source(cfg: DataConfig, store: SliceStore | None) -> tuple[Path | None, str]:
+    """Where the labels are: a file of their own, or (None and) a path in the store.
+
+    Raises:
+        UserError: nowhere.
+    """
+    if cfg.labels is not None:
+        path = Path(cfg.labels)
+        if not path.is_file():
+            raise UserError(
+                f"data.labels is {cfg.labels!r}, which is no file. Give the label CSV, or "
+                f"leave it null to take stage_2_train.csv from data.root."
+            )
+        return path, path.name
+    if cfg.source is Source.folder or store is None:
+        raise UserError(
+            "data.labels is not set. Give the label CSV with data.labels=FILE: image_id or path, "
+            "then one column per label (or the RSNA's stage_2_train.csv)."
+        )
+    return None, rsna_labels(store)

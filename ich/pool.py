@@ -5,14 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_AHEAD = 2  # jobs given to each worker: one it does, one it need not wait for
 
 
 def available_cores() -> int:
@@ -23,30 +28,57 @@ def available_cores() -> int:
 
 
 def run_parallel(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
-) -> Iterator[Result]:
-    """Yields function(job) of every job in the order of completion; in this process for one worker.
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+) -> Generator[Result, None, None]:
+    """Yields function(job) of every job in the order of completion.
+
+    This process works too: it starts at once, while a new one first imports for a good part of a
+    second. Jobs are taken from the iterator when they are due, so there may be any number of them.
 
     Args:
-        function: a module's own function, so that a new process can import it.
+        function: a module's own function, so that a new process can import it; a light module
+            starts sooner.
         jobs: what can be pickled.
-        workers: processes; at most one per job is started.
+        workers: processes, this one included.
     """
-    workers = min(workers, len(jobs))
     if workers <= 1:
         yield from map(function, jobs)
         return
+    due = iter(jobs)
     # Spawned, not forked: the parent may hold torch's and a progress bar's threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        with _without_main(), _one_thread_each():
-            pending = [pool.submit(function, job) for job in jobs]
-        try:
-            for future in as_completed(pending):
+    pool = ProcessPoolExecutor(workers - 1, mp_context=context, initializer=_end_with_parent)
+    running: set[Future[Result]] = set()
+
+    def give(each: int) -> None:
+        with _without_main(), _one_thread_each():  # submitting is what starts the processes
+            for job in islice(due, each * (workers - 1) - len(running)):
+                running.add(pool.submit(function, job))
+
+    try:
+        give(1)
+        while running:
+            own = [function(job) for job in islice(due, 1)]
+            done, running = wait(running, 0 if own else None, FIRST_COMPLETED)
+            give(_AHEAD)
+            yield from own
+            for future in done:
                 yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker process when its parent is killed; else it would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import IO
 
 from ich import data
 from ich.config import Config, Source, UserError, image_size, validate
+from ich.data_report import write_data_report
 from ich.results import SweepPaths, write_json
 from ich.tracking import open_store
 
@@ -60,17 +61,22 @@ def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> 
     """
     check_jobs(configs)
     open_store(configs[0].tracking, required=True)
-    for config in {repr((c.data, c.protocol)): c for c in configs}.values():
-        data.load_dataset(config, report)
     first = configs[0]
     sweep = SweepPaths(Path(first.sweep.output) / first.name)
+    cohorts = {repr((c.data, c.protocol)): c for c in configs}.values()
+    prepared = [(config, data.prepare(config, report)) for config in cohorts]
+    for _, done in prepared:
+        done.require_rows()
     earlier = _hold(sweep)
+    for config, done in prepared:
+        write_data_report(config, done, sweep.data(done.key))
     parent = _open_parent(first, sweep)
     write_json(
         sweep.record,
         {
             "name": first.name,
             "jobs": list(dict.fromkeys([*earlier, *(c.job for c in configs)])),
+            "cohorts": [done.key for _, done in prepared],
             "mlflow_run": parent,
             "started": time.strftime("%Y-%m-%d %H:%M"),
             "command": _command(),
@@ -120,7 +126,7 @@ def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
     tags = {
         "ich.sweep": config.name,
         "ich.kind": "sweep",
-        "ich.protocol": config.protocol.name,
+        "ich.protocol": config.protocol.name.value,
         "ich.data": config.data.source.value,
     }
     return store.open_run(config.name, tags)
@@ -128,10 +134,12 @@ def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
 
 def close_sweep(sweep: SweepPaths, config: Config, ok: bool) -> None:
     """Keeps the table and figures on the sweep's MLflow run, and ends it."""
-    store, parent = open_store(config.tracking), sweep.read_record().get("mlflow_run")
+    record = sweep.read_record()
+    store, parent = open_store(config.tracking), record.get("mlflow_run")
     if store is None or not isinstance(parent, str):
         return
-    for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures):
+    data_reports = [sweep.data(key) for key in record["cohorts"]]
+    for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures, *data_reports):
         if path.exists():
             store.log_artifact(parent, path)
     store.end(parent, "FINISHED" if ok else "FAILED")

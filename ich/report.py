@@ -18,7 +18,6 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ich.config import UserError
-from ich.manifest import LABELS
 from ich.results import FINISHED, RunPaths, SweepPaths
 from ich.terminal import console
 
@@ -34,15 +33,9 @@ REPORT_TABLE_2 = {
     "efficientnet_b3": (0.9729, 0.9790),
 }
 
-# Other people's scripts rely on these names and their order.
-COLUMNS = [
-    "job",
-    "model",
-    "status",
-    "reason",
-    "accuracy",
-    "auc",
-    *(f"auc_{k}" for k in LABELS),
+# Other people's scripts rely on these names and their order; auc_<label> follows auc.
+_BEFORE = ["job", "model", "status", "reason", "accuracy", "auc"]
+_AFTER = [
     "auc_macro",
     "auc_top",
     "params",
@@ -52,8 +45,13 @@ COLUMNS = [
     "images_per_s",
     "report_accuracy",
     "report_auc",
+    "scored_on",
+    "val_accuracy",
+    "val_auc",
+    "leak_image",
+    "leak_study",
+    "leak_patient",
 ]
-_HIGHER = ["accuracy", "auc", *(f"auc_{k}" for k in LABELS), "auc_macro", "auc_top", "images_per_s"]
 _LOWER = ["params", "minutes"]
 BASELINE = "always negative"
 
@@ -61,7 +59,7 @@ BASELINE = "always negative"
 _SHOWN: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", "{:.4f}"),
     ("AUC", "auc", "{:.4f}"),
-    ("AUC any", "auc_any", "{:.4f}"),
+    ("AUC any", "auc_any", "{:.4f}"),  # where there is such a label
     ("AUC macro", "auc_macro", "{:.4f}"),
     ("trained M", "params", "{:.2f}"),
     ("ImageNet M", "params_imagenet", "{:.1f}"),
@@ -110,17 +108,23 @@ def compare(sweep: SweepPaths) -> pd.DataFrame:
     return table
 
 
+def columns(results: list[dict[str, Any]]) -> list[str]:
+    """The columns of a table of these results: one AUC for each label that any of them has."""
+    labels = dict.fromkeys(k for r in results for k in r.get("labels", []))
+    return [*_BEFORE, *(f"auc_{k}" for k in labels), *_AFTER]
+
+
 def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per result, in order, in `COLUMNS`; what a job does not have is empty."""
+    """One row per result, in order, in `columns`; what a job does not have is empty."""
     rows = [_row(result) for result in results]
     # One row per set of validation rows: a sweep over the cohort has several.
     seen: list[dict[str, float]] = []
     for result in results:
         if result["status"] == FINISHED and result["always_negative"] not in seen:
             seen.append(result["always_negative"])
-            where = f"the validation rows of {result['job']}" if len(seen) > 1 else ""
+            where = f"the rows of {result['job']}" if len(seen) > 1 else ""
             rows.append({"model": BASELINE, "reason": where, **result["always_negative"]})
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=columns(results))
     whole = ["params", "params_imagenet", "best_epoch"]
     return table.astype(dict.fromkeys(whole, "Int64"))
 
@@ -128,7 +132,15 @@ def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     model = result.get("model") or result["job"].split(",")[0]
     accuracy, auc = REPORT_TABLE_2.get(model, (None, None))
-    return {**result, "model": model, "report_accuracy": accuracy, "report_auc": auc}
+    cohort = result.get("cohort", {})
+    return {
+        **result,
+        "model": model,
+        "report_accuracy": accuracy,
+        "report_auc": auc,
+        "scored_on": cohort.get("scored"),
+        **{f"leak_{k}": v for k, v in cohort.get("leak", {}).items()},
+    }
 
 
 def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
@@ -148,12 +160,7 @@ def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
         + "; or ".join(map(_cohort, cohorts))
         + "."
     ]
-    leaks = _either(f"{c['leak_images']:.1%}" for c in cohorts)
-    lines.append(
-        "Selected and scored on the same validation rows: there is no test set. "
-        f"{leaks} of the validation rows show an image that is also trained on, and the split does "
-        "not keep a patient's slices together."
-    )
+    lines.append(_either(_scoring(c) for c in cohorts))
     starts = _either(_start(c) for c in configs)
     lines.append(
         f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
@@ -175,13 +182,38 @@ def _either(values: Iterable[Any]) -> str:
     return " or ".join(dict.fromkeys(str(v) for v in values))
 
 
+_STEPS = {
+    "oversampled": "rows after oversampling",
+    "undersampled": "after undersampling negatives",
+    "subset": "in the subset",
+    "train": "for training",
+    "val": "for validation",
+    "test": "for testing",
+}
+
+
 def _cohort(c: dict[str, Any]) -> str:
-    quarantined = f", {c['quarantined']} undecodable and left out" if c["quarantined"] else ""
-    return (
-        f"{c['images']:,} images, {c['oversampled']:,} rows after epidural oversampling, "
-        f"{c['subset']:,} in the subset, {c['train']:,} for training and {c['val']:,} for "
-        f"validation{quarantined}"
-    )
+    parts = [f"{c['images']:,} images"]
+    parts += [f"{c[step]:,} {text}" for step, text in _STEPS.items() if step in c]
+    if c["quarantined"]:
+        parts.append(f"{c['quarantined']} undecodable and left out")
+    return ", ".join(parts)
+
+
+def _scoring(c: dict[str, Any]) -> str:
+    """Which rows chose and which scored, and how many of those were seen before."""
+    if c["scored"] == "val":
+        text = "Selected and scored on the same validation rows: there is no test set. "
+    else:
+        text = "Epochs were chosen on the validation rows, and scored on the test rows. "
+    known = {k: v for k, v in c["leak"].items() if v is not None}
+    if known and not any(known.values()):
+        return f"{text}No {' and no '.join(known)} of the scored rows stands in another set."
+    shares = ", ".join(f"{v:.1%} the {k}" for k, v in known.items())
+    text += f"Of the scored rows, these share with the training rows: {shares}."
+    if unknown := [k for k, v in c["leak"].items() if v is None]:
+        text += f" Unknown for {' and '.join(unknown)}: data.metadata or headers would tell."
+    return text
 
 
 def _optimizer(cfg: Any) -> str:
@@ -206,8 +238,10 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
     """(row, column) of the best value of each column over the finished jobs; ties are all best."""
     jobs = table[table["status"] == FINISHED]
     best = set()
-    for columns, pick in ((_HIGHER, "max"), (_LOWER, "min")):
-        for column in columns:
+    names = [str(c) for c in table]
+    higher = [c for c in names if c in ("accuracy", "images_per_s") or c.startswith("auc")]
+    for group, pick in ((higher, "max"), (_LOWER, "min")):
+        for column in group:
             values = pd.to_numeric(jobs[column])
             if len(jobs) > 1 and values.notna().any():
                 target = getattr(values, pick)()
@@ -215,11 +249,15 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
     return best
 
 
+def _shown(table: pd.DataFrame) -> list[tuple[str, str, str]]:
+    return [shown for shown in _SHOWN if shown[1] in table]
+
+
 def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
     best, rows = best_cells(table), []
     for i, row in table.iterrows():
         cells = [str(row["job"] if isinstance(row["job"], str) else row["model"])]
-        for _, column, form in _SHOWN:
+        for _, column, form in _shown(table):
             text = _format(row[column], column, form)
             cells.append(mark.format(text) if (i, column) in best and text else text)
         status = row["status"] if isinstance(row["status"], str) else ""
@@ -238,19 +276,21 @@ def _format(value: Any, column: str, form: str) -> str:
 def _markdown(
     record: dict[str, Any], heading: list[str], table: pd.DataFrame, figures: list[Path]
 ) -> str:
-    names = ["job", *(name for name, _, _ in _SHOWN), "status"]
+    names = ["job", *(name for name, _, _ in _shown(table)), "status"]
     lines = [f"# {record['name']}", ""]
     for text in heading:
         lines += [text, ""]
-    lines += ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(_SHOWN) + " --- |"]
+    lines += ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 2) + " --- |"]
     for cells in _cells(table, "**{}**"):
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     lines += [
         "",
-        "Best in each column in bold. AUC is micro-averaged over the six labels; AUC any "
-        "is the label *any*. The report's own figures come from its Table 2.",
+        "Best in each column in bold. AUC is micro-averaged over the labels. The report's own "
+        "figures come from its Table 2.",
         "",
     ]
+    for key in record.get("cohorts", []):
+        lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)", ""]
     lines += [f"![{f.stem.replace('_', ' ')}](figures/{f.name})" for f in figures]
     lines += ["", f"Launched {record['started']} with `{record['command']}`."]
     return "\n".join(lines) + "\n"
@@ -264,13 +304,14 @@ def _print(
         console.print(text, markup=False, soft_wrap=not console.is_terminal)
     cells = _cells(table, "[bold green]{}[/bold green]")
     dropped: list[str] = []
-    out = _terminal_table(cells, dropped)
+    shown = _shown(table)
+    out = _terminal_table(cells, shown, dropped)
     unbounded = console.options.update(width=1000)
     while Measurement.get(console, unbounded, out).maximum > console.width and len(dropped) < len(
         _OPTIONAL
     ):
         dropped = _OPTIONAL[: len(dropped) + 1]
-        out = _terminal_table(cells, dropped)
+        out = _terminal_table(cells, shown, dropped)
     console.print(out)
     console.print(f"\nTable and figures: {sweep.markdown.parent}/  (comparison.csv, comparison.md)")
     console.print(
@@ -279,12 +320,14 @@ def _print(
     )
 
 
-def _terminal_table(cells: list[list[str]], dropped: list[str]) -> Table:
-    kept = [i for i, (_, column, _) in enumerate(_SHOWN) if column not in dropped]
+def _terminal_table(
+    cells: list[list[str]], shown: list[tuple[str, str, str]], dropped: list[str]
+) -> Table:
+    kept = [i for i, (_, column, _) in enumerate(shown) if column not in dropped]
     out = Table(box=None, pad_edge=False)
     out.add_column("job", no_wrap=True)
     for i in kept:
-        out.add_column(_SHOWN[i][0].replace(" ", "\n"), justify="right", no_wrap=True)
+        out.add_column(shown[i][0].replace(" ", "\n"), justify="right", no_wrap=True)
     out.add_column("status", overflow="fold", max_width=40)
     for row in cells:
         out.add_row(row[0], *(row[i + 1] for i in kept), row[-1])
@@ -321,8 +364,9 @@ def _learning_curves(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    baseline = finished[0]["always_negative"]["accuracy"]
-    axes[1].axhline(baseline, color="grey", ls=":", label="always negative")
+    if finished[0]["cohort"]["scored"] == "val":  # the panels show validation
+        baseline = finished[0]["always_negative"]["accuracy"]
+        axes[1].axhline(baseline, color="grey", ls=":", label="always negative")
     handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     return _save(figure, sweep.figures / "learning_curves.png")
@@ -333,9 +377,10 @@ def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for n, result in enumerate(sorted(finished, key=lambda r: int(r["params"]))):
-        if result["auc_any"] is None:
+        score = result.get("auc_any", result["auc"])
+        if score is None:
             continue
-        x, y = result["params"] / 1e6, result["auc_any"]
+        x, y = result["params"] / 1e6, score
         axis.scatter(x, y, s=40)
         axis.annotate(
             result["job"],
@@ -346,7 +391,7 @@ def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
         )
     axis.set(
         xlabel="trained parameters, millions",
-        ylabel="validation AUC of any",
+        ylabel="AUC of any" if "auc_any" in finished[0] else "AUC (micro)",
         title=f"{sweep.root.name}: AUC against size",
     )
     axis.margins(x=0.2, y=0.15)

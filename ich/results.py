@@ -117,6 +117,10 @@ class SweepPaths:
     def figures(self) -> Path:
         return self.root / "figures"
 
+    def data(self, cohort: str) -> Path:
+        """The folder of the data report of one cohort, by its fingerprint."""
+        return self.root / f"data-{cohort}"
+
     def run(self, job: str) -> RunPaths:
         return RunPaths(self.root / job)
 

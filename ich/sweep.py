@@ -2,11 +2,12 @@
 
 Method. Hydra composes one config per job from `conf/`. Before the first job starts, all of them
 are checked and their data prepared once (`ich.preflight`): labels become a manifest, the protocol
-turns it into training and validation rows, and their slices are decoded to int16 HU. Each job then
-trains in a process of its own (`ich.train`): CT windows as channels, flips and crops, an ImageNet
-network with one linear layer of six outputs, binary cross-entropy, Adam; the weights of the epoch
-with the best validation accuracy are kept. Every run is logged to MLflow under its sweep. In the
-end, whatever became of single jobs, there is a comparison table (`ich.report`).
+turns it into training, validation and, if it is sound, test rows, which are audited for leaks;
+their slices are decoded to int16 HU. Each job then trains in a process of its own (`ich.train`): CT
+windows as channels, flips and crops, an ImageNet network with one linear layer of an output per
+label, binary cross-entropy, Adam; the weights of the epoch with the best validation accuracy are
+kept, and scored. Every run is logged to MLflow under its sweep. In the end, whatever became of
+single jobs, there is a comparison table (`ich.report`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def train_one(cfg: DictConfig) -> float | None:
     with terminal.watching(config, run) as watch:
         result = run_job(config, run, record["mlflow_run"], watch)
     terminal.ended(config, result, skipped=result == before)
-    score = result.get(config.train.monitor.value)
+    score = result.get(f"val_{config.train.monitor.value}")
     return float(score) if isinstance(score, int | float) else None
 
 

@@ -9,8 +9,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from ich.config import Config
 from ich.results import FINISHED, RunPaths, SweepPaths
@@ -93,6 +96,37 @@ class Terminal:
     def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
         # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
         self.out.print(text, markup=markup, end=end, soft_wrap=True)
+
+    def cohort(
+        self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
+    ) -> None:
+        """A cohort's tables, each as headings and rows, and what is to be said about it."""
+        self._line(f"\n[bold]{title}[/bold]")
+        for headings, rows in tables:
+            out = Table(box=None, pad_edge=False)
+            for n, heading in enumerate(headings):
+                text = n == 0 or heading == "what"
+                out.add_column(heading, justify="left" if text else "right", overflow="fold")
+            for row in rows:
+                out.add_row(*map(escape, row))
+            self.out.print(out)
+            self.out.print()
+        for sentence in sentences:
+            self._line(sentence, markup=False)
+
+    def verified(self, damaged: list[str]) -> None:
+        """One line on what the checksums said."""
+        if damaged:
+            shown = ", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
+            text = f"{len(damaged):,} slices did not match their checksum and were decoded again"
+            self._line(f"[red]{text}[/red]: {escape(shown)}")
+        else:
+            self._line("every slice matches its checksum")
+
+    def prepared(self, cache: Path, slices: int, quarantined: int, report: Path) -> None:
+        """Where the decoded slices and the data report are."""
+        self._line(f"\n{slices:,} slices decoded, {quarantined:,} in quarantine: {cache}")
+        self._line(f"data report: {report}")
 
     def opened(self, sweep: SweepPaths, jobs: int, done: int) -> None:
         """One line as the jobs of a sweep begin."""

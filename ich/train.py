@@ -35,12 +35,18 @@ from ich.config import (
     image_size,
     load,
 )
-from ich.data import Dataset, load_dataset
+from ich.data import Dataset, Split, load_dataset
 from ich.loader import Batch, Loader
 from ich.losses import Loss, build_loss
-from ich.manifest import LABELS
 from ich.metrics import always_negative, multilabel_metrics
-from ich.model import Classifier, build_model, count_parameters, input_spec, save_weights
+from ich.model import (
+    Classifier,
+    build_model,
+    count_parameters,
+    input_spec,
+    load_weights,
+    save_weights,
+)
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, write_json
 from ich.tracking import Tracker, open_store, open_tracker
 from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
@@ -54,8 +60,9 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
     """Trains one network by the config and keeps the weights of its best epoch.
 
     Returns:
-        The run's result: metrics of the best-weights epoch (the first on ties), `auc_top` (the
-        highest over the epochs), sizes, speed, and the cohort.
+        The run's result: metrics of the best-weights epoch (the first on ties) on the test set, or
+        on validation where there is none; the same on validation as `val_<metric>`; `auc_top` (the
+        highest validation AUC over the epochs), sizes, speed, and the cohort.
 
     Raises:
         UserError: bad data, or a loss that is not finite.
@@ -63,7 +70,8 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
     device = pick_device(cfg.train.device)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    dataset = load_dataset(cfg)
+    dataset = load_dataset(cfg, build=False)
+    labels = dataset.labels
     trainer = Trainer.build(cfg, dataset, device)
     log.info(
         "%s on %s: %d training rows, %d validation rows",
@@ -72,16 +80,58 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         len(dataset.train.row),
         len(dataset.val.row),
     )
-    started, seen, train_seconds = time.perf_counter(), 0, 0.0
-    best: dict[str, Any] = {}
-    auc_top = math.nan
+    started = time.perf_counter()
+    best = train_epochs(cfg, run, tracker, trainer, dataset, tick)
+    scores, target = best.scores, dataset.val.target
+    if dataset.test is not None:
+        load_weights(trainer.model, run.best)
+        logits = trainer.evaluate(dataset.test, best.epoch, tick, "testing")
+        target = dataset.test.target
+        scores = multilabel_metrics(logits, target, labels)
+        keep_predictions(run, dataset, {"val": best.logits, "test": logits})
+    params, params_imagenet = count_parameters(cfg.model, len(labels))
+    return {
+        **scores,
+        **{f"val_{k}": v for k, v in best.scores.items()},
+        "best_epoch": best.epoch,
+        "auc_top": best.auc_top,
+        "labels": list(labels),
+        "params": params,
+        "params_imagenet": params_imagenet,
+        "epochs": cfg.train.epochs,
+        "minutes": (time.perf_counter() - started) / 60,
+        "images_per_s": best.images_per_s,
+        "device": device_name(device),
+        "cohort": dataset.summary,
+        "always_negative": always_negative(target, labels),
+    }
+
+
+@dataclass
+class Best:
+    """The epoch whose weights were kept: validation metrics and logits; and the whole training's
+    highest validation AUC and speed."""
+
+    epoch: int
+    scores: dict[str, float]
+    logits: np.ndarray
+    auc_top: float = math.nan
+    images_per_s: float = math.nan
+
+
+def train_epochs(
+    cfg: Config, run: RunPaths, tracker: Tracker, trainer: Trainer, dataset: Dataset, tick: Tick
+) -> Best:
+    """All epochs, each validated and logged; keeps weights and predictions of the best."""
+    best: Best | None = None
+    auc_top, train_seconds = math.nan, 0.0
     for epoch in range(1, cfg.train.epochs + 1):
         begin, lr = time.perf_counter(), trainer.optimizer.param_groups[0]["lr"]
         train_loss = trainer.train_one_epoch(epoch, tick)
         seconds = time.perf_counter() - begin
-        seen, train_seconds = seen + len(dataset.train.row), train_seconds + seconds
-        logits = trainer.evaluate(epoch, tick)
-        scores = multilabel_metrics(logits, dataset.val.target, LABELS)
+        train_seconds += seconds
+        logits = trainer.evaluate(dataset.val, epoch, tick)
+        scores = multilabel_metrics(logits, dataset.val.target, dataset.labels)
         speed = {"train/lr": lr, "train/images_per_s": len(dataset.train.row) / seconds}
         validation = {f"val/{k}": v for k, v in scores.items()}
         tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
@@ -92,23 +142,14 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
             train_loss,
             *(scores[k] for k in ("log_loss", "accuracy", "auc")),
         )
-        auc_top = np.fmax(auc_top, scores["auc"])
-        if not best or is_better(scores, best, cfg.train.monitor):
-            best = {**scores, "best_epoch": epoch}
+        auc_top = float(np.fmax(auc_top, scores["auc"]))
+        if best is None or is_better(scores, best.scores, cfg.train.monitor):
+            best = Best(epoch, scores, logits)
             keep_best(run, trainer.model, dataset, logits, cfg)
-    params, params_imagenet = count_parameters(cfg.model, len(LABELS))
-    return {
-        **best,
-        "auc_top": float(auc_top),
-        "params": params,
-        "params_imagenet": params_imagenet,
-        "epochs": cfg.train.epochs,
-        "minutes": (time.perf_counter() - started) / 60,
-        "images_per_s": seen / train_seconds,
-        "device": device_name(device),
-        "cohort": dataset.summary,
-        "always_negative": always_negative(dataset.val.target, LABELS),
-    }
+    assert best is not None
+    best.auc_top = auc_top
+    best.images_per_s = len(dataset.train.row) * cfg.train.epochs / train_seconds
+    return best
 
 
 @dataclass
@@ -122,7 +163,6 @@ class Trainer:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loss: Loss
     train_loader: Loader
-    val_loader: Loader
     augment: Augment
     windows: CTWindows
     normalize: Normalize
@@ -133,7 +173,7 @@ class Trainer:
         """Everything a training needs, seeded by `cfg.seed`."""
         torch.manual_seed(stream_seed(cfg.seed, 0, "init"))
         channels, spec = len(cfg.windows.channels), input_spec(cfg.model)
-        model = build_model(cfg.model, channels, len(LABELS))
+        model = build_model(cfg.model, channels, len(dataset.labels))
         # channels_last was faster for all eight networks on CPU (and on GPUs for convolutions).
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         train = Loader(dataset.hu, dataset.train, cfg.train.batch_size, device)
@@ -155,7 +195,6 @@ class Trainer:
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
             loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
             train_loader=train,
-            val_loader=Loader(dataset.hu, dataset.val, cfg.train.batch_size, device),
             augment=Augment(cfg.augment),
             windows=CTWindows(cfg.windows.channels, device),
             normalize=Normalize(spec.mean, spec.std, channels, device),
@@ -195,21 +234,24 @@ class Trainer:
         return loss.detach()
 
     @torch.inference_mode()
-    def evaluate(self, epoch: int, tick: Tick) -> np.ndarray:
-        """Logits of the validation rows, float32 [N, 6], in the cohort's order.
+    def evaluate(
+        self, split: Split, epoch: int, tick: Tick, phase: str = "validating"
+    ) -> np.ndarray:
+        """Logits of a split's rows, float32 [N, L], in the cohort's order.
 
         Raises:
             UserError: a logit is not finite; it would score like a confident "no bleed".
         """
         self.model.eval()
-        parts, steps = [], len(self.val_loader)
-        for step, batch in enumerate(self.val_loader.in_order(), start=1):
+        loader = Loader(self.train_loader.hu, split, self.cfg.train.batch_size, self.device)
+        parts, steps = [], len(loader)
+        for step, batch in enumerate(loader.in_order(), start=1):
             parts.append(self.model(self.channels(resize(batch.hu, self.image_size))))
-            tick("validating", epoch, step, steps)
+            tick(phase, epoch, step, steps)
         logits = torch.cat(parts).float().cpu().numpy()
         if not np.isfinite(logits).all():
             raise UserError(
-                f"the validation logits are not finite after epoch {epoch}. Lower optimizer.lr; "
+                f"the logits are not finite while {phase} after epoch {epoch}. Lower optimizer.lr; "
                 f"the weights of the best epoch before it are kept."
             )
         return logits
@@ -238,16 +280,27 @@ def keep_best(
 ) -> None:
     """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
     # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
-    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": LABELS}
+    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": dataset.labels}
     save_weights(model, run.best, {"ich": json.dumps(metadata)})
+    keep_predictions(run, dataset, {"val": logits})
+
+
+def keep_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarray]) -> None:
+    """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_target`, `_logits`.
+
+    Patients are numbers that mean nothing outside the file; -1 is unknown.
+    """
+    arrays: dict[str, Any] = {"labels": np.array(dataset.labels)}
+    for name, values in logits.items():
+        split: Split = getattr(dataset, name)
+        arrays |= {
+            f"{name}_image_id": split.image_id,
+            f"{name}_patient": split.patient,
+            f"{name}_target": split.target,
+            f"{name}_logits": values,
+        }
     part = run.predictions.with_name("predictions.part.npz")
-    np.savez_compressed(
-        part,
-        image_id=dataset.val.image_id,
-        logits=logits,
-        target=dataset.val.target,
-        labels=np.array(LABELS),
-    )
+    np.savez_compressed(part, **arrays)
     part.rename(run.predictions)
 
 
@@ -361,9 +414,17 @@ def _tags(cfg: Config) -> dict[str, str]:
         "ich.sweep": cfg.name,
         "ich.job": cfg.job,
         "ich.model": cfg.model.name,
-        "ich.protocol": cfg.protocol.name,
+        "ich.protocol": cfg.protocol.name.value,
         "ich.data": cfg.data.source.value,
     }
+
+
+def _summary(result: dict[str, Any]) -> dict[str, float]:
+    """A finished run's numbers for MLflow: what its weights score, and what its cohort leaks."""
+    plain = ("best_epoch", "minutes", "images_per_s", "params")
+    scores = [k for k in result if k.startswith(("accuracy", "auc", "val_"))]
+    leak = {f"data/leak_{k}": v for k, v in result["cohort"]["leak"].items() if v is not None}
+    return {**{f"best/{k}": float(result[k]) for k in (*scores, *plain)}, **leak}
 
 
 def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any]) -> None:
@@ -371,18 +432,7 @@ def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any])
     run.write_result({**identity, **result})
     run.progress.unlink(missing_ok=True)
     if result["status"] == FINISHED:
-        numbers = (
-            "accuracy",
-            "auc",
-            "auc_macro",
-            "auc_any",
-            "auc_top",
-            "best_epoch",
-            "minutes",
-            "images_per_s",
-            "params",
-        )
-        tracker.summary({f"best/{k}": float(result[k]) for k in numbers})
+        tracker.summary(_summary(result))
     for path in (run.config, run.best, run.predictions, run.log):
         if path.exists():
             tracker.artifact(path)

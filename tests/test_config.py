@@ -27,8 +27,8 @@ from ich.config import (
 )
 from ich.launcher import register_resolvers
 from ich.losses import build_loss
-from ich.manifest import LABELS
 from ich.model import build_model
+from ich.phantom import LABELS
 from ich.train import build_optimizer, build_scheduler
 from ich.transforms import Augment, CTWindows
 

@@ -12,8 +12,8 @@ from sklearn.metrics import log_loss as sk_log_loss
 
 from ich.config import LossConfig, LossName
 from ich.losses import build_loss, focal_loss
-from ich.manifest import LABELS
 from ich.metrics import always_negative, auc, multilabel_metrics
+from ich.phantom import LABELS
 
 
 def predictions(rows: int = 300, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:

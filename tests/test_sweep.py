@@ -8,13 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from ich.config import UserError
-from ich.report import COLUMNS, best_cells, build_table, compare
+from ich.phantom import LABELS
+from ich.report import best_cells, build_table, compare
 from ich.results import SweepPaths
+
+# What other people's scripts rely on, in this order.
+COLUMNS = [
+    *("job", "model", "status", "reason", "accuracy", "auc"),
+    *(f"auc_{k}" for k in LABELS),
+    *("auc_macro", "auc_top", "params", "params_imagenet", "best_epoch", "minutes"),
+    *("images_per_s", "report_accuracy", "report_auc", "scored_on", "val_accuracy", "val_auc"),
+    *("leak_image", "leak_study", "leak_patient"),
+]
 
 SMALL = [
     "model.pretrained=false",
@@ -79,6 +90,8 @@ def test_one_failing_job_ends_neither_the_sweep_nor_the_table(sweep: tuple[Path,
     assert "not finite" in table["reason"][1]
     assert table["model"][3] == "always negative"
     assert table["accuracy"].notna().tolist() == [True, False, True, True]
+    assert table["scored_on"][0] == "val"
+    assert 0 < table["leak_image"][0] < table["leak_patient"][0] <= 1
     assert "Traceback" in (folder / "multirun_reports/three/broken/job.log").read_text()
     assert "Traceback" not in output
 
@@ -116,12 +129,18 @@ def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None
         "val/auc_macro",
         "val/auc_any",
         "best/accuracy",
+        "best/val_accuracy",
+        "data/leak_image",
+        "data/leak_study",
+        "data/leak_patient",
     } <= set(job.data.metrics)
     files = {f.path for f in client.list_artifacts(job.info.run_id)}
     assert {"config.yaml", "best.safetensors", "predictions.npz"} <= files
-    assert {"comparison.csv", "comparison.md", "figures"} <= {
-        f.path for f in client.list_artifacts(runs["three"].info.run_id)
-    }
+    kept = {f.path for f in client.list_artifacts(runs["three"].info.run_id)}
+    assert {"comparison.csv", "comparison.md", "figures"} <= kept
+    (data,) = [path for path in kept if path.startswith("data-")]
+    reports = {f.path for f in client.list_artifacts(runs["three"].info.run_id, data)}
+    assert {f"{data}/data_report.html", f"{data}/data_report.md"} <= reports
 
 
 def test_the_table_is_rebuilt_from_the_files_alone(sweep: tuple[Path, str, int]) -> None:
@@ -271,3 +290,26 @@ def test_a_sweep_without_a_finished_job_still_has_its_table(tmp_path: Path) -> N
 def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no sweep \(no sweep.json\)"):
         compare(SweepPaths(tmp_path))
+
+
+def test_a_sound_sweep_selects_on_validation_and_scores_on_test(
+    phantom: Path, tmp_path: Path
+) -> None:
+    small = [s for s in SMALL if not s.startswith("data.subset")]
+    done = run(tmp_path, "model=mobilenet_v2", "name=sound", "protocol=sound", "tracking=none",
+               f'data.root="{phantom}"', *small)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    place = SweepPaths(tmp_path / "multirun_reports" / "sound")
+    table = pd.read_csv(place.csv)
+    assert table["scored_on"][0] == "test"
+    assert table["leak_patient"][0] == 0
+    saved = np.load(place.run("mobilenet_v2").predictions)
+    for split, prefix in (("test", ""), ("val", "val_")):
+        accuracy = ((saved[f"{split}_logits"] > 0) == (saved[f"{split}_target"] > 0.5)).mean()
+        assert table[f"{prefix}accuracy"][0] == pytest.approx(accuracy, abs=1e-6)
+    assert not set(saved["test_patient"]) & set(saved["val_patient"])
+    text = place.markdown.read_text()
+    assert "Epochs were chosen on the validation rows, and scored on the test rows" in text
+    assert "No image and no study and no patient of the scored rows stands in another set" in text
+    (report,) = place.root.glob("data-*/data_report.html")
+    assert f"{report.parent.name}/data_report.html" in text

@@ -17,9 +17,9 @@ from ich.config import Config, Monitor, UserError, to_yaml
 from ich.data import Split, load_dataset
 from ich.jobs import JobTimeoutError, describe_exit, run_job, supervise
 from ich.loader import Loader
-from ich.manifest import LABELS
 from ich.metrics import multilabel_metrics
 from ich.model import build_model, load_weights
+from ich.phantom import LABELS
 from ich.results import RunPaths
 from ich.tracking import Tracker
 from ich.train import Terminated, Trainer, fit, is_better, main
@@ -48,6 +48,7 @@ def config(composed: Compose, phantom: Path) -> Config:
 def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
     run = RunPaths(folder)
     run.root.mkdir(parents=True)
+    load_dataset(config)  # as the sweep does before its jobs
     return fit(config, run, Tracker(run.metrics), quiet), run
 
 
@@ -68,13 +69,14 @@ def test_the_kept_weights_and_predictions_are_the_best_epochs(
 ) -> None:
     result, run = train(config, tmp_path / "run")
     saved = np.load(run.predictions)
-    scores = multilabel_metrics(saved["logits"], saved["target"], LABELS)
-    assert scores["accuracy"] == result["accuracy"]
+    scores = multilabel_metrics(saved["val_logits"], saved["val_target"], LABELS)
+    assert scores["accuracy"] == result["accuracy"] == result["val_accuracy"]
     dataset = load_dataset(config)
-    assert (saved["image_id"] == dataset.val.image_id).all()
+    assert (saved["val_image_id"] == dataset.val.image_id).all()
     trainer = Trainer.build(config, dataset, torch.device("cpu"))
     load_weights(trainer.model, run.best)
-    np.testing.assert_allclose(trainer.evaluate(1, quiet), saved["logits"], atol=1e-4)
+    again = trainer.evaluate(dataset.val, 1, quiet)
+    np.testing.assert_allclose(again, saved["val_logits"], atol=1e-4)
     with safe_open(run.best, "pt") as file:
         assert json.loads(file.metadata()["ich"])["timm"] == "mobilenetv2_100.ra_in1k"
 
@@ -132,7 +134,10 @@ def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -
 
 def split(rows: int) -> Split:
     return Split(
-        np.array([f"ID_{i}" for i in range(rows)]), np.arange(rows), np.zeros((rows, 6), np.float32)
+        np.array([f"ID_{i}" for i in range(rows)]),
+        np.arange(rows),
+        np.zeros((rows, 6), np.float32),
+        np.full(rows, -1),
     )
 
 
@@ -201,6 +206,7 @@ def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
     run = RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
+    load_dataset(config)
     assert main([str(run.root)]) == 0
     before = {p.name: p.read_bytes() for p in run.root.iterdir()}
     monkeypatch.setattr("ich.jobs.supervise", lambda *_: "not reached")
@@ -243,10 +249,11 @@ def test_however_a_training_ends_its_result_says_so(
 
 
 def test_logits_that_are_not_finite_are_never_scored(config: Config) -> None:
-    trainer = Trainer.build(config, load_dataset(config), torch.device("cpu"))
+    dataset = load_dataset(config)
+    trainer = Trainer.build(config, dataset, torch.device("cpu"))
     torch.nn.init.constant_(trainer.model.head.bias, math.nan)
-    with pytest.raises(UserError, match="validation logits are not finite after epoch 3"):
-        trainer.evaluate(3, quiet)
+    with pytest.raises(UserError, match="logits are not finite while validating after epoch 3"):
+        trainer.evaluate(dataset.val, 3, quiet)
 
 
 def test_a_failing_training_writes_its_reason(config: Config, tmp_path: Path) -> None:

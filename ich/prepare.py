@@ -1,0 +1,93 @@
+"""Prepares data without training: `python -m ich.prepare data=rsna data.root=/data/rsna.zip`.
+
+Decodes exactly the slices of the cohort into the cache that sweeps share, and writes the data
+report. `dry_run=true` prints the cohort's counts, class balance and leak from the labels alone;
+`verify=true` compares every decoded slice with its checksum.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ich.cache import verify_cache
+from ich.config import CONF_DIR, PrepareConfig, UserError, register, typed, validate_data
+from ich.data import load_cohort, open_store, prepare
+from ich.data_report import balance_table, cells, counts_table, leak_table, write_data_report
+from ich.protocol import Cohort
+from ich.terminal import Terminal
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="prepare")
+def run(cfg: DictConfig) -> None:
+    """One preparation; a user's mistake is one paragraph."""
+    config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), PrepareConfig)  # type: ignore[arg-type]
+    try:
+        validate_data(config)
+        if config.dry_run:
+            dry_run(config)
+        else:
+            prepare_all(config)
+    except UserError as error:
+        raise CompactHydraException(f"ich: {error}") from None
+    except OSError as error:
+        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+
+
+def dry_run(config: PrepareConfig) -> None:
+    """Prints what the cohort would be; needs no image."""
+    terminal = Terminal()
+    with terminal.preparing() as report:
+        cohort, key = load_cohort(config, open_store(config.data, report, required=False), report)
+    _show(terminal, config, cohort, key)
+
+
+def prepare_all(config: PrepareConfig) -> None:
+    """Decodes what is missing, checks it if asked, and writes the data report."""
+    terminal = Terminal()
+    with terminal.preparing() as report:
+        if config.verify:
+            store = open_store(config.data, report)
+            assert store is not None
+            damaged = verify_cache(
+                store,
+                Path(config.data.cache_dir),
+                config.data.cache_size,
+                lambda done, total: report("checking slices", done, total),
+            )
+        done = prepare(config, report)
+    if config.verify:
+        terminal.verified(damaged)
+    _show(terminal, config, done.cohort, done.key)
+    folder = Path(config.output) / f"{config.data.source.value}-{done.key}"
+    html, *_ = write_data_report(config, done, folder)
+    terminal.prepared(done.cache.folder, len(done.cache.row), len(done.cache.quarantine), html)
+
+
+def _show(terminal: Terminal, config: PrepareConfig, cohort: Cohort, key: str) -> None:
+    source, protocol = config.data.source, config.protocol.name.value
+    tables = [counts_table(cohort), balance_table(cohort, source)]
+    terminal.cohort(
+        f"data={source.value}, protocol={protocol}, cohort {key}",
+        [([str(c) for c in table], cells(table)) for table in tables],
+        leak_table(cohort),
+    )
+
+
+def main() -> None:
+    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
+    register()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Patients and studies: from metadata or headers, as keys that name nobody."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pydicom
+import pytest
+
+from ich import patients as patients_module
+from ich.config import Config, UserError
+from ich.data import load_dataset
+from ich.patients import Pseudonyms, read_metadata, scan_headers
+from ich.store import SliceStore
+
+Compose = Callable[..., Config]
+
+
+@pytest.fixture
+def pseudonyms(tmp_path: Path) -> Pseudonyms:
+    return Pseudonyms.beside(tmp_path / "cache")
+
+
+def test_the_secret_is_made_once_and_its_owners_alone(tmp_path: Path) -> None:
+    first, second = Pseudonyms.beside(tmp_path), Pseudonyms.beside(tmp_path)
+    assert first == second
+    assert len(first.secret) == 32
+    assert stat.S_IMODE((tmp_path / ".pseudonym-key").stat().st_mode) == 0o600
+    other = Pseudonyms.beside(tmp_path / "other")
+    assert first.key("patient", "ID_1") != other.key("patient", "ID_1")
+
+
+def test_keys_tell_apart_and_name_nobody(pseudonyms: Pseudonyms) -> None:
+    assert pseudonyms.key("patient", "DOE") == pseudonyms.key("patient", " DOE ")
+    assert len({pseudonyms.key(k, v) for k in ("patient", "study") for v in ("a", "b")}) == 4
+    assert pseudonyms.key("patient", "") == ""
+
+
+def test_metadata_gives_keys_by_image(tmp_path: Path, pseudonyms: Pseudonyms) -> None:
+    file = tmp_path / "meta.csv"
+    file.write_text("Image,PatientID,StudyInstanceUID\na,p,s\nb,p,t\na,p,s\n")
+    keys = read_metadata(file, pseudonyms)
+    assert keys.index.tolist() == ["a", "b"]
+    assert keys.loc["a", "patient"] == keys.loc["b", "patient"] == pseudonyms.key("patient", "p")
+    assert keys.loc["a", "study"] != keys.loc["b", "study"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Image,PatientID\na,p\na,q\n", "gives 1 images two patients or studies .the first: a"),
+        ("Image,Name\na,p\n", "must have a column for the image .* and one for the patient"),
+        ("", "the metadata file meta.csv cannot be read as CSV"),
+    ],
+)
+def test_bad_metadata_is_refused(
+    tmp_path: Path, pseudonyms: Pseudonyms, text: str, message: str
+) -> None:
+    file = tmp_path / "meta.csv"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_metadata(file, pseudonyms)
+    with pytest.raises(UserError, match="data.metadata is '.*', which is no file"):
+        read_metadata(tmp_path / "none.csv", pseudonyms)
+
+
+def test_headers_are_read_once_and_a_killed_scan_goes_on(
+    phantom: Path, tmp_path: Path, pseudonyms: Pseudonyms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, folder = SliceStore.open(str(phantom)), tmp_path / "cache"
+    paths = [p for p in store.paths if p.endswith(".dcm")]
+    seen: list[int] = []
+    monkeypatch.setattr(patients_module, "_CHUNK", 16)
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan_headers(paths, store, folder, pseudonyms, 1, stop)
+    (file,) = folder.glob("headers-*.csv")
+    with file.open("a") as out:
+        out.write("a line that was cut o")
+    counts: list[int] = []
+    whole = scan_headers(paths, store, folder, pseudonyms, 1, lambda done, _: counts.append(done))
+    assert counts[0] == 32 + 16
+    for path in (paths[0], paths[-1]):
+        header = pydicom.dcmread(phantom / path, stop_before_pixels=True)
+        assert whole.loc[path, "patient"] == pseudonyms.key("patient", header.PatientID)
+        study = (
+            header.get_item("StudyInstanceUID").value.decode().rstrip("\0")
+        )  # unlike a UID's form, so raw
+        assert whole.loc[path, "study"] == pseudonyms.key("study", study)
+    assert whole["patient"].nunique() == 8
+    monkeypatch.setattr(patients_module, "read_keys", None)
+    assert scan_headers(paths, store, folder, pseudonyms, 1).equals(whole)
+
+
+def test_unreadable_files_are_nobodys(
+    phantom: Path, tmp_path: Path, pseudonyms: Pseudonyms
+) -> None:
+    (tmp_path / "x.dcm").write_text("<html>")
+    store = SliceStore.open(str(tmp_path))
+    scan = scan_headers(["x.dcm", "gone.dcm", ""], store, tmp_path / "cache", pseudonyms, 1)
+    assert scan.index.tolist() == ["x.dcm", "gone.dcm"]
+    assert (scan["patient"] == "").all()
+    assert not scan["readable"].any()
+
+
+def test_headers_and_metadata_give_the_same_split(
+    composed: Compose, phantom: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for file in sorted((phantom / "stage_2_train").glob("*.dcm")):
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+        rows.append({"image_id": file.stem, "patient_id": header.PatientID})
+    pd.DataFrame(rows).to_csv(tmp_path / "meta.csv", index=False)
+    own = [f'data.root="{phantom}"', "data.workers=1", "data.cache_size=32", "protocol=sound"]
+    a = load_dataset(composed(*own))
+    b = load_dataset(composed(*own, f"data.metadata={tmp_path / 'meta.csv'}"))
+    assert a.test is not None
+    assert b.test is not None
+    assert (a.train.image_id == b.train.image_id).all()
+    assert (a.test.image_id == b.test.image_id).all()
+    assert a.summary["leak"] == {"image": 0.0, "study": 0.0, "patient": 0.0}
+    assert b.summary["leak"] == {"image": 0.0, "study": None, "patient": 0.0}
+
+
+def test_no_identifier_reaches_what_a_preparation_prints_or_keeps(
+    phantom: Path, tmp_path: Path
+) -> None:
+    """Canaries in the headers; FAULTS 36."""
+    canaries = {
+        "PatientName": "CANARY^NAME",
+        "PatientID": "CANARY_PATIENT",
+        "PatientBirthDate": "19010203",
+        "StudyDate": "19040506",
+        "StudyInstanceUID": "1.2.999.77777.1",
+        "SeriesInstanceUID": "1.2.999.77777.2",
+    }
+    root = tmp_path / "set"
+    (root / "stage_2_train").mkdir(parents=True)
+    (root / "stage_2_train.csv").write_bytes((phantom / "stage_2_train.csv").read_bytes())
+    for n, file in enumerate(sorted((phantom / "stage_2_train").glob("*.dcm"))):
+        dataset = pydicom.dcmread(file)
+        for keyword in canaries:
+            dataset.pop(keyword, None)
+        for keyword, value in canaries.items():
+            setattr(dataset, keyword, value + (str(n % 9) if "ID" in keyword else ""))
+        dataset.private_block(0x0009, "CANARY_CREATOR", create=True).add_new(1, "LO", "CANARY_TAG")
+        dataset.save_as(root / "stage_2_train" / file.name)
+    (root / "stage_2_train" / "broken.dcm").write_bytes(b"CANARY" * 100)
+    done = subprocess.run(
+        [sys.executable, "-m", "ich.prepare", f"data.root={root}", "data.cache_size=32",
+         "data.workers=1", "protocol=sound"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept = [done.stdout.encode(), done.stderr.encode()]
+    kept += [p.read_bytes() for d in (".ich-cache", "multirun_reports") for p in
+             (tmp_path / d).rglob("*") if p.is_file()]  # fmt: skip
+    assert len(kept) > 6
+    for text in kept:
+        for word in (b"CANARY", b"19010203", b"19040506", b"1.2.999.77777"):
+            assert word not in text
