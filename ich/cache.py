@@ -216,10 +216,15 @@ def _read_entries(place: Path, size: int, paths: list[str]) -> _Entries:
     for i, path in enumerate(paths):
         if reason := _unusable(path):
             rows[i], codes[i] = -1, reasons.setdefault(reason, len(reasons))
-    row_array = np.frombuffer(rows, np.int64).copy()
-    row_array[row_array >= _rows_in(place, size)] = _UNKNOWN  # the file of slices was cut
-    others = (np.frombuffer(a, a.typecode) for a in (signatures, codes))
-    return _Entries(row_array, *others, list(reasons), np.frombuffer(used, np.int64))
+    row_of = np.frombuffer(rows, np.int64).copy()
+    row_of[row_of >= _rows_in(place, size)] = _UNKNOWN  # the file of slices was cut
+    return _Entries(
+        row=row_of,
+        signature=np.frombuffer(signatures, np.int64),
+        reason=np.frombuffer(codes, np.int32),
+        reasons=list(reasons),
+        used=np.frombuffer(used, np.int64),
+    )
 
 
 def _lines(place: Path) -> Iterator[tuple[int, str, str, int, str]]:

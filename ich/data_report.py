@@ -8,15 +8,9 @@ but the share that leaks is ever written.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import math
-import re
 import textwrap
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +20,7 @@ import pandas as pd
 
 from ich.config import Config, PrepareConfig, Source, WindowConfig
 from ich.dicom import HU_MAX, HU_MIN
+from ich.page import Block, Bullets, Grid, Picture, Section, Text, drawn, to_html, to_markdown
 from ich.protocol import ENOUGH, LEAKS, SPLITS, TEST, TOLERANCE, TRAIN, VAL, Cohort, audit
 
 if TYPE_CHECKING:
@@ -50,7 +45,6 @@ _WORDS = {TRAIN: "training", VAL: "validation", TEST: "test"}
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = {"before": "#8c8c8c", TRAIN: "#0072b2", VAL: "#e69f00", TEST: "#009e73"}
 _WINDOW_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
-_CSS_DPI = 96  # CSS pixels per inch
 _DPI, _MONTAGE_DPI = 150, 120  # of charts, sharp on a phone; of noise, which compresses badly
 
 
@@ -121,21 +115,6 @@ def leak_table(cohort: Cohort) -> list[str]:
     ]
 
 
-def cells(table: pd.DataFrame) -> list[list[str]]:
-    """A table of this module as text: percent with two decimals, counts with commas."""
-    columns = [
-        [_cell(value, "{:.2f}" if "%" in str(name) else "{:,}") for value in column]
-        for name, column in table.items()
-    ]
-    return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _cell(value: Any, form: str) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if pd.isna(value) else form.format(value)
-
-
 def _is_report(cohort: Cohort) -> bool:
     return "oversampled" in cohort.steps  # `sound` copies inside the training set alone
 
@@ -165,44 +144,6 @@ def _leak_sentence(kind: str, share: float, known: int, split: str) -> str:
 
 
 # --- Contents: the same for HTML and Markdown --------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Bullets:
-    """A list."""
-
-    items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table; its first column names the rows. `folded`: in HTML behind a click."""
-
-    caption: str
-    frame: pd.DataFrame
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG; `width` in CSS pixels. `name` is its file's stem."""
-
-    name: str
-    png: bytes
-    width: int
-    alt: str
-    caption: str
-
-
-Block = Text | Bullets | Grid | Picture
-Section = tuple[str, list[Block]]
 
 
 def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: Path) -> list[Path]:
@@ -297,7 +238,7 @@ def _balance(cohort: Cohort, source: Source) -> list[Block]:
 def _balance_picture(cohort: Cohort) -> Picture:
     rates = {"before": _percent(cohort, "images")}
     rates |= {split: _percent(cohort, split) for split in cohort.splits}
-    png, width = _drawn(_draw_balance, [_brief(k) for k in cohort.labels], rates)
+    png, width = drawn(_draw_balance, [_brief(k) for k in cohort.labels], rates)
     caption = (
         "Percent positive of each label, among all images (before) and in the rows of each split. "
         "The scale is logarithmic, so that rare labels are seen: compare where bars end, not how "
@@ -312,7 +253,7 @@ def _together(cohort: Cohort) -> list[Block]:
     target = _images(cohort)[list(cohort.labels)].to_numpy(np.int64)
     counts = target.T @ target
     names = [_brief(k) for k in cohort.labels]
-    png, width = _drawn(_draw_together, names, counts)
+    png, width = drawn(_draw_together, names, counts)
     caption = (
         f"Distinct images of the cohort ({len(target):,}) that are positive for the row's and the "
         f"column's label; the percentage is of the row's label."
@@ -376,7 +317,7 @@ def _hounsfield(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> li
     if not slices:
         return [Text("No slice is decoded.")]
     decoded = int(_images(cohort)["image_id"].isin(cache.row).sum())
-    png, width = _drawn(_draw_hounsfield, counts / counts.sum(), cfg.windows.channels)
+    png, width = drawn(_draw_hounsfield, counts / counts.sum(), cfg.windows.channels)
     caption = (
         f"Pixels of {slices:,} slices, drawn with protocol.seed from the {decoded:,} decoded ones, "
         f"by HU; logarithmic. The lines on top are the windows, with center and width: all below "
@@ -413,7 +354,7 @@ def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[
         return [told] if told else []
     named = [(_brief(k), _public(i)) for k, i in examples]
     pictures = [compose(cache.hu[cache.row[i]], windows) for _, i in examples]
-    png, width = _drawn(_draw_montage, named, pictures, windows)
+    png, width = drawn(_draw_montage, named, pictures, windows)
     composed = {1: "", 2: ", and both as red and green"}.get(
         len(windows), ", and the first three as red, green and blue"
     )
@@ -481,22 +422,6 @@ def compose(hu: np.ndarray, windows: Sequence[WindowConfig]) -> list[np.ndarray]
 
 
 # --- Figures -----------------------------------------------------------------------------------
-
-
-def _drawn(draw: Callable[..., Any], *args: Any) -> tuple[bytes, int]:
-    """A figure as PNG, and its width in CSS pixels."""
-    import matplotlib
-
-    out = io.BytesIO()
-    # Names come from users: `$` in them is no formula, and a script the font lacks no fault.
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = draw(*args)
-        colour = figure.get_facecolor()
-        figure.savefig(out, format="png", facecolor=colour, bbox_inches="tight", pad_inches=0.1)
-    png = out.getvalue()
-    pixels = int.from_bytes(png[16:20], "big")  # PNG (RFC 2083), 4.1.1: the header's width
-    return png, round(pixels / figure.dpi * _CSS_DPI)
 
 
 def _brief(name: str, most: int = 28) -> str:
@@ -643,137 +568,3 @@ def _draw_montage(
             if row == 0:
                 axis.set_title(titles[column], color="white", fontsize=9, pad=4)
     return figure
-
-
-# --- HTML and Markdown -------------------------------------------------------------------------
-
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--page:#fff;--line:#d0d7de;
---card:#f6f8fa}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b3;--page:#0f141a;
---line:#30363d;--card:#1a212a}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:74rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.2}
-h2{margin:2.5rem 0 .75rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
-p,li{max-width:48rem}
-dl{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0;color:var(--soft)}
-dl div{display:flex;gap:.4rem}dd{margin:0;color:var(--ink)}
-figure{margin:1.25rem 0}
-figcaption{color:var(--soft);font-size:.9em;max-width:48rem;padding:.5rem 0}
-.scroll{overflow-x:auto;max-width:100%;overflow-wrap:normal}
-.scroll img{display:block;max-width:100%;height:auto;background:#fff;border-radius:4px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .75rem;border-bottom:1px solid var(--line);text-align:right}
-thead th{background:var(--card);vertical-align:bottom}
-td.text,th[scope=row],th.text{text-align:left}th[scope=row]{font-weight:600}
-th[scope=row]{overflow-wrap:break-word}td.text{min-width:12rem}
-summary{cursor:pointer;color:var(--soft);padding:.25rem 0}
-@media print{:root{--ink:#000;--soft:#444;--page:#fff;--line:#bbb;--card:#eee}
-figure,tr{break-inside:avoid}.scroll{overflow:visible}
-.scroll img{min-width:0!important}body{font-size:11px}th,td{padding:.2rem .4rem}}
-"""
-_PHONE = 560  # CSS pixels below which a picture scrolls rather than shrinks
-
-
-def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
-    """One page without a script or a link to anything: it opens from a disk, anywhere."""
-    known = "".join(
-        f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()
-    )
-    body = []
-    for heading, blocks in sections:
-        inside = "\n".join(_block_html(b) for b in blocks)
-        body.append(f"<section>\n<h2>{html.escape(heading)}</h2>\n{inside}\n</section>")
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{html.escape(title)}</h1>\n<dl>{known}</dl>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _block_html(block: Block) -> str:
-    match block:
-        case Text(text):
-            return f"<p>{html.escape(text)}</p>"
-        case Bullets(items):
-            return "<ul>" + "".join(f"<li>{html.escape(i)}</li>" for i in items) + "</ul>"
-        case Picture():
-            data = base64.b64encode(block.png).decode()
-            least = min(block.width, _PHONE)
-            return (
-                f'<figure>\n<div class="scroll" tabindex="0" role="group" aria-label="figure">'
-                f'<img alt="{html.escape(block.alt)}" width="{block.width}" '
-                f'style="min-width:{least}px" src="data:image/png;base64,{data}"></div>\n'
-                f"<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
-            )
-        case Grid():
-            table = _table_html(block)
-            if block.folded:
-                return f"<details><summary>{html.escape(block.caption)}</summary>{table}</details>"
-            caption = html.escape(block.caption)
-            return f"<figure><figcaption>{caption}</figcaption>{table}</figure>"
-
-
-def _table_html(grid: Grid) -> str:
-    aligned = ["" if n else ' class="text"' for n in _is_number(grid.frame)]
-    head = "".join(
-        f'<th scope="col"{a}>{html.escape(str(c))}</th>'
-        for c, a in zip(grid.frame.columns, aligned, strict=True)
-    )
-    rows = []
-    for first, *rest in cells(grid.frame):
-        data = "".join(
-            f"<td{a}>{html.escape(c)}</td>" for c, a in zip(rest, aligned[1:], strict=True)
-        )
-        rows.append(f'<tr><th scope="row">{html.escape(first)}</th>{data}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0" role="group" aria-label="table"><table>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
-    )
-
-
-def _is_number(frame: pd.DataFrame) -> list[bool]:
-    """Which columns are set flush right: numbers, and texts that begin like one."""
-    return [
-        all(re.match(r"[\d.,]*($|[\d ])", c) for c in column)
-        for column in zip(*cells(frame), strict=True)
-    ] or [False] * frame.shape[1]
-
-
-def to_markdown(title: str, facts: dict[str, str], sections: list[Section]) -> str:
-    """The same in Markdown, readable as it stands; pictures are links into `figures/`."""
-    lines = [f"# {_plain(title)}", "", ", ".join(f"{k}: {_plain(v)}" for k, v in facts.items())]
-    for heading, blocks in sections:
-        lines += ["", f"## {heading}"]
-        for block in blocks:
-            lines += ["", *_block_markdown(block)]
-    return "\n".join(lines) + "\n"
-
-
-def _block_markdown(block: Block) -> list[str]:
-    match block:
-        case Text(text):
-            return [_plain(text)]
-        case Bullets(items):
-            return [f"- {_plain(i)}" for i in items]
-        case Picture():
-            link = f"![{_plain(block.alt)}](figures/{block.name}.png)"
-            return [link, "", _plain(block.caption)]
-        case Grid():
-            columns = [_plain(str(c)) for c in block.frame.columns]
-            rule = ["---:" if n else "---" for n in _is_number(block.frame)]
-            rows = [[_plain(c) for c in row] for row in cells(block.frame)]
-            table = [f"| {' | '.join(row)} |" for row in [columns, rule, *rows]]
-            return [_plain(block.caption), "", *table]
-
-
-def _plain(text: str) -> str:
-    """Text on one line that Markdown, or HTML inside it, does not read as anything else."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))

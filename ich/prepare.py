@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from ich.cache import verify_cache
 from ich.config import CONF_DIR, PrepareConfig, UserError, register, typed, validate_data
 from ich.data import load_cohort, open_store, prepare
-from ich.data_report import balance_table, cells, counts_table, leak_table, write_data_report
+from ich.data_report import balance_table, counts_table, leak_table, write_data_report
+from ich.page import cells
 from ich.protocol import Cohort
 from ich.terminal import Terminal
 

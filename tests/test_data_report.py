@@ -28,7 +28,6 @@ from ich.data import Prepared
 from ich.data_report import (
     REPORT_PERCENT,
     balance_table,
-    cells,
     choose_examples,
     compose,
     counts_table,

@@ -37,6 +37,7 @@ LIGHT = {
     "cache",
     "data",
     "data_report",
+    "page",
     "decode",
     "patients",
     "store",

@@ -1,0 +1,372 @@
+"""One file -> HU: right, or refused by name. The reference is the formula in plain numpy."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from ich.dicom import DicomError, read_hu, read_keys, unwrap_12bit
+
+CANARY = "CANARY^PATIENT"
+
+
+def dataset(stored: np.ndarray, syntax: UID = ExplicitVRLittleEndian) -> Dataset:
+    """A CT slice of these stored values, int16 or uint16 [H, W], with intercept -1024."""
+    d = Dataset()
+    d.file_meta = FileMetaDataset()
+    d.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    d.file_meta.MediaStorageSOPInstanceUID = UID("2.25.1")
+    d.file_meta.TransferSyntaxUID = syntax
+    d.PatientName = d.PatientID = CANARY
+    d.StudyInstanceUID = "2.25.2"
+    d.Modality, d.SamplesPerPixel, d.PhotometricInterpretation = "CT", 1, "MONOCHROME2"
+    d.Rows, d.Columns = stored.shape
+    signed = stored.dtype.kind == "i"
+    d.BitsAllocated = d.BitsStored = 16
+    d.HighBit, d.PixelRepresentation = 15, int(signed)
+    d.WindowCenter, d.WindowWidth = ["40", "300"], ["80", "1500"]
+    d.RescaleIntercept, d.RescaleSlope = "-1024", "1"
+    d["PixelData"] = pydicom.DataElement("PixelData", "OW", b"")
+    d.PixelData = stored.astype(stored.dtype.newbyteorder("<>"[syntax == ExplicitVRBigEndian]))
+    d.PixelData = d.PixelData.tobytes()
+    return d
+
+
+def encoded(d: Dataset, **changes: object) -> bytes:
+    """The file's bytes, with these elements set, or removed if None."""
+    for keyword, value in changes.items():
+        if value is None:
+            delattr(d, keyword)
+        else:
+            setattr(d, keyword, value)
+    out = io.BytesIO()
+    d.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def raw_element(data: bytes, keyword: str, old: bytes, new: bytes) -> bytes:
+    """Replaces an element's value by bytes that pydicom would not write."""
+    tag = pydicom.tag.Tag(keyword)
+    head = tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little")
+    at = data.index(head) + len(head)
+    assert data[at + 4 : at + 4 + len(old)] == old
+    length = len(new).to_bytes(2, "little")
+    return data[: at + 2] + length + new + data[at + 4 + len(old) :]
+
+
+def reference(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    return np.rint(np.clip(stored.astype(float) * slope + intercept, -1024, 3071))
+
+
+STORED = np.random.default_rng(0).integers(-2000, 5000, (12, 10)).astype(np.int16)
+EVERY = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
+
+
+# Right HU
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+@pytest.mark.parametrize(
+    ("slope", "intercept"),
+    [(1, -1024), (1, 0), (1, -1000), (1, 32767), (1, -32768), (1, -40000), (1, 5000), (1, -1024.5),
+     (0.5, -1024), (2, 10), (-1, 40)],
+)  # fmt: skip
+def test_hu_of_every_stored_value(syntax: UID, dtype: type, slope: float, intercept: float) -> None:
+    stored = EVERY.view(dtype)
+    data = encoded(
+        dataset(stored, syntax), RescaleSlope=str(slope), RescaleIntercept=str(intercept)
+    )
+    hu = read_hu(data)
+    assert hu.dtype == np.int16
+    assert np.array_equal(hu, reference(stored, slope, intercept))
+
+
+def test_big_endian() -> None:
+    d = dataset(STORED, ExplicitVRBigEndian)
+    assert np.array_equal(read_hu(encoded(d)), reference(STORED, 1, -1024))
+
+
+@pytest.mark.parametrize("shape", [(638, 490), (768, 768), (1, 1), (3, 1)])
+def test_any_size(shape: tuple[int, int]) -> None:
+    stored = np.random.default_rng(1).integers(-100, 4000, shape).astype(np.int16)
+    assert np.array_equal(read_hu(encoded(dataset(stored))), reference(stored, 1, -1024))
+
+
+def test_padding_of_minus_2000_is_air() -> None:
+    stored = np.full((4, 4), -2000, np.int16)
+    stored[1:3, 1:3] = 1064
+    hu = read_hu(encoded(dataset(stored), PixelPaddingValue=-2000))
+    assert hu[0].tolist() == [-1024] * 4
+    assert hu[1, 1] == 40
+
+
+def test_a_padding_byte_is_allowed_and_a_second_slice_is_not() -> None:
+    stored = STORED[:1, :1]
+    d = dataset(stored)
+    assert read_hu(encoded(d, PixelData=stored.tobytes() + b"\0")).shape == (1, 1)
+    with pytest.raises(DicomError, match=r"4 bytes, but 1 x 1 pixels of 16 bits take 2$"):
+        read_hu(encoded(d, PixelData=stored.tobytes() * 2))
+
+
+def test_wrapped_12_bit_values_over_the_whole_range() -> None:
+    hu = np.arange(-1024, 3072, dtype=np.int16).reshape(64, 64)
+    assert np.array_equal(unwrap_12bit((hu % 4096).astype(np.uint16)), hu)
+    shifted = ((hu.astype(np.int32) - 7) % 4096).astype(np.uint16)
+    assert np.array_equal(unwrap_12bit(shifted, intercept=7), hu)
+    d = dataset(shifted)
+    assert np.array_equal(read_hu(encoded(d, BitsStored=12, HighBit=11, RescaleIntercept="7")), hu)
+    # The popular fix (+1000, wrap, -1000) is wrong exactly below -1000.
+    popular = (hu.astype(np.int32) % 4096 + 1000) % 4096 - 1000
+    assert np.array_equal(np.unique(hu[popular != hu]), np.arange(-1024, -1000))
+
+
+def test_twelve_bits_with_the_usual_intercept_are_not_wrapped() -> None:
+    stored = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    hu = read_hu(encoded(dataset(stored), BitsStored=12, HighBit=11))
+    assert np.array_equal(hu, reference(stored, 1, -1024))
+
+
+def test_headers_seen_before_are_told_apart() -> None:
+    for intercept in (-1024, -1000, -1024):
+        hu = read_hu(encoded(dataset(STORED), RescaleIntercept=str(intercept)))
+        assert np.array_equal(hu, reference(STORED, 1, intercept))
+    swapped = read_hu(encoded(dataset(STORED.reshape(10, 12))))
+    assert swapped.shape == (10, 12)
+
+
+# Refused by name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RescaleSlope": None}, "RescaleSlope is None, not a number"),
+        ({"RescaleSlope": ["1", "2"]}, r"RescaleSlope is \[.*\], not a number"),
+        ({"RescaleSlope": "0"}, "RescaleSlope is 0, so stored values carry no HU"),
+        ({"RescaleSlope": "1e300"}, r"RescaleSlope is 1e\+300, not within 100,000 of 0"),
+        ({"RescaleIntercept": None}, "RescaleIntercept is None, not a number"),
+        ({"RescaleIntercept": "-1e300"}, r"RescaleIntercept is -1e\+300, not within 100,000 of 0"),
+        ({"Modality": "MR"}, "Modality is 'MR', not 'CT'"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "is 'MONOCHROME1', not 'MONOCHROME2'"),
+        ({"PhotometricInterpretation": "RGB"}, "is 'RGB', not 'MONOCHROME2'"),
+        ({"SamplesPerPixel": 3}, "SamplesPerPixel is 3, not 1"),
+        ({"BitsAllocated": 8}, "BitsAllocated is 8, not 16"),
+        ({"BitsStored": None}, "BitsStored is None, not 16"),
+        ({"HighBit": 11}, "HighBit is 11, not 15, one less than BitsStored"),
+        ({"PixelRepresentation": 2}, "PixelRepresentation is 2, not 0"),
+        ({"NumberOfFrames": "2"}, r"multi-frame file \(2 frames\)"),
+        ({"NumberOfFrames": ["1", "2"]}, r"unreadable header \(TypeError\)"),
+        ({"Rows": 60000}, "Rows is 60000, not from 1 to 4096"),
+        ({"Columns": 0}, "Columns is 0, not from 1 to 4096"),
+        ({"Rows": None}, "Rows is None, not from 1 to 4096"),
+        ({"PixelData": None}, "PixelData is missing"),
+        (
+            {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11, "RescaleIntercept": "0",
+             "RescaleSlope": "2"},
+            "RescaleSlope is 2 in a file of wrapped 12-bit values, not 1",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_no_ct_slice_is_refused_by_name(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DicomError, match=message) as caught:
+        read_hu(encoded(dataset(STORED), **changes))
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"nan ", "RescaleIntercept is nan, not finite"),
+        (b"-inf", "RescaleIntercept is -inf, not finite"),
+        (b"abc ", r"unreadable header \(ValueError\)"),
+        (b"    ", "RescaleIntercept is None, not a number"),
+        (b"\xff\xfe\n\0", r"unreadable header \(\w+\)"),
+        (b"1" * 6000, r"unreadable header \(\w+\)"),
+    ],
+)
+def test_an_element_that_cannot_be_converted_is_refused(value: bytes, message: str) -> None:
+    data = raw_element(encoded(dataset(STORED)), "RescaleIntercept", b"-1024 ", value)
+    with pytest.raises(DicomError, match=message):
+        read_hu(data)
+
+
+def test_a_reason_is_one_short_line() -> None:
+    d = dataset(STORED)
+    data = raw_element(encoded(d), "Modality", b"CT", b"X\n" * 1500)
+    with pytest.raises(DicomError, match="^Modality is ") as caught:
+        read_hu(data)
+    assert len(str(caught.value)) < 120
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"<html>not found</html>" * 20, r"not a DICOM file \(no DICM prefix\)"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(300), "not a DICOM file"),
+        (bytes(128) + b"DICM", "Modality is None|unreadable header"),
+        (bytes(128) + b"DICM" + b"\xff" * 500, "unreadable header|Modality is None"),
+    ],
+)
+def test_what_is_no_dicom_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(DicomError, match=message):
+        read_hu(data)
+
+
+def test_a_file_cut_anywhere_is_refused_and_never_crashes() -> None:
+    data = encoded(dataset(STORED))
+    for length in range(0, len(data), 7):
+        with pytest.raises(DicomError):
+            read_hu(data[:length])
+    with pytest.raises(DicomError, match="pixel data cannot be decoded: 238 bytes, but 12 x 10"):
+        read_hu(data[:-2])
+
+
+def test_flipped_bytes_never_crash() -> None:
+    data = bytearray(encoded(dataset(STORED)))
+    rng = np.random.default_rng(2)
+    for _ in range(400):
+        at = int(rng.integers(132, len(data) - STORED.nbytes))
+        before, data[at] = data[at], int(rng.integers(256))
+        try:
+            assert read_hu(bytes(data)).dtype == np.int16
+        except DicomError as error:
+            assert CANARY not in str(error)
+        data[at] = before
+
+
+def test_a_missing_or_unknown_transfer_syntax_is_refused() -> None:
+    d = dataset(STORED)
+    whole = encoded(d)
+    for syntax, message in (
+        (b"1.2.840.10008.1.2.9\0", "the transfer syntax .* is not read"),
+        (DeflatedExplicitVRLittleEndian.encode(), "Deflated Explicit VR Little Endian is not read"),
+    ):
+        data = raw_element(whole, "TransferSyntaxUID", b"1.2.840.10008.1.2.1\0", syntax + b"\0" * (
+            len(syntax) % 2))  # fmt: skip
+        with pytest.raises(DicomError, match=message):
+            read_hu(data)
+
+
+# Compressed
+
+
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, RLELossless])
+def test_lossless_compression_changes_nothing(syntax: UID) -> None:
+    stored = np.random.default_rng(3).integers(-1000, 3000, (32, 48)).astype(np.int16)
+    d = dataset(stored)
+    d.compress(syntax, generate_instance_uid=False)
+    assert np.array_equal(read_hu(encoded(d)), reference(stored, 1, -1024))
+
+
+def test_a_missing_decoder_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = dataset(STORED, JPEGLosslessSV1)
+    data = encoded(d, PixelData=encapsulate([b"\xff\xd8\xff\xd9"]))
+    monkeypatch.setattr(get_decoder(JPEGLosslessSV1), "_available", {})
+    with pytest.raises(DicomError, match=r"JPEG Lossless.*: pip install 'ich\[codecs\]'"):
+        read_hu(data)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "stream", "message"),
+    [
+        # A frame header of 60,000 x 60,000 after a fill byte and a comment.
+        (JPEGLosslessSV1, "ffd8 ffff fe0004 abcd ffc3 000b 10 ea60 ea60 01 01 11 00", "60000"),
+        (JPEGLSLossless, "ffd8 fff7 000b 10 ea60 ea60 01 01 11 00", "60000"),
+        (JPEG2000Lossless, "ff4f ff51 0029 0000 0000ea60 0000ea60 00000000 00000000", "60000"),
+        (JPEGLosslessSV1, "ffd8 ffd9", "no frame header"),
+        (JPEGLosslessSV1, "ffd8 ffff", "no frame header"),
+        (JPEGLSLossless, "00000000", "cannot be decoded"),
+    ],
+)
+def test_a_compressed_stream_of_another_size_is_refused_before_decoding(
+    syntax: UID, stream: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = dataset(STORED, syntax)
+    data = encoded(d, PixelData=encapsulate([bytes.fromhex(stream)]))
+    if message != "cannot be decoded":
+        monkeypatch.setattr(Dataset, "pixel_array", property(lambda self: pytest.fail("decoded")))
+    with pytest.raises(DicomError, match=f"pixel data cannot be decoded: .*{message}|{message}"):
+        read_hu(data)
+
+
+def test_absurd_rows_are_refused_before_decoding_also_when_compressed() -> None:
+    d = dataset(STORED, JPEGLosslessSV1)
+    data = encoded(d, PixelData=encapsulate([b"\xff\xd8\xff\xd9"]), Rows=65000, Columns=65000)
+    with pytest.raises(DicomError, match="Rows is 65000, not from 1 to 4096"):
+        read_hu(data)
+
+
+# Identifiers
+
+
+def test_the_keys_of_a_file() -> None:
+    assert read_keys(encoded(dataset(STORED))) == (CANARY, "2.25.2")
+    assert read_keys(encoded(dataset(STORED), PatientID=None, StudyInstanceUID=None)) == ("", "")
+    with pytest.raises(DicomError, match="the file is empty"):
+        read_keys(b"")
+
+
+# Real files
+
+
+def members(archive: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as z:
+        return {Path(n).stem: z.read(n) for n in z.namelist() if n.endswith(".dcm")}
+
+
+def test_real_slices_equal_pydicoms_values(shared: Path) -> None:
+    files = members(shared / "rsna_mini.zip")
+    assert len(files) == 185
+    for name in [*list(files)[::9], "ID_000aa2bce", "ID_0a2e1269e"]:
+        d = pydicom.dcmread(io.BytesIO(files[name]))
+        expected = reference(d.pixel_array, float(d.RescaleSlope), float(d.RescaleIntercept))
+        assert np.array_equal(read_hu(files[name]), expected), name
+
+
+def test_the_odd_slices_of_the_rsna_set(shared: Path) -> None:
+    files = members(shared / "rsna_mini.zip")
+    zero = read_hu(files["ID_000aa2bce"])  # intercept 0, signed: the stored values are HU
+    assert zero.min() == -1024
+    assert 0.1 < ((zero > 0) & (zero < 80)).mean() < 0.5
+    wide = read_hu(files["ID_0a2e1269e"])  # stored values from -31788 to 31573
+    assert (wide.min(), wide.max()) == (-1024, 3071)
+
+
+def test_a_ge_study(shared: Path) -> None:
+    slices = [read_hu(data) for data in members(shared / "ge_head.zip").values()]
+    assert len(slices) == 28
+    assert all(s.shape == (512, 512) and s.min() >= -1024 for s in slices)
+    assert 0.05 < np.mean([((s > 0) & (s < 80)).mean() for s in slices]) < 0.5
+
+
+def test_jpeg_lossless_slices(shared: Path) -> None:
+    for data in members(shared / "jpeg_lossless.zip").values():
+        hu = read_hu(data)
+        assert hu.shape == (512, 512)
+        assert hu.min() == -1024  # air outside the head
+        assert hu.max() > 1000  # bone
+        assert 0.1 < ((hu > 0) & (hu < 80)).mean() < 0.4
