@@ -8,6 +8,7 @@ a usable slope or intercept, or one that is no single greyscale CT slice, is ref
 from __future__ import annotations
 
 import io
+import re
 import logging
 import warnings
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
     if not data:
         raise DicomError("the file is empty")
-    if DeflatedExplicitVRLittleEndian.encode() + b"\0" in data[:4096]:
+    if DeflatedExplicitVRLittleEndian.encode() in data[:4096]:
         # pydicom would inflate it whole, to up to a thousand times its size, before any check.
         raise DicomError(f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read")
     try:
@@ -183,7 +184,8 @@ def _raw(dataset: pydicom.Dataset) -> list[tuple[str | None, Any] | None]:
 def _check(dataset: pydicom.Dataset) -> _Header:
     for keyword, allowed in _ALLOWED.items():
         if (value := dataset.get(keyword)) not in allowed:
-            raise DicomError(f"{keyword} is {_shown(value)}, not {allowed[0]!r}")
+            shown = _shown(value, word=isinstance(allowed[0], str))
+            raise DicomError(f"{keyword} is {shown}, not {allowed[0]!r}")
     frames = dataset.get("NumberOfFrames")
     if int(frames or 1) != 1:
         raise DicomError(f"multi-frame file ({_shown(int(frames))} frames), not one slice")
@@ -208,10 +210,17 @@ def _check(dataset: pydicom.Dataset) -> _Header:
     )
 
 
-def _shown(value: Any) -> str:
-    """A value for a message: one line, and short whatever the file holds."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _shown(value: Any, word: bool = False) -> str:
+    """A value for a message: a number or, where one is expected, a word in capitals.
+
+    Anything else is not shown. In a damaged header an element can hold what follows it, or take
+    another's place: a name would be printed as the number of rows.
+    """
+    if value is None or isinstance(value, int | float):
+        return f"{value!r:.20}"
+    if word and re.fullmatch(r"[A-Z0-9_ ]{0,16}", str(value)):
+        return repr(str(value))
+    return "something else"
 
 
 def _finite(dataset: pydicom.Dataset, keyword: str) -> float:
@@ -235,7 +244,7 @@ def _syntax(dataset: pydicom.Dataset) -> UID:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise DicomError(f"the transfer syntax {_shown(syntax.name)} is not read") from None
+        raise DicomError("the transfer syntax is none that is read here") from None
     if not decoder.is_available:
         raise DicomError(
             f"{syntax.name} needs a decoder that is not installed: pip install 'ich[codecs]'"
@@ -268,10 +277,12 @@ def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
             size = _stream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
             if size not in (None, (header.rows, header.columns)):
                 # Checked first, because a plug-in allocates what the stream asks for.
-                raise ValueError(f"a stream of {size} pixels, not {header.rows, header.columns}")
+                raise RuntimeError(f"a stream of {size} pixels, not {header.rows, header.columns}")
         return dataset.pixel_array
     except Exception as error:  # decoder plug-ins raise their own types
-        text = " ".join(str(error).split())[:200]
+        # Only decoding itself raises this one; the text of others can quote any element.
+        plain = isinstance(error, RuntimeError)
+        text = " ".join(str(error).split())[:200] if plain else type(error).__name__
         raise DicomError(f"pixel data cannot be decoded: {text}") from None
 
 
@@ -283,11 +294,11 @@ def _stream_size(frame: bytes) -> tuple[int, int] | None:
     if frame[:2] != b"\xff\xd8":
         return None
     start = 2
-    while frame[start : start + 1] == b"\xff":  # JPEG: segments up to the frame header
+    while frame[start : start + 1] == b"\xff" and start + 9 <= len(frame):  # to the frame header
         marker = frame[start + 1]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height, width = frame[start + 5 : start + 7], frame[start + 7 : start + 9]
             return int.from_bytes(height), int.from_bytes(width)
         fill = marker == 0xFF  # any number of these may come before a marker
         start += 1 if fill else 2 + int.from_bytes(frame[start + 2 : start + 4])
-    raise ValueError("no frame header in the JPEG stream")
+    raise RuntimeError("no frame header in the JPEG stream")

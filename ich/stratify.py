@@ -31,7 +31,8 @@ def partition(counts: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
         rng: where the search starts and which pairs it tries.
 
     Returns:
-        int64 [G], the part of each group, in 0..P-1.
+        int64 [G], the part of each group, in 0..P-1; each part has at least one. G must be at
+        least P.
     """
     found = [_descend(counts, shares, rng) for _ in range(_STARTS)]
     return min(found, key=lambda result: result[0])[1]
@@ -52,26 +53,32 @@ def _descend(
 
 
 def _random_start(groups: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    edges = np.round(np.cumsum(shares) * groups)
-    part = np.empty(groups, np.int64)
-    part[rng.permutation(groups)] = np.searchsorted(edges[:-1], np.arange(groups), side="right")
-    return part
+    sizes = np.maximum(1, np.floor(shares * groups)).astype(np.int64)
+    sizes[sizes.argmax()] += groups - sizes.sum()
+    return rng.permutation(np.repeat(np.arange(len(shares)), sizes))
 
 
 def _move(counts: np.ndarray, part: np.ndarray, gap: np.ndarray, weight: np.ndarray) -> None:
-    """Moves single groups while that lowers the cost, the best move first; in place."""
+    """Moves single groups while that lowers the cost, the best move first; in place.
+
+    No part is emptied: where all counts are small, the cost alone would not mind.
+    """
     everyone, squares = np.arange(len(counts)), counts**2
+    sizes = np.bincount(part, minlength=len(weight))
     for _ in range(10 * len(counts)):
         slope = 2 * weight * gap
         join = counts @ slope.T + squares @ weight.T
         leave = (weight[part] * squares - slope[part] * counts).sum(1)
         change = join + leave[:, None]
         change[everyone, part] = np.inf
+        change[sizes[part] == 1] = np.inf
         group, to = divmod(int(change.argmin()), len(weight))
         if change[group, to] >= -1e-12:
             return
         gap[part[group]] -= counts[group]
         gap[to] += counts[group]
+        sizes[part[group]] -= 1
+        sizes[to] += 1
         part[group] = to
 
 
@@ -86,10 +93,11 @@ def _swap(
 
     Both sides of a pair are drawn from parts of equal chance, so that small parts get their share.
     """
+    sizes = np.bincount(part)
     for _ in range(_SWAP_ROUNDS):
-        order, sizes = np.argsort(part, kind="stable"), np.bincount(part, minlength=len(weight))
+        order = np.argsort(part, kind="stable")
         starts = np.cumsum(sizes) - sizes
-        p, q = rng.choice(np.flatnonzero(sizes), size=(2, _PAIRS))
+        p, q = rng.integers(len(sizes), size=(2, _PAIRS))
         a, b = (order[starts[s] + rng.integers(sizes[s])] for s in (p, q))
         brings, slope = counts[b] - counts[a], 2 * weight * gap
         change = ((slope[p] - slope[q]) * brings + (weight[p] + weight[q]) * brings**2).sum(1)

@@ -35,6 +35,7 @@ from ich.data_report import (
     leak_table,
     write_data_report,
 )
+from ich.page import cells
 from ich.protocol import ENOUGH, Cohort, apply_protocol, oversample
 
 REPORT = ProtocolConfig(ProtocolName.report, 0, None, 8, None, 0.25, 0.0)

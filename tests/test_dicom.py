@@ -46,9 +46,8 @@ def dataset(stored: np.ndarray, syntax: UID = ExplicitVRLittleEndian) -> Dataset
     d.HighBit, d.PixelRepresentation = 15, int(signed)
     d.WindowCenter, d.WindowWidth = ["40", "300"], ["80", "1500"]
     d.RescaleIntercept, d.RescaleSlope = "-1024", "1"
-    d["PixelData"] = pydicom.DataElement("PixelData", "OW", b"")
-    d.PixelData = stored.astype(stored.dtype.newbyteorder("<>"[syntax == ExplicitVRBigEndian]))
-    d.PixelData = d.PixelData.tobytes()
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    d.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder(order)).tobytes())
     return d
 
 
@@ -124,7 +123,9 @@ def test_padding_of_minus_2000_is_air() -> None:
 def test_a_padding_byte_is_allowed_and_a_second_slice_is_not() -> None:
     stored = STORED[:1, :1]
     d = dataset(stored)
-    assert read_hu(encoded(d, PixelData=stored.tobytes() + b"\0")).shape == (1, 1)
+    data = encoded(d)
+    padded = data[:-6] + (3).to_bytes(4, "little") + stored.tobytes() + b"\0"
+    assert read_hu(padded).tolist() == reference(stored, 1, -1024).tolist()
     with pytest.raises(DicomError, match=r"4 bytes, but 1 x 1 pixels of 16 bits take 2$"):
         read_hu(encoded(d, PixelData=stored.tobytes() * 2))
 
@@ -162,7 +163,7 @@ def test_headers_seen_before_are_told_apart() -> None:
     ("changes", "message"),
     [
         ({"RescaleSlope": None}, "RescaleSlope is None, not a number"),
-        ({"RescaleSlope": ["1", "2"]}, r"RescaleSlope is \[.*\], not a number"),
+        ({"RescaleSlope": ["1", "2"]}, "RescaleSlope is something else, not a number"),
         ({"RescaleSlope": "0"}, "RescaleSlope is 0, so stored values carry no HU"),
         ({"RescaleSlope": "1e300"}, r"RescaleSlope is 1e\+300, not within 100,000 of 0"),
         ({"RescaleIntercept": None}, "RescaleIntercept is None, not a number"),
@@ -200,10 +201,11 @@ def test_what_is_no_ct_slice_is_refused_by_name(changes: dict[str, object], mess
     [
         (b"nan ", "RescaleIntercept is nan, not finite"),
         (b"-inf", "RescaleIntercept is -inf, not finite"),
-        (b"abc ", r"unreadable header \(ValueError\)"),
-        (b"    ", "RescaleIntercept is None, not a number"),
-        (b"\xff\xfe\n\0", r"unreadable header \(\w+\)"),
-        (b"1" * 6000, r"unreadable header \(\w+\)"),
+        (b"abc ", "RescaleIntercept is something else, not a number"),
+        (b"    ", "RescaleIntercept is something else, not a number"),
+        (b"\xff\xfe\n\0", "RescaleIntercept is something else, not a number"),
+        (b"1" * 3000, "RescaleIntercept is inf, not finite"),
+        (b"1" * 6000, r"RescaleIntercept is inf, not finite|unreadable header \(\w+\)"),
     ],
 )
 def test_an_element_that_cannot_be_converted_is_refused(value: bytes, message: str) -> None:
@@ -248,13 +250,15 @@ def test_a_file_cut_anywhere_is_refused_and_never_crashes() -> None:
 def test_flipped_bytes_never_crash() -> None:
     data = bytearray(encoded(dataset(STORED)))
     rng = np.random.default_rng(2)
-    for _ in range(400):
+    for _ in range(2000):
         at = int(rng.integers(132, len(data) - STORED.nbytes))
         before, data[at] = data[at], int(rng.integers(256))
+        reason = ""
         try:
             assert read_hu(bytes(data)).dtype == np.int16
         except DicomError as error:
-            assert CANARY not in str(error)
+            reason = str(error)
+        assert CANARY not in reason
         data[at] = before
 
 
@@ -262,7 +266,7 @@ def test_a_missing_or_unknown_transfer_syntax_is_refused() -> None:
     d = dataset(STORED)
     whole = encoded(d)
     for syntax, message in (
-        (b"1.2.840.10008.1.2.9\0", "the transfer syntax .* is not read"),
+        (b"1.2.840.10008.1.2.9\0", "the transfer syntax is none that is read here"),
         (DeflatedExplicitVRLittleEndian.encode(), "Deflated Explicit VR Little Endian is not read"),
     ):
         data = raw_element(whole, "TransferSyntaxUID", b"1.2.840.10008.1.2.1\0", syntax + b"\0" * (

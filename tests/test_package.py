@@ -6,15 +6,20 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import nibabel
+import numpy as np
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
 from ich.config import CONF_DIR, register
+from ich.dicom import read_hu
 from ich.launcher import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -188,6 +193,71 @@ def test_every_sweep_command_of_the_readme_composes() -> None:
         overrides = [re.sub(r"=(?!\[)([^,]*),.*", r"=\1", w) for w in words]  # the first job
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             compose("config", overrides=overrides)
+
+
+def test_every_prepare_command_of_the_readme_composes() -> None:
+    commands = re.findall(r"^python -m ich\.prepare (.+)$", readme(), re.M)
+    assert len(commands) >= 4
+    register()
+    for command in commands:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            compose("prepare", overrides=shlex.split(command))
+
+
+def readme_script(name: str) -> str:
+    found = re.search(rf"```python\n(# {name}.*?)```", readme(), re.S)
+    assert found
+    return found[1]
+
+
+def test_the_readmes_cq500_labels_on_a_stand_in(phantom: Path, tmp_path: Path) -> None:
+    files = sorted((phantom / "stage_2_train").glob("*.dcm"))[:12]
+    for n, file in enumerate(files):
+        place = tmp_path / f"CQ500CT{n // 2} CQ500CT{n // 2}" / "Unknown Study" / "CT Plain"
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place / f"CT{n % 2:06d}.dcm")
+    kinds = ["ICH", "IPH", "IVH", "SDH", "EDH", "SAH"]
+    reads = pd.DataFrame({f"R{r}:{k}": [0] * 6 for r in (1, 2, 3) for k in kinds})
+    reads.loc[:2, [f"R{r}:{k}" for r in (1, 3) for k in ("ICH", "SDH")]] = 1
+    reads.loc[4, ["R2:ICH", "R2:SDH"]] = 1  # one of three: no majority
+    reads.insert(0, "name", [f"CQ500-CT-{n}" for n in range(6)])
+    reads.to_csv(tmp_path / "reads.csv", index=False)
+    script = [sys.executable, "-c", readme_script("cq500.py")]
+    subprocess.run(script, cwd=tmp_path, check=True)
+    table = pd.read_csv(tmp_path / "labels.csv")
+    assert table["SDH"].tolist() == [1] * 6 + [0] * 6
+    assert table["patient_id"].nunique() == 6
+    prepare_folder(tmp_path, ".", "data.any_label=ICH", "protocol.oversample=EDH")
+
+
+def test_the_readmes_ct_ich_conversion_on_a_stand_in(tmp_path: Path) -> None:
+    rng, rows = np.random.default_rng(0), []
+    (tmp_path / "ct_scans").mkdir()
+    for patient in (49, 50, 51, 52):
+        volume = rng.integers(-1024, 2000, (48, 48, 3)).astype(np.int16)
+        nibabel.save(
+            nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / f"ct_scans/{patient:03d}.nii"
+        )
+        names = ("Intraventricular", "Intraparenchymal", "Subarachnoid", "Epidural", "Subdural")
+        for n in (1, 2, 3):
+            found = {k: int(n == 2 and k == "Subdural") for k in names}
+            rows.append({"PatientNumber": patient, "SliceNumber": n, **found})
+    pd.DataFrame(rows).to_csv(tmp_path / "hemorrhage_diagnosis_raw_ct.csv", index=False)
+    subprocess.run([sys.executable, "-c", readme_script("ct_ich.py")], cwd=tmp_path, check=True)
+    hu = read_hu((tmp_path / "dicom" / "052_03.dcm").read_bytes())
+    assert np.array_equal(hu, np.rot90(volume[:, :, 2]))
+    prepare_folder(tmp_path, "dicom", "data.any_label=any", "protocol.oversample=null")
+
+
+def prepare_folder(folder: Path, root: str, *overrides: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ich.prepare", "data=folder", f"data.root={root}",
+         "data.labels=labels.csv", "protocol=sound", "data.cache_size=32", *overrides],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "12 slices decoded, 0 in quarantine" in done.stdout
+    assert list(folder.glob("multirun_reports/data/folder-*/data_report.html"))
 
 
 def test_every_module_and_config_group_stands_in_the_readme() -> None:

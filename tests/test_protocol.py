@@ -250,6 +250,12 @@ def test_real_patients_split_evenly(shared: Path) -> None:
     assert leak["patient"] > 0.9
 
 
+def test_the_fewest_patients_fill_every_part() -> None:
+    for patients in (3, 4, 7):
+        assert cohort_of(clinic(patients), SOUND).splits == ["train", "val", "test"]
+    assert cohort_of(clinic(12), SOUND, 0.3).splits == ["train", "val", "test"]
+
+
 def test_a_partition_gives_each_part_its_share() -> None:
     rng = np.random.default_rng(0)
     counts = rng.poisson(5, (500, 4)).astype(float)
