@@ -231,7 +231,7 @@ def _lines(place: Path) -> Iterator[tuple[int, str, str, int, str]]:
     """Row, path, signature, checksum and reason of every whole line, in order."""
     index = place / "index.csv"
     try:
-        with index.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with index.open(newline="", encoding="utf-8") as file:
             # A build that goes on meanwhile, or was killed, may leave the last line unfinished.
             reader = csv.reader(line for line in file if line.endswith("\n"))
             next(reader, None)
@@ -276,7 +276,7 @@ def _append(index: Path, lines: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     with index.open("ab") as file:
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+        file.write(text.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
 

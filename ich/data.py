@@ -108,9 +108,8 @@ def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) 
     codes, _ = pd.factorize(cohort.rows["patient"])
     rows = cohort.rows.assign(patient=np.where(cohort.rows["patient"] == "", -1, codes))
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
-    return Dataset(
-        cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), done.summary()
-    )
+    summary = {**done.summary(), "protocol": cfg.protocol.name.value}
+    return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
 
 
 def prepare(cfg: AnyConfig, report: Report | None = None, build: bool = True) -> Prepared:

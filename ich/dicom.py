@@ -8,8 +8,8 @@ a usable slope or intercept, or one that is no single greyscale CT slice, is ref
 from __future__ import annotations
 
 import io
-import re
 import logging
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -32,9 +32,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 HU_MIN, HU_MAX = -1024, 3071
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
-_MAX_RESCALE = (
-    100_000  # a slope or an intercept beyond it leaves no 16-bit value within -1024..3071
-)
+_MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
 
 # What must hold of a slice, beside its size and rescale; the first allowed value is the usual one.
 _ALLOWED: dict[str, tuple[Any, ...]] = {

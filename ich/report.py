@@ -156,11 +156,9 @@ def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
     distinct = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in finished}
     cohorts = list(distinct.values())
     lines = [
-        f"Protocol `{setting('protocol.name')}` on `{setting('data.source')}`: "
-        + "; or ".join(map(_cohort, cohorts))
-        + "."
+        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {_cohort(c)}. {_scoring(c)}"
+        for c in cohorts
     ]
-    lines.append(_either(_scoring(c) for c in cohorts))
     starts = _either(_start(c) for c in configs)
     lines.append(
         f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
@@ -262,7 +260,7 @@ def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
             cells.append(mark.format(text) if (i, column) in best and text else text)
         status = row["status"] if isinstance(row["status"], str) else ""
         reason = row["reason"] if isinstance(row["reason"], str) else ""
-        cells.append(f"{status}: {reason}" if reason else status)
+        cells.append(": ".join(text for text in (status, reason) if text))
         rows.append(cells)
     return rows
 

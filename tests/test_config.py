@@ -129,6 +129,22 @@ def test_a_saved_config_reads_back_equal(composed: Compose, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "protocol.test_fraction=0.9",
+            "protocol.test_fraction is 0.9, but must be 0 or more, with",
+        ),
+        ("protocol.folds=2", "protocol.folds is 2"),
+        ("protocol.folds=5", "protocol.fold is None, but must be from 0 to 4"),
+    ],
+)
+def test_a_sound_protocol_is_checked_too(composed: Compose, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        validate(composed("protocol=sound", override))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("optimizer.lr=nan", "optimizer.lr is nan, but must be a finite number above 0"),
         ("optimizer.lr=inf", "optimizer.lr is inf"),
         ("optimizer.lr=0", "optimizer.lr is 0.0"),
@@ -138,6 +154,16 @@ def test_a_saved_config_reads_back_equal(composed: Compose, tmp_path: Path) -> N
         ("data.subset=0", "data.subset is 0.0"),
         ("data.subset=1.5", "data.subset is 1.5"),
         ("protocol.val_fraction=1", "protocol.val_fraction is 1.0"),
+        (
+            "protocol.test_fraction=0.1",
+            "protocol.test_fraction is 0.1, but must be 0: the report's",
+        ),
+        ("protocol.folds=5", "protocol.folds is 5, but must be null, or at least 3 with protocol="),
+        ("protocol.fold=1", "protocol.fold is 1, but must be null without protocol.folds"),
+        ("protocol.negatives_per_positive=0", "protocol.negatives_per_positive is 0.0"),
+        ("protocol.oversample_times=0", "protocol.oversample_times is 0"),
+        ("data.label_columns=[a,a]", "data.label_columns is ['a', 'a']"),
+        ("data.any_label=some", "data.any_label is 'some', but must be null or one of"),
         ("augment.hflip=1.2", "augment.hflip is 1.2"),
         ("sweep.time_limit=0", "sweep.time_limit is 0.0"),
         ("data.image_size=8", "image size is 8 pixels, but resnet50 needs at least 32"),

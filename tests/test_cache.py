@@ -1,0 +1,740 @@
+"""Slices on disk: decoded once, whatever ends a build; found damaged; read in place from a zip."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+
+from ich import cache as cache_module
+from ich import store as store_module
+from ich.cache import Cache, build_cache, cache_folder, read_cache, verify_cache
+from ich.config import UserError
+from ich.decode import Chunk, checksum, decode_chunk, resize_area, square
+from ich.dicom import DicomError, read_hu
+from ich.pool import run_parallel
+from ich.store import Location, SliceStore, read_bytes, read_directory
+
+SIZE = 32
+
+
+def images_of(store: SliceStore) -> pd.DataFrame:
+    paths = [p for p in store.paths if p.endswith(".dcm")]
+    return pd.DataFrame({"image_id": [Path(p).stem for p in paths], "path": paths})
+
+
+def build(root: Path, folder: Path, images: pd.DataFrame | None = None, **options: object) -> Cache:
+    store = SliceStore.open(str(root))
+    chosen = images_of(store) if images is None else images
+    defaults: dict[str, object] = {"max_quarantine": 0.0, "workers": 1}
+    return build_cache(chosen, store, folder, SIZE, **(defaults | options))  # type: ignore[arg-type]
+
+
+class Count:
+    """A progress that remembers how many slices were to be decoded."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.total = total
+
+
+@pytest.fixture
+def copy(phantom: Path, tmp_path: Path) -> Path:
+    """A copy of the phantom to damage."""
+    return Path(shutil.copytree(phantom, tmp_path / "it's a copy"))
+
+
+def files_of(root: Path) -> list[Path]:
+    return sorted((root / "stage_2_train").glob("*.dcm"))
+
+
+def zipped(root: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for file in files_of(root):
+            archive.write(file, f"rsna/{file.relative_to(root).as_posix()}")
+    return target
+
+
+# What is decoded
+
+
+def test_a_slice_is_the_files_hu_resized(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    assert cache.hu.dtype == np.int16
+    assert not cache.hu.flags.writeable
+    assert len(cache.row) == len(files_of(phantom))
+    for file in files_of(phantom)[::20]:
+        hu = resize_area(square(read_hu(file.read_bytes())), SIZE)
+        assert np.array_equal(cache.hu[cache.row[file.stem]], hu)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_folder_and_zip_give_the_same_slices(phantom: Path, tmp_path: Path, method: int) -> None:
+    a = build(phantom, tmp_path / "a", workers=2)
+    b = build(zipped(phantom, tmp_path / "slices.zip", method), tmp_path / "b", workers=2)
+    assert a.row.keys() == b.row.keys()
+    for image in list(a.row)[::10]:
+        assert np.array_equal(a.hu[a.row[image]], b.hu[b.row[image]])
+
+
+def test_several_processes_decode_the_same_as_one(phantom: Path, tmp_path: Path) -> None:
+    one, three = (build(phantom, tmp_path / str(n), workers=n) for n in (1, 3))
+    assert one.row == three.row
+    assert np.array_equal(one.hu, three.hu)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+def test_the_cache_names_no_patient(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    keys = pydicom.dcmread(files_of(phantom)[0])
+    texts = [p.read_text() for p in cache.folder.iterdir() if p.name != "hu.i16"]
+    assert len(texts) == 3
+    for text in texts:
+        for secret in (keys.PatientID, keys.StudyInstanceUID, keys.SeriesInstanceUID):
+            assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(512, 128), (512, 320), (512, 256), (512, 224), (64, 45), (45, 64), (37, 16)]
+)
+def test_resizing_is_the_exact_area_average(side: int, size: int) -> None:
+    hu = np.random.default_rng(0).integers(-1024, 3072, (side, side)).astype(np.int16)
+    # Each pixel repeated `size` times, then means over `side` of these: no fraction is involved.
+    weights = np.repeat(np.eye(side), size, axis=0).reshape(size, side, side).mean(1)
+    out = resize_area(hu, size)
+    assert out.dtype == np.int16
+    assert np.abs(out - weights @ hu @ weights.T).max() <= 0.501
+
+
+def test_resizing_to_the_same_size_changes_nothing() -> None:
+    hu = np.arange(-72, 72, dtype=np.int16).reshape(12, 12)
+    assert np.array_equal(resize_area(hu, 12), hu)
+
+
+def test_slices_that_are_not_square_are_padded_with_air() -> None:
+    out = square(np.ones((638, 490), np.int16))
+    assert out.shape == (638, 638)
+    assert out[:, :74].max() == -1024
+    assert out[:, 74:564].min() == 1
+
+
+# What is not decoded again
+
+
+def test_what_is_decoded_is_not_decoded_again(phantom: Path, tmp_path: Path) -> None:
+    first = build(phantom, tmp_path)
+    images = images_of(SliceStore(phantom)).sample(frac=1, random_state=0)
+    count = Count()
+    again = build(phantom, tmp_path, images, progress=count)
+    assert count.total == 0
+    assert again.row == first.row
+    assert list(again.row) == images["image_id"].tolist()
+
+
+def test_a_larger_cohort_decodes_only_what_is_new(phantom: Path, tmp_path: Path) -> None:
+    images = images_of(SliceStore(phantom))
+    small = build(phantom, tmp_path, images.iloc[::3])
+    before = small.hu.copy()
+    count = Count()
+    large = build(phantom, tmp_path, progress=count)
+    assert count.total == len(images) - len(small.row)
+    assert {i: large.row[i] for i in small.row} == small.row
+    assert np.array_equal(large.hu[: len(before)], before)
+    whole = build(phantom, tmp_path / "whole")
+    for image in list(whole.row)[::7]:
+        assert np.array_equal(large.hu[large.row[image]], whole.hu[whole.row[image]])
+
+
+def test_a_changed_file_is_decoded_anew_and_its_old_slice_kept(copy: Path, tmp_path: Path) -> None:
+    first = build(copy, tmp_path / "cache")
+    a, b = files_of(copy)[:2]
+    shutil.copy(a, b)
+    os.utime(b, ns=(1, 1))  # older than before: any other time counts
+    before = first.hu.copy()
+    count = Count()
+    second = build(copy, tmp_path / "cache", progress=count)
+    assert count.total == 1
+    assert np.array_equal(second.hu[second.row[b.stem]], before[first.row[a.stem]])
+    assert np.array_equal(first.hu, before)  # a job that runs meanwhile
+
+
+def test_a_replaced_member_of_a_zip_is_decoded_anew(copy: Path, tmp_path: Path) -> None:
+    archive = zipped(copy, tmp_path / "slices.zip")
+    build(archive, tmp_path / "cache")
+    a, b = files_of(copy)[:2]
+    shutil.copy(a, b)
+    zipped(copy, archive)
+    count = Count()
+    cache = build(archive, tmp_path / "cache", progress=count)
+    assert count.total == 1
+    assert np.array_equal(cache.hu[cache.row[a.stem]], cache.hu[cache.row[b.stem]])
+
+
+# What ends a build
+
+BUILD = """
+import sys, time
+from pathlib import Path
+import pandas as pd
+from ich import cache
+from ich.store import SliceStore
+cache._SYNC_SECONDS, cache._CHUNK = 0.0, 4
+root, folder, out, workers, wait = sys.argv[1:]
+store = SliceStore.open(root)
+paths = [p for p in store.paths if p.endswith(".dcm")]
+images = pd.DataFrame({"image_id": [Path(p).stem for p in paths], "path": paths})
+def progress(done, total):
+    Path(out).write_text(f"{done} {total}")
+    time.sleep(float(wait))
+cache.build_cache(images, store, Path(folder), 32, 0.0, int(workers), progress)
+"""
+
+
+def start(root: Path, folder: Path, out: Path, workers: int, wait: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILD, root, folder, out, str(workers), str(wait)]
+    return subprocess.Popen(list(map(str, command)), start_new_session=True)
+
+
+def journaled(folder: Path) -> int:
+    return sum(len(p.read_text().splitlines()) - 1 for p in folder.glob("*/index.csv"))
+
+
+def wait_for(what: object) -> None:
+    until = time.monotonic() + 60
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < until, "nothing happened for a minute"
+        time.sleep(0.01)
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group lives; zombies do not count."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = status.read_text().rsplit(")", 1)[1].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state not in "ZX":
+            return True
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_build_goes_on_where_it_was(phantom: Path, tmp_path: Path, workers: int) -> None:
+    folder, total = tmp_path / "cache", len(files_of(phantom))
+    process = start(phantom, folder, tmp_path / "out", workers, wait=0.05)
+    wait_for(lambda: journaled(folder) >= 12)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not alive(process.pid))  # its worker processes and the resource tracker
+    kept = journaled(folder)
+    assert 12 <= kept < total
+    count = Count()
+    cache = build(phantom, folder, progress=count)
+    assert count.total == total - kept
+    assert len(cache.row) == len(set(cache.row.values())) == total
+    whole = build(phantom, tmp_path / "whole")
+    for image, row in whole.row.items():
+        assert np.array_equal(cache.hu[cache.row[image]], whole.hu[row])
+    assert verify_cache(SliceStore(phantom), folder, SIZE) == []
+
+
+def test_two_builds_at_once_decode_once(phantom: Path, tmp_path: Path) -> None:
+    folder, total = tmp_path / "cache", len(files_of(phantom))
+    both = [start(phantom, folder, tmp_path / f"out{i}", 1, wait=0.01) for i in range(2)]
+    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    assert journaled(folder) == total
+    assert sum((tmp_path / f"out{i}").exists() for i in range(2)) == 1
+
+
+def test_a_process_whose_build_is_gone_writes_nothing(phantom: Path, tmp_path: Path) -> None:
+    target = tmp_path / "hu.i16"
+    target.write_bytes(b"")
+    (location,) = SliceStore(phantom).locate([images_of(SliceStore(phantom))["path"].iloc[0]])
+    with pytest.raises(RuntimeError, match="the build was ended"):
+        decode_chunk(Chunk(phantom, [location], [0], str(target), SIZE, builder=1))
+    assert target.read_bytes() == b""
+
+
+def test_an_interrupted_build_keeps_what_it_decoded(phantom: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done >= 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(phantom, tmp_path, progress=stop)
+    count = Count()
+    cache = build(phantom, tmp_path, progress=count)
+    assert count.total == len(cache.row) - 64
+
+
+def test_a_full_disk_is_said_and_keeps_what_was_there(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = images_of(SliceStore(phantom))
+    first = build(phantom, tmp_path, images[:10])
+    before = first.hu.copy()
+    real, calls = os.pwrite, iter(range(1000))
+
+    def full(handle: int, data: memoryview, offset: int) -> int:
+        if next(calls) >= 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data[:1000], offset)  # in parts, as a filling disk may write
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(cache_module, "_CHUNK", 4)
+    message = r"No space left on device\). Free space there, or set data.cache_dir .*is kept"
+    with pytest.raises(UserError, match=message):
+        build(phantom, tmp_path)
+    monkeypatch.undo()
+    known = read_cache(images[:10], SliceStore(phantom), tmp_path, SIZE)
+    assert np.array_equal(known.hu[:10], before)
+    count = Count()
+    assert len(build(phantom, tmp_path, progress=count).row) == len(images)
+    assert 0 < count.total < len(images) - 10
+    assert verify_cache(SliceStore(phantom), tmp_path, SIZE) == []
+
+
+def test_a_worker_process_that_meets_a_full_disk_says_so(phantom: Path, tmp_path: Path) -> None:
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))" + BUILD
+    arguments = [phantom, tmp_path / "cache", tmp_path / "out", "2", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ich.config.UserError: the decoded slices cannot be written" in done.stderr
+    assert "(File too large). Free space there" in done.stderr
+
+
+def test_too_little_space_is_said_before_decoding(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 1000))
+    with pytest.raises(UserError, match=r"decoded slices need 0.0 GB under .* are free. Set"):
+        build(phantom, tmp_path)
+
+
+def test_a_killed_worker_process_is_said(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "run_parallel", lambda f, j, w: run_parallel(_kill, j, 2))
+    with pytest.raises(UserError, match="a decoding process was killed.* data.workers .*is kept"):
+        build(phantom, tmp_path)
+
+
+def _kill(chunk: Chunk) -> list:
+    if os.getpid() != chunk.builder:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return decode_chunk(chunk)
+
+
+# The journal
+
+
+def test_a_cut_last_line_is_no_line(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    index = cache.folder / "index.csv"
+    index.write_bytes(index.read_bytes()[:-5])
+    images = images_of(SliceStore(phantom))
+    with pytest.raises(UserError, match="1 of the .* slices are not decoded yet"):
+        read_cache(images, SliceStore(phantom), tmp_path, SIZE)
+    count = Count()
+    again = build(phantom, tmp_path, progress=count)
+    assert count.total == 1
+    assert again.row == cache.row
+    for length in (0, 7):  # cut in the heading
+        index.write_bytes(index.read_bytes()[:length])
+        assert len(build(phantom, tmp_path).row) == len(images)
+
+
+def test_a_damaged_journal_is_refused_by_name(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    index = cache.folder / "index.csv"
+    index.write_text(index.read_text().replace("\n3,", "\nx,"))
+    with pytest.raises(UserError, match=r"index.csv, is damaged \(.*'x'.* Remove the folder"):
+        build(phantom, tmp_path)
+
+
+def test_slices_that_were_cut_are_decoded_again(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    total, slices = len(cache.row), cache.folder / "hu.i16"
+    del cache
+    os.truncate(slices, (total - 5) * SIZE * SIZE * 2 - 1)
+    count = Count()
+    assert len(build(phantom, tmp_path, progress=count).row) == total
+    assert count.total == 6
+
+
+def test_a_strange_file_name_is_kept_or_refused(phantom: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    names = ["a,\"b\" 'c'.dcm", "größe 头.dcm", "line\nbreak.dcm"]
+    for name in names:
+        shutil.copy(files_of(phantom)[0], root / name)
+    for _ in range(2):
+        cache = build(root, tmp_path / "cache", max_quarantine=0.5)
+        assert len(cache.row) == 2
+        assert cache.quarantine["reason"].tolist() == ["the file's name holds a line break"]
+
+
+# Reading without looking
+
+
+def test_a_cache_is_read_without_the_files(copy: Path, tmp_path: Path) -> None:
+    store = SliceStore(copy)
+    images = images_of(store)
+    images.loc[3, "path"] = ""  # an image without a file
+    files_of(copy)[5].write_text("<html>")
+    built = build(copy, tmp_path / "cache", images, max_quarantine=0.5)
+    shutil.rmtree(copy)
+    read = read_cache(images, SliceStore(copy), tmp_path / "cache", SIZE)
+    assert read.row == built.row
+    assert np.array_equal(read.hu, built.hu)
+    pd.testing.assert_frame_equal(read.quarantine, built.quarantine)
+    assert read.quarantine["image_id"].tolist() == images["image_id"][[3, 5]].tolist()
+    pd.testing.assert_frame_equal(pd.read_csv(read.folder / "quarantine.csv"), read.quarantine)
+    part = read_cache(images[:3], SliceStore(copy), tmp_path / "cache", SIZE)
+    assert len(part.row) == 3
+    assert part.quarantine.empty
+
+
+def test_slices_that_are_not_there_are_counted(phantom: Path, tmp_path: Path) -> None:
+    store = SliceStore(phantom)
+    images = images_of(store)
+    message = r"{} of the {} slices are not decoded yet under .*Run `python -m ich.prepare`"
+    with pytest.raises(UserError, match=message.format(len(images), len(images))):
+        read_cache(images, store, tmp_path, SIZE)
+    build(phantom, tmp_path, images[:-2])
+    with pytest.raises(UserError, match=message.format(2, len(images))):
+        read_cache(images, store, tmp_path, SIZE)
+
+
+# Verifying
+
+
+def test_a_flipped_byte_is_found_and_decoded_again(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    store, images = SliceStore(phantom), images_of(SliceStore(phantom))
+    assert verify_cache(store, tmp_path, SIZE) == []
+    before = cache.hu.copy()
+    image = images["image_id"].iloc[7]
+    with (cache.folder / "hu.i16").open("r+b") as file:
+        file.seek(cache.row[image] * SIZE * SIZE * 2 + 1001)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    count = Count()
+    assert verify_cache(store, tmp_path, SIZE, count) == [images["path"].iloc[7]]
+    assert count.total == len(images)
+    with pytest.raises(UserError, match="1 of the .* slices are not decoded yet"):
+        read_cache(images, store, tmp_path, SIZE)
+    count = Count()
+    again = build(phantom, tmp_path, progress=count)
+    assert count.total == 1
+    assert np.array_equal(again.hu[again.row[image]], before[cache.row[image]])
+    assert verify_cache(store, tmp_path, SIZE) == []
+
+
+def test_slices_that_are_gone_are_found(phantom: Path, tmp_path: Path) -> None:
+    cache = build(phantom, tmp_path)
+    (cache.folder / "hu.i16").unlink()
+    assert len(verify_cache(SliceStore(phantom), tmp_path, SIZE)) == len(cache.row)
+    assert len(build(phantom, tmp_path).row) == len(cache.row)
+
+
+def test_nothing_to_verify_is_said(phantom: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has been decoded at 32 pixels .*`python -m ich.prepare`"):
+        verify_cache(SliceStore(phantom), tmp_path, SIZE)
+
+
+@pytest.mark.parametrize("length", [512, 578])
+def test_the_checksum_tells_every_flipped_bit(length: int) -> None:
+    data = bytearray(np.random.default_rng(0).bytes(length))
+    sound = checksum(bytes(data))
+    for place in range(length):
+        for bit in range(8):
+            data[place] ^= 1 << bit
+            assert checksum(bytes(data)) != sound
+            data[place] ^= 1 << bit
+
+
+# Quarantine
+
+
+def damage(root: Path, every: int) -> list[str]:
+    """Breaks some files, each in another way; returns their image ids."""
+    chosen = files_of(root)[::every]
+    for n, file in enumerate(chosen):
+        if n % 4 == 0:
+            file.write_bytes(b"")
+        elif n % 4 == 1:
+            file.write_bytes(file.read_bytes()[:-2000])
+        elif n % 4 == 2:
+            file.write_text("<html>not found</html>")
+        else:
+            file.unlink()
+    return [f.stem for f in chosen]
+
+
+def test_bad_slices_are_quarantined_with_their_reason(copy: Path, tmp_path: Path) -> None:
+    images = images_of(SliceStore(copy))
+    bad = damage(copy, 30)
+    cache = build(copy, tmp_path / "cache", images, max_quarantine=0.1)
+    assert set(cache.quarantine["image_id"]) == set(bad)
+    reasons = cache.quarantine["reason"]
+    assert reasons.str.contains("empty|cannot be decoded|not a DICOM file|missing").all()
+    assert reasons.nunique() == 4
+    assert set(cache.row) == set(images["image_id"]) - set(bad)
+    count = Count()
+    again = build(copy, tmp_path / "cache", images, max_quarantine=0.1, progress=count)
+    assert count.total == 0
+    assert again.row == cache.row
+
+
+def test_too_many_bad_slices_stop_the_build_early_and_keep_the_good(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_CHUNK", 8)
+    images = images_of(SliceStore(copy))
+    damage(copy, 5)
+    count = Count()
+    message = (
+        r"\d of \d+ slices cannot be used, more than data.max_quarantine=0.01 allows; the decoding "
+        r"stopped after \d+ of them.*the file is empty \(\d+\).*Mend data.root, or raise"
+    )
+    with pytest.raises(UserError, match=message):
+        build(copy, tmp_path / "cache", images, max_quarantine=0.01, progress=count)
+    assert count.total == len(images)
+    kept = journaled(tmp_path / "cache")
+    assert 0 < kept < len(images) / 2
+    build(copy, tmp_path / "cache", images, max_quarantine=1.0, progress=count)
+    assert count.total == len(images) - kept
+
+
+def test_the_quarantine_limit_holds_for_a_cache_that_is_there(copy: Path, tmp_path: Path) -> None:
+    images = images_of(SliceStore(copy))
+    bad = damage(copy, 5)
+    build(copy, tmp_path / "cache", images, max_quarantine=1.0)
+    with pytest.raises(UserError, match=f"{len(bad)} of .* more than data.max_quarantine=0.01"):
+        build(copy, tmp_path / "cache", images, max_quarantine=0.01)
+
+
+def test_a_mended_file_leaves_the_quarantine(copy: Path, tmp_path: Path) -> None:
+    file = files_of(copy)[0]
+    data = file.read_bytes()
+    file.write_bytes(data[:-10])
+    assert len(build(copy, tmp_path / "cache", max_quarantine=1.0).quarantine) == 1
+    file.write_bytes(data)
+    count = Count()
+    assert build(copy, tmp_path / "cache", progress=count).quarantine.empty
+    assert count.total == 1
+
+
+def test_a_new_decoder_is_tried_on_what_failed(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files_of(copy)[0].write_text("needs a codec")
+    count = Count()
+    build(copy, tmp_path / "cache", max_quarantine=1.0)
+    monkeypatch.setattr(cache_module, "_importable", lambda names: ["another"])
+    build(copy, tmp_path / "cache", max_quarantine=1.0, progress=count)
+    assert count.total == 1
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: str, location: Location) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(store_module, "_read_file", fail)
+    cache = build(copy, tmp_path / "cache", max_quarantine=1.0)
+    assert cache.quarantine["reason"].unique().tolist() == ["cannot be read (OSError)"]
+    monkeypatch.undo()
+    assert build(copy, tmp_path / "cache").quarantine.empty
+
+
+# Files that are none
+
+
+def test_links_pipes_and_folders_are_refused(phantom: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.dcm").symlink_to(files_of(phantom)[0])
+    os.mkfifo(root / "pipe.dcm")
+    (root / "folder.dcm").mkdir()
+    paths = ["link.dcm", "pipe.dcm", "folder.dcm", "none.dcm"]
+    images = pd.DataFrame({"image_id": paths, "path": paths})
+    cache = build(root, tmp_path / "cache", images, max_quarantine=1.0)
+    assert cache.quarantine["reason"].tolist() == ["not a regular file"] * 3 + [
+        "the file is missing"
+    ]
+
+
+def test_a_file_that_changes_or_is_too_large_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.dcm"
+    file.write_bytes(b"abc")
+    (location,) = SliceStore(tmp_path).locate(["a.dcm"])
+    assert read_bytes(tmp_path, location) == b"abc"
+    with pytest.raises(DicomError, match="the file has 3 bytes, more than 2"):
+        read_bytes(tmp_path, location, limit=2)
+    file.write_bytes(b"abcd")
+    with pytest.raises(DicomError, match="the file changed while it was looked at"):
+        read_bytes(tmp_path, location)
+    os.truncate(file, 1 << 40)  # sparse
+    (location,) = SliceStore(tmp_path).locate(["a.dcm"])
+    with pytest.raises(DicomError, match="more than 67,108,864"):
+        read_bytes(tmp_path, location)
+
+
+# Archives
+
+
+def members(path: Path, **files: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def read_all(path: Path) -> dict[str, bytes]:
+    store = SliceStore.open(str(path))
+    located = store.locate(store.paths)
+    return {at.path: read_bytes(path, at) for at in located}
+
+
+def test_an_archives_directory_is_read_as_zipfile_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = b"a comment" * 99
+        archive.mkdir("folder")
+        archive.writestr("z/größe 头.dcm", b"one")
+        archive.writestr("a.dcm", bytes(100_000), zipfile.ZIP_DEFLATED)
+        with archive.open("large.dcm", "w", force_zip64=True) as member:
+            member.write(b"three")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.dcm", b"the later counts")
+    path.write_bytes(b"#!/bin/sh what stands before\n" + path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        names = {n for n in archive.namelist() if not n.endswith("/")}
+        expected = {n: archive.read(n) for n in sorted(names)}
+    assert read_all(path) == expected
+    assert SliceStore(path).read("a.dcm") == b"the later counts"
+    with pytest.raises(FileNotFoundError, match=r"holds no b\.dcm"):
+        SliceStore(path).read("b.dcm")
+
+
+def test_zip64_sizes_and_offsets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 50)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
+    path = members(tmp_path / "a.zip", **{f"{i}.dcm": bytes([i]) * 999 for i in range(5)})
+    data = path.read_bytes()
+    assert b"PK\x06\x06" in data
+    assert read_all(path) == {f"{i}.dcm": bytes([i]) * 999 for i in range(5)}
+    path.write_bytes(data.replace(b"PK\x06\x06", b"PK\x06\x00"))
+    with pytest.raises(UserError, match=r"cannot be read \(its ZIP64 end is missing\)"):
+        read_directory(path)
+
+
+def test_what_cannot_be_read_from_an_archive_is_refused_by_name(tmp_path: Path) -> None:
+    path = members(tmp_path / "a.zip", a=b"content" * 99)
+    (good,) = SliceStore(path).locate(["a"])
+    cases = [
+        (good._replace(kind=good.kind | 1 << 16), "encrypted in the archive"),
+        (good._replace(kind=12), "compressed in the archive by method 12, not stored or deflated"),
+        (good._replace(stamp=1), r"damaged in the archive \(its size or CRC-32 differs\)"),
+        (good._replace(size=5), "its size or CRC-32 differs"),
+        (good._replace(offset=3), "its local header differs"),
+        (good._replace(path="b"), "its local header differs"),
+        (good._replace(size=1 << 40), "the file has 1,099,511,627,776 bytes, more than"),
+        (good._replace(packed=1 << 40), "more than 67,108,864"),
+        (Location("c"), "the file is missing"),
+    ]
+    for location, message in cases:
+        with pytest.raises(DicomError, match=message):
+            read_bytes(path, location)
+    path.unlink()
+    with pytest.raises(DicomError, match=r"cannot be read \(FileNotFoundError\)"):
+        read_bytes(path, good)
+
+
+def test_a_zip_bomb_is_inflated_no_further_than_it_says(tmp_path: Path) -> None:
+    path = members(tmp_path / "a.zip", a=bytes(50 << 20))
+    (location,) = SliceStore(path).locate(["a"])
+    assert location.packed < 100_000
+    with pytest.raises(DicomError, match="its size or CRC-32 differs"):
+        read_bytes(path, location._replace(size=1000))
+
+
+def test_flipped_bytes_of_a_member_are_found(tmp_path: Path) -> None:
+    path = members(tmp_path / "a.zip", a=np.random.default_rng(0).bytes(300))
+    (location,) = SliceStore(path).locate(["a"])
+    data = bytearray(path.read_bytes())
+    for place in range(31, 31 + location.packed):
+        data[place] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(DicomError, match="damaged|cannot be read"):
+            read_bytes(path, location)
+        data[place] ^= 4
+
+
+def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:
+    path = members(tmp_path / "a.zip", a=b"1", b=b"2")
+    data = path.read_bytes()
+    for bad in (
+        data[:-30],
+        data.replace(b"PK\x01\x02", b"PK\x01\x03"),
+        data[:30] + data[60:],
+        data[-40:],
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="a.zip cannot be read .*download must be repeated"):
+            read_directory(path)
+
+
+# Processes
+
+
+def _double(job: int) -> int:
+    if job < 0:
+        raise ValueError("a negative job")
+    return 2 * job
+
+
+@pytest.mark.parametrize(("jobs", "workers"), [(0, 2), (1, 2), (2, 3), (50, 3), (5, 1)])
+def test_every_job_is_done_once(jobs: int, workers: int) -> None:
+    assert sorted(run_parallel(_double, iter(range(jobs)), workers)) == [2 * i for i in range(jobs)]
+
+
+def test_an_error_in_a_worker_ends_the_run() -> None:
+    with pytest.raises(ValueError, match="a negative job"):
+        list(run_parallel(_double, [-1, *range(99)], 2))
+
+
+def test_decoding_processes_import_little() -> None:
+    code = "import sys, ich.decode; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["pandas", "torch", "scipy", "omegaconf", "hydra", "mlflow", "matplotlib"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_folder_tells_root_and_size_apart(tmp_path: Path) -> None:
+    folders = {cache_folder(SliceStore(tmp_path / r), tmp_path, s) for r in "ab" for s in (16, 32)}
+    assert len(folders) == 4
