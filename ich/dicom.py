@@ -132,7 +132,8 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         shift, span = int(intercept), np.iinfo(stored.dtype)
         low, high = max(HU_MIN - shift, span.min), min(HU_MAX - shift, span.max)
         if low <= high:  # clipped before it is shifted, so the sum fits int16, also modulo 65,536
-            hu = np.clip(stored, low, high).astype(np.int16, copy=False)
+            kind = stored.dtype.type  # Python's integers make clipping uint16 slow
+            hu = np.clip(stored, kind(low), kind(high)).astype(np.int16, copy=False)
             hu += np.int16(shift)
             return hu
     hu = stored.astype(np.float64) * slope + intercept

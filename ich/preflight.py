@@ -67,7 +67,7 @@ def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> 
     prepared = [(config, data.prepare(config, report)) for config in cohorts]
     for _, done in prepared:
         done.require_rows()
-    earlier = _hold(sweep)
+    earlier, cohorts_before = _hold(sweep)
     for config, done in prepared:
         write_data_report(config, done, sweep.data(done.key))
     parent = _open_parent(first, sweep)
@@ -76,7 +76,7 @@ def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> 
         {
             "name": first.name,
             "jobs": list(dict.fromkeys([*earlier, *(c.job for c in configs)])),
-            "cohorts": [done.key for _, done in prepared],
+            "cohorts": list(dict.fromkeys([*cohorts_before, *(d.key for _, d in prepared)])),
             "mlflow_run": parent,
             "started": time.strftime("%Y-%m-%d %H:%M"),
             "command": _command(),
@@ -88,14 +88,16 @@ def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> 
 _held: dict[Path, IO[str]] = {}
 
 
-def _hold(sweep: SweepPaths) -> list[str]:
-    """Makes the sweep's folder and keeps it for this process; returns the jobs of earlier batches.
+def _hold(sweep: SweepPaths) -> tuple[list[str], list[str]]:
+    """Makes the sweep's folder and keeps it for this process; returns the jobs and cohorts of
+    earlier batches.
 
     Raises:
         UserError: another process runs a sweep in it.
     """
     if sweep.root in _held:
-        return list(sweep.read_record()["jobs"])
+        record = sweep.read_record()
+        return list(record["jobs"]), list(record["cohorts"])
     sweep.root.mkdir(parents=True, exist_ok=True)
     handle = (sweep.root / ".lock").open("w")
     try:
@@ -107,7 +109,7 @@ def _hold(sweep: SweepPaths) -> list[str]:
             f"its own with name=NAME."
         ) from None
     _held[sweep.root] = handle
-    return []
+    return [], []
 
 
 def _command() -> str:
@@ -138,7 +140,7 @@ def close_sweep(sweep: SweepPaths, config: Config, ok: bool) -> None:
     store, parent = open_store(config.tracking), record.get("mlflow_run")
     if store is None or not isinstance(parent, str):
         return
-    data_reports = [sweep.data(key) for key in record["cohorts"]]
+    data_reports = [sweep.data(key) for key in record.get("cohorts", [])]
     for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures, *data_reports):
         if path.exists():
             store.log_artifact(parent, path)
