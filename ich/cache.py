@@ -345,7 +345,7 @@ def _decode(
         for part in parts:
             journal.add(part)
             done += len(part)
-            bad += sum(slice.row < 0 for slice in part)
+            bad += sum(decoded.row < 0 for decoded in part)
             if progress:
                 progress(done, len(todo))
             if bad > allowed:
