@@ -171,7 +171,7 @@ def read_bytes(root: Path, location: Location, limit: int = MAX_BYTES) -> bytes:
         if location.offset >= 0:
             return _read_member(root, location)
         return _read_file(f"{root}/{location.path}", location)
-    except (OSError, igzip_lib.IsalError, UnicodeError) as error:
+    except (OSError, igzip_lib.IsalError, UnicodeError) as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             raise DicomError("not a regular file") from None
         raise Unreadable(f"cannot be read ({type(error).__name__})") from None
