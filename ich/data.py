@@ -203,8 +203,10 @@ def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None 
     sound = cfg.protocol.name is ProtocolName.sound
     manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
     cohort = apply_protocol(manifest, labels.names, cfg.protocol, cfg.data.subset)
-    # Only the audit needs them: headers of the cohort's files, not of the whole data set.
-    rows = cohort.rows if sound else _with_keys(cfg.data, cohort.rows, store, report)
+    rows = cohort.rows
+    if not sound and (rows["patient"] == "").all():
+        # Only the audit needs them: headers of the cohort's files, not of the whole data set.
+        rows = _with_keys(cfg.data, rows, store, report)
     return replace(cohort, rows=rows, steps={"repeated_ids": labels.repeated, **cohort.steps})
 
 

@@ -238,6 +238,16 @@ def test_a_folder_of_other_labels_is_read_by_name_and_by_path(
     assert all("/CT/" in i for i in by_path.train.image_id)
 
 
+def test_the_patients_of_the_label_file_are_audited_under_the_reports_protocol(
+    composed: Compose, hospital: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ich.data.scan_headers", None)  # the file has told them
+    root, labels = hospital / "scans of a hospital", hospital / "by_name.csv"
+    own = ["data=folder", "data.cache_size=32", "data.workers=1", "protocol.oversample=null"]
+    found = load_dataset(composed(*own, f'data.root="{root}"', f"data.labels={labels}"))
+    assert found.summary["leak"]["patient"] == 1.0
+
+
 def test_two_files_of_one_name_need_a_path(composed: Compose, hospital: Path) -> None:
     root = hospital / "scans of a hospital"
     shutil.copy(root / "study 0/CT/0001.dcm", root / "study 1/CT/0001.dcm")
