@@ -44,7 +44,7 @@ from ich.config import UserError
 from ich.decode import DECODER_VERSION, Chunk, Decoded, checksum, decode_chunk
 from ich.decode import resize_area as resize_area
 from ich.decode import square as square
-from ich.pool import available_cores, run_parallel
+from ich.pool import available_cores, return_memory, run_parallel
 from ich.store import SliceStore
 
 _CHUNK = 32  # slices a process takes at a time
@@ -108,13 +108,16 @@ def build_cache(
             paths = images["path"].tolist()
             entries = _read_entries(place, size, paths)
             todo = _outdated(paths, entries, store)
-            if todo:
-                rows = _free_rows(entries.used, len(todo))
-                bad = int((np.delete(entries.row, todo) < 0).sum())
-                todo_paths = sorted(paths[i] for i in todo)
-                del paths, entries, todo  # hundreds of MB in a large cohort
+            rows = _free_rows(entries.used, len(todo))
+            bad = int((np.delete(entries.row, todo) < 0).sum())
+            todo_paths = sorted(paths[i] for i in todo)
+            del paths, entries, todo  # hundreds of MB in a large cohort
+            return_memory()
+            if todo_paths:
                 allowed = max_quarantine * len(images) - bad
                 _decode(store, place, size, todo_paths, rows, allowed, workers, progress)
+            del todo_paths
+            return_memory()
             cache, absent = _open(images, place, size)
             _publish(cache, store, size)
     _check_quarantine(cache.quarantine["reason"].tolist(), len(images), absent, max_quarantine)
@@ -398,6 +401,7 @@ class _Journal:
 def _open(images: pd.DataFrame, place: Path, size: int) -> tuple[Cache, int]:
     """The cache of these images, and of how many of them it knows nothing."""
     entries = _read_entries(place, size, images["path"].tolist())
+    return_memory()
     ids, good, bad = images["image_id"], entries.row >= 0, entries.row == -1
     hu = np.zeros((0, size, size), np.int16)
     if count := _rows_in(place, size):

@@ -18,9 +18,10 @@ import pandas as pd
 
 from ich.cache import Cache, build_cache, lock, read_cache
 from ich.config import Config, DataConfig, PrepareConfig, ProtocolName, Source, UserError
-from ich.manifest import Labels, build_manifest, label_source, read_labels
+from ich.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
 from ich.patients import KEYS, Pseudonyms, read_metadata, scan_headers
 from ich.phantom import PhantomSpec, ensure_phantom
+from ich.pool import return_memory
 from ich.protocol import TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.store import SliceStore
 
@@ -131,6 +132,8 @@ def prepare(cfg: AnyConfig, report: Report | None = None, build: bool = True) ->
         )
     else:
         cache = read_cache(images, store, folder, data.cache_size)
+    del images
+    return_memory()
     return Prepared(cohort.without(set(cache.quarantine["image_id"])), cohort, cache, key)
 
 
@@ -190,24 +193,34 @@ def load_cohort(
             part = facts_file.with_suffix(".part")
             part.write_text(json.dumps(facts))
             part.rename(facts_file)
+            del cohort
+            return_memory()
         text = dict.fromkeys(["image_id", "path", *KEYS, "split"], str)
-        rows = pd.read_csv(rows_file, keep_default_na=False, dtype=text)
+        with pd.read_csv(rows_file, keep_default_na=False, dtype=text, chunksize=BLOCK) as blocks:
+            rows = pd.concat(blocks, ignore_index=True)
         facts = json.loads(facts_file.read_text())
+    return_memory()
     return Cohort(rows, tuple(facts.pop("labels")), **facts), key
 
 
 def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:
     """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
     labels = load_labels(cfg.data, store)
+    return_memory()
     manifest = build_manifest(labels, store, cfg.data.source)
+    names, repeated = labels.names, labels.repeated
+    del labels
+    return_memory()
     sound = cfg.protocol.name is ProtocolName.sound
     manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
-    cohort = apply_protocol(manifest, labels.names, cfg.protocol, cfg.data.subset)
+    cohort = apply_protocol(manifest, names, cfg.protocol, cfg.data.subset)
+    del manifest
+    return_memory()
     rows = cohort.rows
     if not sound and (rows["patient"] == "").all():
         # Only the audit needs them: headers of the cohort's files, not of the whole data set.
         rows = _with_keys(cfg.data, rows, store, report)
-    return replace(cohort, rows=rows, steps={"repeated_ids": labels.repeated, **cohort.steps})
+    return replace(cohort, rows=rows, steps={"repeated_ids": repeated, **cohort.steps})
 
 
 def load_labels(cfg: DataConfig, store: SliceStore | None) -> Labels:
@@ -236,13 +249,12 @@ def _with_keys(
     elif store is not None:
         step = _step(report, "reading headers")
         paths, folder = rows["path"].tolist(), Path(cfg.cache_dir)
-        scan = scan_headers(paths, store, folder, pseudonyms, cfg.workers, step)
-        keys = scan.reindex(rows["path"])
+        keys = scan_headers(paths, store, folder, pseudonyms, cfg.workers, step)
         # A file that cannot be read is its own patient: it is quarantined when it is decoded.
-        keys["readable"] = keys["readable"].eq(True)
-        keys[KEYS] = keys[KEYS].fillna("")
-        ids = rows["image_id"].to_numpy()
-        keys["patient"] = np.where(keys["readable"], keys["patient"], "unreadable:" + ids)
+        nobody = ~keys.pop("readable").to_numpy()
+        del paths
+        return_memory()
+        keys.loc[nobody, "patient"] = "unreadable:" + rows["image_id"].to_numpy()[nobody]
     else:
         keys = pd.DataFrame("", index=rows.index, columns=KEYS)
     rows = rows.drop(columns=[c for c in own if c])

@@ -273,7 +273,8 @@ def _together(cohort: Cohort) -> list[Block]:
 
 def _images(cohort: Cohort) -> pd.DataFrame:
     """One row per image, in an order that depends on nothing but the ids."""
-    return cohort.rows.drop_duplicates("image_id").sort_values("image_id", ignore_index=True)
+    rows = cohort.rows[["image_id", *cohort.labels]]
+    return rows.drop_duplicates("image_id").sort_values("image_id", ignore_index=True)
 
 
 def _share(part: int, whole: int) -> float:
@@ -288,7 +289,8 @@ _AUDIT = (
 
 def _quarantined(prepared: Prepared) -> pd.DataFrame:
     bad = prepared.cache.quarantine
-    return bad[bad["image_id"].isin(set(prepared.wanted.rows["image_id"]))]
+    there = prepared.wanted.rows["image_id"]
+    return bad[bad["image_id"].isin(there[there.isin(bad["image_id"])])]
 
 
 def _quarantine(prepared: Prepared) -> list[Block]:
@@ -336,7 +338,8 @@ def hu_counts(cohort: Cohort, cache: Cache, seed: int) -> tuple[np.ndarray, int]
     Returns:
         The counts, and how many slices of the cohort were sampled, at most SAMPLED.
     """
-    rows = np.sort([cache.row[i] for i in cohort.rows["image_id"].unique() if i in cache.row])
+    ids = cohort.rows["image_id"].unique()
+    rows = np.sort(np.fromiter((cache.row[i] for i in ids if i in cache.row), np.int64))
     picked = np.random.default_rng([seed, 2]).permutation(rows)[:SAMPLED].astype(int)
     counts = np.zeros(HU_MAX - HU_MIN + 1, np.int64)
     for row in np.sort(picked):
@@ -383,9 +386,9 @@ def choose_examples(cohort: Cohort, cache: Cache, any_label: str | None) -> list
         any_label: the label that others imply; it does not count as another label.
     """
     images = _images(cohort)
-    images = images[images["image_id"].isin(cache.row)]
+    images = images[[i in cache.row for i in images["image_id"]]]
     target = images[list(cohort.labels)].to_numpy(bool)
-    ids = images["image_id"].to_numpy()
+    ids = images["image_id"].array
     labels = target[:, [k != any_label for k in cohort.labels]].sum(1)
     groups = [(k, np.flatnonzero(target[:, n])) for n, k in enumerate(cohort.labels)]
     groups.append((NEGATIVE, np.flatnonzero(~target.any(1))))

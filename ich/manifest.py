@@ -24,6 +24,7 @@ from ich.store import SliceStore
 _ROW_ID = r"^(ID_[0-9A-Za-z]+)_(\w+)\Z"
 _IMAGE_ID = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 _PATH = r"(?!/)(?!(?:.*/)?\.\.(?:/|\Z))[^\x00-\x1f\\]+"
+BLOCK = 100_000  # rows of a CSV read at a time: pandas needs far more memory while reading
 _BAD_CSV = (
     pd.errors.ParserError,
     pd.errors.EmptyDataError,
@@ -98,7 +99,10 @@ def read_labels(
 def read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
     """A CSV as text, blank lines kept so that line numbers hold; unreadable ones are refused."""
     try:
-        frame = pd.read_csv(source, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        with pd.read_csv(
+            source, dtype=str, keep_default_na=False, skip_blank_lines=False, chunksize=BLOCK
+        ) as blocks:
+            frame = pd.concat(blocks, ignore_index=True)
     except _BAD_CSV as error:
         raise UserError(f"{name} cannot be read as CSV: {error}") from None
     if frame.empty:

@@ -13,10 +13,12 @@ import hashlib
 import hmac
 import os
 import secrets
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ich.cache import lock
@@ -24,10 +26,11 @@ from ich.config import UserError
 from ich.dicom import DicomError, read_keys
 from ich.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
 from ich.pool import available_cores, run_parallel
-from ich.store import Location, SliceStore, read_bytes
+from ich.store import Location, SliceStore, Unreadable, read_bytes
 
 _CHUNK = 256  # headers a worker reads at a time
 _PER_WORKER = 1000  # a process takes about as long to start as this many headers take to read
+_HEAD = 16 << 10  # bytes: a header without private groups has 1 to 4 KB, with them up to 100
 
 KEYS = ["patient", "study"]
 
@@ -115,7 +118,7 @@ def scan_headers(
     """Reads the headers of these files, except those read before.
 
     Args:
-        paths: files of the store; an empty path is no file.
+        paths: N files of the store; an empty path is no file.
         store: where they lie.
         folder: the place of all caches.
         pseudonyms: what replaces identifiers.
@@ -123,85 +126,118 @@ def scan_headers(
         progress: called with (files done, files in all).
 
     Returns:
-        `patient` and `study` keys, and `readable`, indexed by path; a file that is no readable
-        DICOM has empty keys, and is quarantined when slices are decoded.
+        N rows in the order of `paths`: `patient` and `study` keys, and `readable`; a file that is
+        no readable DICOM has empty keys, and is quarantined when slices are decoded.
     """
     wanted = [p for p in dict.fromkeys(paths) if p]
     name = hashlib.sha256(str(store.root.resolve()).encode()).hexdigest()[:12]
     place = folder / f"headers-{name}.csv"
     with lock(place.with_suffix(".lock")):
-        known = _read_scan(place)
-        located = dict(zip(wanted, store.locate(wanted), strict=True))
-        missing = [p for p in wanted if known.get(p, _UNKNOWN).signature != located[p].signature]
-        if missing:
-            jobs = [
-                (store.root, [(p, located[p]) for p in missing[i : i + _CHUNK]], pseudonyms)
+        scan = _Scan(wanted)
+        for line in _read_scan(place):
+            scan.add(*line)
+        if missing := scan.outdated(store):
+            # Located when due: 750,000 locations at once would take a fifth of a gigabyte.
+            jobs = (
+                (store.root, store.locate(missing[i : i + _CHUNK]), pseudonyms)
                 for i in range(0, len(missing), _CHUNK)
-            ]
+            )
             crew = workers or min(available_cores(), -(-len(missing) // _PER_WORKER))
             done = len(wanted) - len(missing)
             with place.open("a", newline="") as file:
-                for headers in run_parallel(_scan_chunk, jobs, crew):
-                    csv.writer(file).writerows(
-                        (h.path, h.signature, h.patient, h.study, int(h.readable)) for h in headers
-                    )
+                for lines in run_parallel(_scan_chunk, jobs, crew):
+                    csv.writer(file).writerows(lines)
                     file.flush()
-                    known |= {h.path: h for h in headers}
-                    done += len(headers)
+                    for read in lines:
+                        scan.add(*read)
+                    done += len(lines)
                     if progress:
                         progress(done, len(wanted))
-    rows = [known[p] for p in wanted]
-    return pd.DataFrame(
-        {
-            "patient": [h.patient for h in rows],
-            "study": [h.study for h in rows],
-            "readable": [h.readable for h in rows],
-        },
-        index=pd.Index(wanted, name="path"),
-    )
+    return scan.frame(paths)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    path: str
-    signature: str
-    patient: str
-    study: str
-    readable: bool
+class _Scan:
+    """What is known of some files, in a few bytes each."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._position = {path: i for i, path in enumerate(paths)}
+        # One more, at -1: what is known of no file.
+        self._signature = array("q", [hash(_UNKNOWN)]) * (len(paths) + 1)
+        self._patient = array("i", [0]) * (len(paths) + 1)
+        self._study = array("i", [0]) * (len(paths) + 1)
+        self._readable = bytearray(len(paths) + 1)
+        self._keys = {"": 0}
+
+    def add(self, path: str, signature: str, patient: str, study: str, readable: str) -> None:
+        """One line of the journal; the last one of a path counts."""
+        if (i := self._position.get(path)) is not None:
+            self._signature[i] = hash(signature)
+            self._patient[i] = self._keys.setdefault(patient, len(self._keys))
+            self._study[i] = self._keys.setdefault(study, len(self._keys))
+            self._readable[i] = readable == "1"
+
+    def outdated(self, store: SliceStore) -> list[str]:
+        """The files that were never read, or have changed since."""
+        locations = (location for p in self._position for location in store.locate([p]))
+        return [
+            found.path
+            for found, known in zip(locations, self._signature, strict=False)
+            if hash(found.signature) != known
+        ]
+
+    def frame(self, paths: Sequence[str]) -> pd.DataFrame:
+        at = np.fromiter((self._position.get(p, -1) for p in paths), np.int64, len(paths))
+        keys = np.array(list(self._keys), dtype=object)
+        return pd.DataFrame(
+            {
+                "patient": pd.array(keys[np.frombuffer(self._patient, np.int32)[at]], dtype="str"),
+                "study": pd.array(keys[np.frombuffer(self._study, np.int32)[at]], dtype="str"),
+                "readable": np.frombuffer(self._readable, np.bool_)[at],
+            }
+        )
 
 
-_UNKNOWN = _Header("", "?", "", "", False)
+_UNKNOWN = "?"  # the signature of no file
 
 
-def _read_scan(place: Path) -> dict[str, _Header]:
-    """What was scanned before; a line cut off by a crash is left out, and closed."""
+def _read_scan(place: Path) -> Iterator[list[str]]:
+    """The lines of what was scanned before; one cut off by a crash is left out, and closed."""
     if not place.exists():
-        return {}
+        return
     with place.open("rb+") as file:
-        data = file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            file.truncate(whole)
-    return {h.path: h for h in _parse_scan(data[:whole].decode())}
+        file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))  # no line is longer
+        rest = file.read()
+        file.truncate(file.tell() - len(rest) + rest.rfind(b"\n") + 1)
+    with place.open(newline="", encoding="utf-8") as text:
+        yield from csv.reader(text)
 
 
-def _parse_scan(text: str) -> Iterator[_Header]:
-    for path, signature, patient, study, readable in csv.reader(text.splitlines()):
-        yield _Header(path, signature, patient, study, readable == "1")
+_Job = tuple[Path, list[Location], Pseudonyms]
 
 
-_Job = tuple[Path, list[tuple[str, Location]], Pseudonyms]
-
-
-def _scan_chunk(job: _Job) -> list[_Header]:
+def _scan_chunk(job: _Job) -> list[tuple[str, str, str, str, str]]:
     root, files, pseudonyms = job
-    headers = []
-    for path, location in files:
+    lines = []
+    for location in files:
         try:
-            patient, study = read_keys(read_bytes(root, location))
+            patient, study = _read_file_keys(root, location)
         except DicomError:
-            headers.append(_Header(path, location.signature, "", "", False))
+            lines.append((location.path, location.signature, "", "", "0"))
             continue
         keys = pseudonyms.key("patient", patient), pseudonyms.key("study", study)
-        headers.append(_Header(path, location.signature, *keys, True))
-    return headers
+        lines.append((location.path, location.signature, *keys, "1"))
+    return lines
+
+
+def _read_file_keys(root: Path, location: Location) -> tuple[str, str]:
+    """Patient and study from the file's beginning if they stand there, else from all of it."""
+    if location.size > _HEAD:
+        try:
+            patient, study = read_keys(read_bytes(root, location, head=_HEAD))
+            if patient and study:
+                return patient, study
+        except Unreadable:
+            raise
+        except DicomError:
+            pass  # cut in the middle of a header that is longer
+    return read_keys(read_bytes(root, location))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,20 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system, which the allocators of C and Arrow would keep.
+
+    A preparation goes through stages that each need hundreds of megabytes for a moment, in pieces
+    of other sizes; without this their peaks add up.
+    """
+    if (arrow := sys.modules.get("pyarrow")) is not None:
+        arrow.default_memory_pool().release_unused()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; musl has none
+        if trim is not None:
+            trim(0)
 
 
 def run_parallel(

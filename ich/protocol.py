@@ -64,6 +64,8 @@ class Cohort:
 
     def without(self, image_ids: set[str]) -> Cohort:
         """The same cohort without some images: those whose file cannot be used."""
+        if not image_ids:
+            return self
         rows = self.rows[~self.rows["image_id"].isin(image_ids)]
         counted = {n: rows[rows["split"] == n] for n in self.splits}
         steps = {n: len(part) for n, part in counted.items()}
@@ -280,7 +282,7 @@ def audit(rows: pd.DataFrame, *scored: str) -> dict[str, float | None]:
         seen, total = 0, 0
         for split in scored:
             inside = known["split"] == split
-            seen += int(known.loc[inside, column].isin(set(known.loc[~inside, column])).sum())
+            seen += int(known.loc[inside, column].isin(known.loc[~inside, column].unique()).sum())
             total += int(inside.sum())
         leak[name] = round(seen / total, 6) if total else None
     return leak

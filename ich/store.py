@@ -157,8 +157,16 @@ class SliceStore:
         return f"{self.root.resolve()}|{stats}"
 
 
-def read_bytes(root: Path, location: Location, limit: int = MAX_BYTES) -> bytes:
+def read_bytes(
+    root: Path, location: Location, limit: int = MAX_BYTES, head: int | None = None
+) -> bytes:
     """One file's bytes, of a folder or a zip. What a worker process calls: it lists nothing.
+
+    Args:
+        root: the folder or zip.
+        location: where the file is.
+        limit: bytes above which it is refused.
+        head: read this many bytes from its start and no more; a checksum cannot be compared then.
 
     Raises:
         DicomError: missing, no regular file, above `limit` bytes, damaged, or changed meanwhile.
@@ -169,48 +177,53 @@ def read_bytes(root: Path, location: Location, limit: int = MAX_BYTES) -> bytes:
         raise DicomError(f"the file has {location.size:,} bytes, more than {limit:,}")
     try:
         if location.offset >= 0:
-            return _read_member(root, location)
-        return _read_file(f"{root}/{location.path}", location)
+            return _read_member(root, location, head)
+        return _read_file(f"{root}/{location.path}", location, head)
     except (OSError, igzip_lib.IsalError, UnicodeError) as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             raise DicomError("not a regular file") from None
         raise Unreadable(f"cannot be read ({type(error).__name__})") from None
 
 
-def _read_file(path: str, location: Location) -> bytes:
+def _read_file(path: str, location: Location, head: int | None) -> bytes:
     # A symbolic link is refused (ELOOP), and a FIFO does not block.
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             raise DicomError("not a regular file")
-        data = os.read(handle, found.st_size)
-        if (found.st_mtime_ns, len(data)) != (location.stamp, location.size):
+        wanted = location.size if head is None else min(head, location.size)
+        data = os.read(handle, wanted)
+        now = found.st_mtime_ns, found.st_size
+        if now != (location.stamp, location.size) or len(data) != wanted:
             raise Unreadable("the file changed while it was looked at")
         return data
     finally:
         os.close(handle)
 
 
-def _read_member(root: Path, location: Location) -> bytes:
+def _read_member(root: Path, location: Location, head: int | None) -> bytes:
     flags, method = location.kind >> 16, location.kind & 0xFFFF
     if flags & _ENCRYPTED:
         raise DicomError("encrypted in the archive")
     if method not in (_STORED, _DEFLATED):
         raise DicomError(f"compressed in the archive by method {method}, not stored or deflated")
     with root.open("rb", buffering=0) as archive:
-        packed = _packed(archive.fileno(), location, flags)
+        packed = _packed(archive.fileno(), location, flags, head)
     if method == _DEFLATED:
         inflate = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)
-        data = inflate.decompress(packed, location.size + 1)  # no more, whatever the stream holds
+        # No more, whatever the stream holds.
+        data = inflate.decompress(packed, head or location.size + 1)
     else:
         data = packed
+    if head is not None:
+        return data[:head]
     if len(data) != location.size or isal_zlib.crc32(data) != location.stamp:
         raise Unreadable("damaged in the archive (its size or CRC-32 differs)")
     return data
 
 
-def _packed(archive: int, location: Location, flags: int) -> bytes:
+def _packed(archive: int, location: Location, flags: int, head: int | None) -> bytes:
     header = os.pread(archive, 30, location.offset)
     length = int.from_bytes(header[26:28], "little")
     name = os.pread(archive, length, location.offset + 30)
@@ -218,7 +231,9 @@ def _packed(archive: int, location: Location, flags: int) -> bytes:
     if header[:4] != b"PK\x03\x04" or not same:
         raise Unreadable("damaged in the archive (its local header differs)")
     start = location.offset + 30 + length + int.from_bytes(header[28:30], "little")
-    return os.pread(archive, location.packed, start)
+    # Deflated data are at most a little longer than what they stand for.
+    wanted = location.packed if head is None else min(location.packed, head + 1024)
+    return os.pread(archive, wanted, start)
 
 
 def read_directory(path: Path) -> tuple[list[str], np.ndarray]:

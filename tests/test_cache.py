@@ -559,7 +559,7 @@ def test_a_new_decoder_is_tried_on_what_failed(
 def test_a_file_that_could_not_be_read_is_tried_again(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: str, location: Location) -> bytes:
+    def fail(path: str, location: Location, head: int | None) -> bytes:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(store_module, "_read_file", fail)

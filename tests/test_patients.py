@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ich import patients as patients_module
 from ich.config import Config, UserError
 from ich.data import load_dataset
 from ich.patients import Pseudonyms, read_metadata, scan_headers
-from ich.store import SliceStore
+from ich.store import SliceStore, read_bytes
 
 Compose = Callable[..., Config]
 
@@ -90,13 +91,14 @@ def test_headers_are_read_once_and_a_killed_scan_goes_on(
     counts: list[int] = []
     whole = scan_headers(paths, store, folder, pseudonyms, 1, lambda done, _: counts.append(done))
     assert counts[0] == 32 + 16
+    by_path = whole.set_axis(paths)
     for path in (paths[0], paths[-1]):
         header = pydicom.dcmread(phantom / path, stop_before_pixels=True)
-        assert whole.loc[path, "patient"] == pseudonyms.key("patient", header.PatientID)
+        assert by_path.loc[path, "patient"] == pseudonyms.key("patient", header.PatientID)
         study = (
             header.get_item("StudyInstanceUID").value.decode().rstrip("\0")
         )  # unlike a UID's form, so raw
-        assert whole.loc[path, "study"] == pseudonyms.key("study", study)
+        assert by_path.loc[path, "study"] == pseudonyms.key("study", study)
     assert whole["patient"].nunique() == 8
     monkeypatch.setattr(patients_module, "read_keys", None)
     assert scan_headers(paths, store, folder, pseudonyms, 1).equals(whole)
@@ -108,9 +110,40 @@ def test_unreadable_files_are_nobodys(
     (tmp_path / "x.dcm").write_text("<html>")
     store = SliceStore.open(str(tmp_path))
     scan = scan_headers(["x.dcm", "gone.dcm", ""], store, tmp_path / "cache", pseudonyms, 1)
-    assert scan.index.tolist() == ["x.dcm", "gone.dcm"]
+    assert len(scan) == 3
     assert (scan["patient"] == "").all()
     assert not scan["readable"].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_header_is_read_whole_and_a_short_one_is_enough(
+    phantom: Path, tmp_path: Path, pseudonyms: Pseudonyms, packed: bool
+) -> None:
+    """With 40 KB of private elements before the study, the first 16 KB do not hold it."""
+    dataset = pydicom.dcmread(next((phantom / "stage_2_train").glob("*.dcm")))
+    for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
+        del dataset[keyword]  # RSNA's are no valid UIDs, and pydicom warns when it replaces them
+    dataset.SOPInstanceUID = dataset.StudyInstanceUID = "1.2.3"
+    dataset.PatientID = "p"
+    short = pydicom.filebase.DicomBytesIO()
+    dataset.save_as(short)
+    dataset.private_block(0x0019, "X", create=True).add_new(1, "OB", bytes(40_000))
+    (root := tmp_path / "set").mkdir()
+    dataset.save_as(root / "long.dcm")
+    # The pixels are cut, and only the whole file shows it: the header is not read beyond the head.
+    (root / "short.dcm").write_bytes(short.getvalue()[:-100])
+    if packed:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in root.iterdir():
+                archive.write(file, file.name)
+        root = tmp_path / "set.zip"
+    store = SliceStore.open(str(root))
+    scan = scan_headers(["long.dcm", "short.dcm"], store, tmp_path / "cache", pseudonyms, 1)
+    assert scan["patient"].tolist() == [pseudonyms.key("patient", "p")] * 2
+    assert scan["study"].tolist() == [pseudonyms.key("study", "1.2.3")] * 2
+    assert scan["readable"].all()
+    head = read_bytes(store.root, store.locate(["short.dcm"])[0], head=100)
+    assert head == short.getvalue()[:100]
 
 
 def test_headers_and_metadata_give_the_same_split(
