@@ -194,6 +194,7 @@ class TrainConfig:
     batch_size: int = MISSING
     monitor: Monitor = MISSING
     device: Device = MISSING
+    checkpoint_minutes: float = 10.0
     threads: int | None = None
 
 
@@ -305,6 +306,7 @@ _INCIDENTAL = (
     "data.cache_dir",
     "data.max_quarantine",
     "train.threads",
+    "train.checkpoint_minutes",
 )
 
 
@@ -483,6 +485,7 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ("scheduler.warmup", 0 <= c.scheduler.warmup < 1, "from 0 to below 1"),
         ("train.epochs", c.train.epochs >= 1, "at least 1"),
         ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
+        ("train.checkpoint_minutes", c.train.checkpoint_minutes > 0, "above 0"),
         ("train.threads", c.train.threads is None or c.train.threads >= 1, "at least 1, or null"),
         (
             "sweep.time_limit",

@@ -26,8 +26,9 @@ def run_job(
 ) -> dict[str, object]:
     """Trains one job in a child process and returns its result, which is always written.
 
-    A folder that already holds this very job, finished, is left as it is; any other earlier run of
-    the job is moved to `superseded/`.
+    A folder that already holds this very job, finished, is left as it is; one that holds a
+    checkpoint of it goes on from there, whatever ended it; any other earlier run of the job is
+    moved to `superseded/`.
 
     Args:
         config: the job.
@@ -37,7 +38,10 @@ def run_job(
     """
     if run.is_finished(config):
         return run.read_result()
-    run.supersede()
+    if run.is_resumable(config):
+        run.result.unlink(missing_ok=True)
+    else:
+        run.supersede()
     run.root.mkdir(parents=True, exist_ok=True)
     run.config.write_text(to_yaml(config))
     command = [sys.executable, "-m", "ich.train", str(run.root)]
@@ -121,7 +125,7 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     """The result of a child that could not write its own, and the end of its MLflow run."""
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
-    mlflow_run = run.read_result().get("mlflow_run")
+    mlflow_run = run.mlflow_run()
     run.write_result(
         {
             "status": status,
@@ -135,4 +139,4 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     if store is not None and mlflow_run:
         store.end(mlflow_run, status.upper())
     elif store is not None and parent:
-        store.end_running_children(parent, config.job, status.upper())
+        store.end_running_children(parent, status.upper(), config.job)

@@ -38,18 +38,18 @@ class Loader:
             parts[-2:] = [torch.cat(parts[-2:])]
         return parts
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """All rows once, in the random order of (seed, epoch)."""
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """All rows once, in the order of (seed, epoch), but for the first `start` batches."""
         generator = torch.Generator().manual_seed(stream_seed(seed, epoch, "order"))
-        return self._batches(torch.randperm(len(self.split.row), generator=generator))
+        return self._batches(torch.randperm(len(self.split.row), generator=generator), start)
 
     def in_order(self) -> Iterator[Batch]:
         """All rows once, in the cohort's order."""
         return self._batches(torch.arange(len(self.split.row)))
 
-    def _batches(self, order: torch.Tensor) -> Iterator[Batch]:
+    def _batches(self, order: torch.Tensor, start: int = 0) -> Iterator[Batch]:
         target = torch.from_numpy(self.split.target)
-        for position in self._cut(order):
+        for position in self._cut(order)[start:]:
             hu = torch.from_numpy(self.hu[self.split.row[position.numpy()]])
             yield Batch(
                 hu.to(self.device, non_blocking=True),

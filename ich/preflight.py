@@ -124,6 +124,8 @@ def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
         return None
     earlier = sweep.read_record().get("mlflow_run")
     if isinstance(earlier, str) and store.reopen(earlier):
+        # The folder is locked, so what a killed sweep left RUNNING runs no more.
+        store.end_running_children(earlier, "KILLED")
         return earlier
     tags = {
         "ich.sweep": config.name,

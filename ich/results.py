@@ -52,6 +52,11 @@ class RunPaths:
     def predictions(self) -> Path:
         return self.root / "predictions.npz"
 
+    @property
+    def tracking(self) -> Path:
+        """The run's MLflow run, by which a resumed or dead process's is found again."""
+        return self.root / "tracking.json"
+
     def read_result(self) -> dict[str, Any]:
         """The run's outcome; a run that never wrote one is `not started`."""
         if not self.result.exists():
@@ -75,8 +80,22 @@ class RunPaths:
 
     def is_finished(self, config: Config) -> bool:
         """Whether this folder holds a finished run of this very training, weights included."""
-        if self.read_result()["status"] != FINISHED or not self.best.exists():
-            return False
+        finished = self.read_result()["status"] == FINISHED and self.best.exists()
+        return finished and self._holds(config)
+
+    def is_resumable(self, config: Config) -> bool:
+        """Whether this folder holds a checkpoint of this very training, damaged or not."""
+        return any(self.root.glob("checkpoint-*.ich")) and self._holds(config)
+
+    def mlflow_run(self) -> str | None:
+        """The MLflow run of what this folder holds, if there is one."""
+        try:
+            run_id = json.loads(self.tracking.read_text())["mlflow_run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return run_id if isinstance(run_id, str) else None
+
+    def _holds(self, config: Config) -> bool:
         try:
             return identity(load(self.config)) == identity(config)
         except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich

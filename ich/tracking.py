@@ -26,6 +26,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 log = logging.getLogger(__name__)
+_EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
 _PARAM_LIMIT = 6000  # MLflow cuts longer values; config.yaml holds them whole
 
 
@@ -42,6 +43,22 @@ class Tracker:
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self.journal.open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rewind(self, step: int) -> None:
+        """Drops the journal's lines after a step: a resumed training writes them again."""
+        if self.journal.exists():
+            part = self.journal.with_suffix(".part")
+            kept = [line for line in self._lines() if line["step"] <= step]
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.journal)
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The journal's whole lines; a crash may have cut the last one."""
+        for line in self.journal.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
 
     def artifact(self, path: Path) -> None:
         """Keeps a file with the run."""
@@ -60,10 +77,22 @@ class MlflowTracker(Tracker):
         super().__init__(journal)
         self.store, self.run_id = store, run_id
         self.run: str = run_id
+        # A step logged twice would stand twice in MLflow.
+        self._steps = store.logged_steps(run_id, _EVERY_STEP) if journal.exists() else set()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         super().log(metrics, step)
-        self.store.log_metrics(self.run, metrics, step)
+        self._mirror(metrics, step)
+
+    def _mirror(self, metrics: dict[str, float], step: int) -> None:
+        if step not in self._steps and self.store.log_metrics(self.run, metrics, step):
+            self._steps.add(step)
+
+    def _catch_up(self) -> None:
+        """Logs what MLflow missed while it was slow, locked or away."""
+        for line in self._lines() if self.journal.exists() else ():
+            values = {k: v for k, v in line.items() if k not in ("step", "time") and v is not None}
+            self._mirror(values, line["step"])
 
     def artifact(self, path: Path) -> None:
         self.store.log_artifact(self.run, path)
@@ -72,6 +101,7 @@ class MlflowTracker(Tracker):
         self.store.log_metrics(self.run, metrics, 0)
 
     def finish(self, status: str) -> None:
+        self._catch_up()
         self.store.end(self.run, status)
 
 
@@ -129,25 +159,31 @@ class MlflowStore:
             call = partial(self.client.log_batch, run_id, params=items[start : start + 100])
             _safely("log parameters", call)
 
-    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> bool:
+        """Logs finite values at a step; True if MLflow took them."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         # MLflow would store an infinity as 1.8e308; an undefined value is left out instead.
         items = [Metric(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
-        _safely("log metrics", lambda: self.client.log_batch(run_id, metrics=items))
+        call = partial(self.client.log_batch, run_id, metrics=items)
+        return _safely("log metrics", call, default=False) is None
+
+    def logged_steps(self, run_id: str, metric: str) -> set[int]:
+        """The steps at which a run has a metric."""
+        call = partial(self.client.get_metric_history, run_id, metric)
+        return {m.step for m in _safely("read metrics", call, default=[])}
 
     def log_artifact(self, run_id: str, path: Path) -> None:
         method = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         folder = path.name if path.is_dir() else None
         _safely(f"keep {path.name}", lambda: method(run_id, str(path), folder))
 
-    def end_running_children(self, parent: str, name: str, status: str) -> None:
-        """Ends the runs of one job that its dead process left RUNNING."""
-        query = (
-            f"tags.`mlflow.parentRunId` = '{parent}' and "
-            f"tags.`mlflow.runName` = '{name}' and attributes.status = 'RUNNING'"
-        )
+    def end_running_children(self, parent: str, status: str, name: str | None = None) -> None:
+        """Ends the runs under a sweep, or of one job, that a dead process left RUNNING."""
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        if name is not None:
+            query += f" and tags.`mlflow.runName` = '{name}'"
         found = _safely(
             "search runs", lambda: self.client.search_runs([self.experiment_id], query), default=[]
         )
@@ -196,10 +232,25 @@ def open_tracker(
     parent: str | None,
     params: dict[str, str],
     tags: dict[str, str],
+    earlier: str | None = None,
 ) -> Tracker:
-    """A job's tracker; without a store, or if MLflow refuses the run, the journal alone."""
-    run_id = store.open_run(name, tags, parent) if store else None
-    if store is None or run_id is None:
+    """A job's tracker; without a store, or if MLflow refuses the run, the journal alone.
+
+    Args:
+        store: where to log.
+        journal: the run's `metrics.jsonl`.
+        name: the job.
+        parent: the sweep's run.
+        params: the job's flat configuration.
+        tags: what the run is found by.
+        earlier: the run of a training that goes on; a new one is made if it is gone.
+    """
+    if store is None:
+        return Tracker(journal)
+    if earlier and store.reopen(earlier):
+        return MlflowTracker(journal, store, earlier)
+    run_id = store.open_run(name, tags, parent)
+    if run_id is None:
         return Tracker(journal)
     store.log_params(run_id, params)
     return MlflowTracker(journal, store, run_id)

@@ -15,13 +15,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ich.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
 from ich.config import (
     OPTIMIZER_SETTINGS,
     Config,
@@ -56,6 +57,10 @@ log = logging.getLogger("ich.train")
 Tick = Callable[[str, int, int, int], None]  # phase, epoch, step, steps
 
 
+class Terminated(BaseException):
+    """SIGTERM. No `Exception`, so that nothing on the way mistakes it for an error of its own."""
+
+
 def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, Any]:
     """Trains one network by the config and keeps the weights of its best epoch.
 
@@ -80,8 +85,9 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         len(dataset.train.row),
         len(dataset.val.row),
     )
-    started = time.perf_counter()
-    best = train_epochs(cfg, run, tracker, trainer, dataset, tick)
+    progress = Keeper.resume(cfg, run, trainer, dataset, tracker)
+    started = time.perf_counter() - progress.wall_seconds
+    best = train_epochs(cfg, run, tracker, trainer, dataset, progress, tick)
     scores, target = best.scores, dataset.val.target
     if dataset.test is not None:
         load_weights(trainer.model, run.best)
@@ -94,13 +100,14 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         **scores,
         **{f"val_{k}": v for k, v in best.scores.items()},
         "best_epoch": best.epoch,
-        "auc_top": best.auc_top,
+        "auc_top": progress.auc_top,
         "labels": list(labels),
         "params": params,
         "params_imagenet": params_imagenet,
         "epochs": cfg.train.epochs,
         "minutes": (time.perf_counter() - started) / 60,
-        "images_per_s": best.images_per_s,
+        "images_per_s": len(dataset.train.row) * cfg.train.epochs / progress.train_seconds,
+        "resumed": progress.resumed,
         "device": device_name(device),
         "cohort": dataset.summary,
         "always_negative": always_negative(target, labels),
@@ -109,47 +116,160 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
 
 @dataclass
 class Best:
-    """The epoch whose weights were kept: validation metrics and logits; and the whole training's
-    highest validation AUC and speed."""
+    """The epoch whose weights were kept: validation metrics and logits."""
 
     epoch: int
     scores: dict[str, float]
     logits: np.ndarray
+
+
+@dataclass
+class Progress:
+    """Where a training is: `step` steps of `epoch` are done. All of it is in a checkpoint.
+
+    lr: learning rate at the epoch's beginning. losses: of each of its steps, times the step's rows.
+    train_seconds: of training steps alone, `epoch_seconds` of them in this epoch. wall_seconds:
+    everything, in the processes before this one. auc_top: highest validation AUC so far.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    lr: float = math.nan
+    losses: list[torch.Tensor] = field(default_factory=list)
+    train_seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    wall_seconds: float = 0.0
     auc_top: float = math.nan
-    images_per_s: float = math.nan
+    best: Best | None = None
+    resumed: int = 0
+
+    def next_epoch(self) -> None:
+        self.train_seconds += self.epoch_seconds
+        self.epoch, self.step, self.losses, self.epoch_seconds = self.epoch + 1, 0, [], 0.0
 
 
 def train_epochs(
-    cfg: Config, run: RunPaths, tracker: Tracker, trainer: Trainer, dataset: Dataset, tick: Tick
+    cfg: Config,
+    run: RunPaths,
+    tracker: Tracker,
+    trainer: Trainer,
+    dataset: Dataset,
+    progress: Progress,
+    tick: Tick,
 ) -> Best:
-    """All epochs, each validated and logged; keeps weights and predictions of the best."""
-    best: Best | None = None
-    auc_top, train_seconds = math.nan, 0.0
-    for epoch in range(1, cfg.train.epochs + 1):
-        begin, lr = time.perf_counter(), trainer.optimizer.param_groups[0]["lr"]
-        train_loss = trainer.train_one_epoch(epoch, tick)
-        seconds = time.perf_counter() - begin
-        train_seconds += seconds
-        logits = trainer.evaluate(dataset.val, epoch, tick)
-        scores = multilabel_metrics(logits, dataset.val.target, dataset.labels)
-        speed = {"train/lr": lr, "train/images_per_s": len(dataset.train.row) / seconds}
-        validation = {f"val/{k}": v for k, v in scores.items()}
-        tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
-        log.info(
-            "epoch %d of %d: loss %.4f, validation loss %.4f, accuracy %.4f, AUC %.4f",
-            epoch,
-            cfg.train.epochs,
-            train_loss,
-            *(scores[k] for k in ("log_loss", "accuracy", "auc")),
-        )
-        auc_top = float(np.fmax(auc_top, scores["auc"]))
-        if best is None or is_better(scores, best.scores, cfg.train.monitor):
-            best = Best(epoch, scores, logits)
-            keep_best(run, trainer.model, dataset, logits, cfg)
-    assert best is not None
-    best.auc_top = auc_top
-    best.images_per_s = len(dataset.train.row) * cfg.train.epochs / train_seconds
-    return best
+    """The epochs that are left, each validated and logged; keeps weights and predictions of the
+    best, and checkpoints from which the training goes on as if nothing had happened."""
+    keeper = Keeper(cfg, run, trainer, dataset, progress)
+    try:
+        while progress.epoch <= cfg.train.epochs:
+            epoch = progress.epoch
+            train_loss = trainer.train_one_epoch(progress, tick, keeper.save_if_due)
+            logits = trainer.evaluate(dataset.val, epoch, tick)
+            scores = multilabel_metrics(logits, dataset.val.target, dataset.labels)
+            rows_per_s = len(dataset.train.row) / progress.epoch_seconds
+            speed = {"train/lr": progress.lr, "train/images_per_s": rows_per_s}
+            validation = {f"val/{k}": v for k, v in scores.items()}
+            tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
+            log.info(
+                "epoch %d of %d: loss %.4f, validation loss %.4f, accuracy %.4f, AUC %.4f",
+                epoch,
+                cfg.train.epochs,
+                train_loss,
+                *(scores[k] for k in ("log_loss", "accuracy", "auc")),
+            )
+            progress.auc_top = float(np.fmax(progress.auc_top, scores["auc"]))
+            best = progress.best
+            if best is None or is_better(scores, best.scores, cfg.train.monitor):
+                progress.best = Best(epoch, scores, logits)
+                keep_best(run, trainer.model, dataset, logits, cfg)
+            progress.next_epoch()
+            keeper.save()
+    except Terminated:
+        keeper.save()
+        raise
+    assert progress.best is not None
+    return progress.best
+
+
+class Keeper:
+    """Writes a training's checkpoints, and takes it up again from one."""
+
+    def __init__(
+        self, cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, progress: Progress
+    ) -> None:
+        self._cfg, self._run, self._trainer = cfg, run, trainer
+        self._dataset, self._progress = dataset, progress
+        self._begin = self._saved = time.monotonic()
+        self._earlier = progress.wall_seconds
+
+    def save_if_due(self) -> None:
+        """Saves when `train.checkpoint_minutes` have passed since the last time."""
+        if time.monotonic() - self._saved >= self._cfg.train.checkpoint_minutes * 60:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the whole state; a full disk costs this checkpoint and not the training."""
+        p = self._progress
+        p.wall_seconds = self._earlier + time.monotonic() - self._begin
+        tensors = {f"state/{k}": v for k, v in self._trainer.tensors().items()}
+        if p.losses:
+            tensors["losses"] = torch.stack(p.losses)
+        # The best weights too: those on disk may be of an epoch that this state has not reached.
+        if p.best is not None:
+            weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
+            tensors["best/weights"] = torch.from_numpy(weights.copy())
+            tensors["best/logits"] = torch.from_numpy(p.best.logits)
+        plain = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("losses", "best")}
+        facts = {
+            "order": [p.epoch, p.step, p.resumed],
+            "cohort": self._dataset.summary["cohort"],
+            "progress": plain,
+            "best": p.best and {"epoch": p.best.epoch, "scores": p.best.scores},
+            "schedule": self._trainer.schedule(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        try:
+            write_checkpoint(self._run.root, Checkpoint(tensors, facts))
+        except OSError as error:
+            log.warning("a checkpoint could not be written (%s); the training goes on", error)
+        self._saved = time.monotonic()
+
+    @staticmethod
+    def resume(
+        cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, tracker: Tracker
+    ) -> Progress:
+        """Sets the trainer to the newest good checkpoint of the run, if there is one, and the
+        run's files to what they were then."""
+        found = read_checkpoint(run.root)
+        if found is not None and found.facts["cohort"] != dataset.summary["cohort"]:
+            log.warning("the checkpoint is of another cohort: the training starts anew")
+            found = None
+        if found is None:
+            drop_checkpoints(run.root)
+            tracker.rewind(0)
+            return Progress()
+        facts = found.facts
+        progress = Progress(**facts["progress"])
+        progress.resumed += 1
+        trainer.restore(found.group("state"), facts["schedule"])
+        if "losses" in found.tensors:
+            progress.losses = list(found.tensors["losses"].to(trainer.device).unbind())
+        if facts["best"]:
+            progress.best = Best(**facts["best"], logits=found.tensors["best/logits"].numpy())
+            part = run.best.with_suffix(".part")
+            part.write_bytes(found.tensors["best/weights"].numpy().tobytes())
+            part.replace(run.best)
+            keep_predictions(run, dataset, {"val": progress.best.logits})
+        tracker.rewind(progress.epoch - 1)
+        now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        for what, value in now.items():
+            if facts[what] != value:
+                log.warning(
+                    "%s: %s before, %s now; the last digits may differ", what, facts[what], value
+                )
+        log.info("goes on after step %d of epoch %d", progress.step, progress.epoch)
+        return progress
 
 
 @dataclass
@@ -206,23 +326,83 @@ class Trainer:
         x = self.normalize(self.windows(hu))
         return x.contiguous(memory_format=torch.channels_last)
 
-    def train_one_epoch(self, epoch: int, tick: Tick) -> float:
-        """One pass over the training rows; returns the mean loss.
+    def train_one_epoch(
+        self, progress: Progress, tick: Tick, between: Callable[[], None] = lambda: None
+    ) -> float:
+        """One pass over the training rows, or what is left of it; returns the mean loss.
+
+        Args:
+            progress: where to begin; kept up to date, and true, whenever `tick` or `between` is
+                called.
+            tick: told of every step.
+            between: called after every step.
 
         Raises:
             UserError: the loss is not finite, naming epoch and step.
         """
         self.model.train()
         rows, steps = len(self.train_loader.split.row), len(self.train_loader)
+        epoch, first = progress.epoch, progress.step + 1
+        if progress.step == 0:
+            progress.lr = float(self.optimizer.param_groups[0]["lr"])
         draws = self.augment.draws(self.cfg.seed, epoch, rows)
-        losses: list[torch.Tensor] = []
-        for step, batch in enumerate(self.train_loader.epoch(self.cfg.seed, epoch), start=1):
-            losses.append(self._step(batch, draws[batch.position]) * len(batch.position))
+        begin = time.perf_counter() - progress.epoch_seconds
+        tick("training", epoch, progress.step, steps)
+        batches = self.train_loader.epoch(self.cfg.seed, epoch, progress.step)
+        for step, batch in enumerate(batches, start=first):
+            loss = self._step(batch, draws[batch.position]) * len(batch.position)
             if self.device.type == "cpu":  # elsewhere looking would wait for the device
-                _require_finite(losses[-1:], epoch, step)
+                _require_finite([loss], epoch, step)
+            progress.losses.append(loss)
+            progress.step, progress.epoch_seconds = step, time.perf_counter() - begin
             tick("training", epoch, step, steps)
-        _require_finite(losses, epoch, 1)
-        return float(torch.stack(losses).sum()) / rows
+            between()
+        _require_finite(progress.losses, epoch, 1)
+        return float(torch.stack(progress.losses).sum()) / rows
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a step changes and that is a tensor, by name; no copies."""
+        state = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer/{number}/{k}": v for k, v in values.items() if v is not None}
+        state["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def schedule(self) -> dict[str, Any]:
+        """What the scheduler and the optimizer's groups hold beside tensors."""
+        state = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
+        return {"scheduler": state, "lr": [g["lr"] for g in self.optimizer.param_groups]}
+
+    def restore(self, tensors: dict[str, torch.Tensor], schedule: dict[str, Any]) -> None:
+        """Sets model, optimizer, scheduler and random state to what the other two returned.
+
+        Raises:
+            RuntimeError: they are of another network.
+        """
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        weights = {}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                weights[rest] = value
+            elif kind == "optimizer":
+                number, _, key = rest.partition("/")
+                like = parameters[int(number)]
+                if value.shape == like.shape:  # in the parameter's own memory layout
+                    value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+                state.setdefault(int(number), {})[key] = value
+        self.model.load_state_dict(weights)
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, lr in zip(groups, schedule["lr"], strict=True):
+            group["lr"] = lr
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.scheduler.load_state_dict({**schedule["scheduler"], "lr_lambdas": [None]})
+        torch.set_rng_state(tensors["random/cpu"])
+        if self.device.type == "cuda" and "random/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def _step(self, batch: Batch, draws: torch.Tensor) -> torch.Tensor:
         hu = self.augment(resize(batch.hu, self.image_size), draws)
@@ -368,12 +548,24 @@ class ProgressFile:
             write_json(self.path, {"phase": phase, **place}, sync=False)
 
 
-class Terminated(BaseException):
-    """SIGTERM. No `Exception`, so that nothing on the way mistakes it for an error of its own."""
+class Stop:
+    """Handles SIGTERM: at once while a job starts; once it trains, between two steps, where its
+    state is whole; not while its results are written."""
 
+    def __init__(self, tick: Tick) -> None:
+        self._tick, self._trains, self._asked = tick, False, False
 
-def _on_sigterm(*_: object) -> None:
-    raise Terminated
+    def __call__(self, *_: object) -> None:
+        if not self._trains:
+            raise Terminated
+        self._asked = True
+
+    def tick(self, phase: str, epoch: int, step: int, steps: int) -> None:
+        """Stands between the training and the one who is told of its steps."""
+        self._trains = True
+        self._tick(phase, epoch, step, steps)
+        if self._asked:
+            raise Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -383,13 +575,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", help="MLflow run of the sweep")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGTERM, _on_sigterm)
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
+    stop = Stop(ProgressFile(run.progress, cfg.train.epochs))
+    signal.signal(signal.SIGTERM, stop)
     tracker = open_tracker(
-        open_store(cfg.tracking), run.metrics, cfg.job, args.parent, flatten(cfg), _tags(cfg)
+        open_store(cfg.tracking),
+        run.metrics,
+        cfg.job,
+        args.parent,
+        flatten(cfg),
+        _tags(cfg),
+        run.mlflow_run(),
     )
-    result = _outcome(lambda: fit(cfg, run, tracker, ProgressFile(run.progress, cfg.train.epochs)))
+    write_json(run.tracking, {"mlflow_run": tracker.run_id})
+    result = _outcome(lambda: fit(cfg, run, tracker, stop.tick))
     _close(cfg, run, tracker, result)
     return 0 if result["status"] == FINISHED else 1
 
@@ -432,6 +632,7 @@ def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any])
     run.write_result({**identity, **result})
     run.progress.unlink(missing_ok=True)
     if result["status"] == FINISHED:
+        drop_checkpoints(run.root)
         tracker.summary(_summary(result))
     for path in (run.config, run.best, run.predictions, run.log):
         if path.exists():

@@ -1,0 +1,252 @@
+"""A training that is killed goes on bit for bit; damaged checkpoints are found; none is code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ich.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from ich.config import Config, to_yaml
+from ich.data import load_dataset
+from ich.jobs import run_job
+from ich.results import RunPaths
+from ich.tracking import Tracker
+from ich.train import Terminated, fit
+
+Compose = Callable[..., Config]
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+class Killed(BaseException):
+    """Like SIGKILL: nothing in the training knows it, so nothing is saved because of it."""
+
+
+@pytest.fixture
+def config(composed: Compose, phantom: Path) -> Config:
+    cfg = composed(
+        "model=mobilenet_v2",
+        "model.pretrained=false",
+        "data.image_size=32",
+        "data.cache_size=32",
+        "data.workers=1",
+        "data.subset=0.5",
+        "tracking=none",
+        "scheduler=cosine",
+        "optimizer.lr=3e-3",
+        "train.batch_size=4",
+        "train.epochs=3",
+        "train.threads=1",
+        f'data.root="{phantom}"',
+    )
+    load_dataset(cfg)
+    return cfg
+
+
+def run_until(
+    config: Config, run: RunPaths, stop: Callable[[str, int], None] | None
+) -> dict[str, object]:
+    """One process's share of a training: `stop` is called at every tick and may raise."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    return fit(config, run, Tracker(run.metrics), lambda *place: stop(*place[:2]) if stop else None)
+
+
+def final(run: RunPaths) -> dict[str, torch.Tensor]:
+    found = read_checkpoint(run.root)
+    assert found is not None
+    return found.tensors
+
+
+def assert_same(run: RunPaths, other: RunPaths) -> None:
+    a, b = final(run), final(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert run.best.read_bytes() == other.best.read_bytes()
+    with np.load(run.predictions) as x, np.load(other.predictions) as y:
+        for name in x.files:
+            assert (x[name] == y[name]).all()
+    quantities = ("step", "train/loss", "train/lr", "val/auc", "val/accuracy")
+    rows = [[{k: line[k] for k in quantities} for line in r.read_metrics()] for r in (run, other)]
+    assert rows[0] == rows[1]
+
+
+def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_run(
+    config: Config, tmp_path: Path
+) -> None:
+    """FAULTS 32. One training, ended twenty times: asked to stop, or killed without a word."""
+    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
+    straight = run_until(config, whole, None)
+    draw = random.Random(0)
+    kills, phases = 0, set()
+    config.train.checkpoint_minutes = 1e-9  # after every step
+    result = None
+    while result is None:
+        left = draw.randint(2, 11) if kills < 20 else 10**9
+        kind = draw.choice([Terminated, Killed])
+
+        def stop(phase: str, _: int, kind: type[BaseException] = kind) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                phases.add(phase)
+                raise kind
+
+        torch.manual_seed(kills)  # whatever this process did before must not matter
+        try:
+            result = run_until(config, broken, stop)
+        except (Terminated, Killed):
+            kills += 1
+    assert kills == 20
+    assert phases >= {"training", "validating"}
+    assert_same(whole, broken)
+    changing = {"minutes", "images_per_s", "resumed"}
+    assert {k: v for k, v in result.items() if k not in changing} == {
+        k: v for k, v in straight.items() if k not in changing
+    }
+    assert 1 < int(str(result["resumed"])) <= 20  # one killed before its first step leaves no trace
+
+
+def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
+    config: Config, tmp_path: Path
+) -> None:
+    """Without a save in between, the epoch begins again, and its best weights with it."""
+    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
+    run_until(config, whole, None)
+    config.train.checkpoint_minutes = 1e9
+    seen = 0
+
+    def stop(phase: str, epoch: int) -> None:
+        nonlocal seen
+        seen += phase == "training" and epoch == 2
+        if seen == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_until(config, broken, stop)
+    broken.best.write_bytes(b"of an epoch that the checkpoint has not reached")
+    with broken.metrics.open("a") as journal:
+        journal.write(json.dumps({"step": 3, "time": 0.0, "train/loss": 9.0}) + '\n{"st')
+    result = run_until(config, broken, None)
+    assert result["resumed"] == 1
+    assert_same(whole, broken)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
+    config: Config, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FAULTS 33."""
+    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
+    run_until(config, whole, None)
+    run_until(config, broken, None)
+    newest = max(broken.root.glob("checkpoint-*.ich"), key=lambda p: p.stat().st_mtime_ns)
+    data = bytearray(newest.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    newest.write_bytes(data[: {"cut": len(data) // 2, "flip": len(data), "empty": 0}[damage]])
+    before = read_checkpoint(broken.root)
+    assert before is not None
+    assert before.facts["progress"]["epoch"] == 3  # two epochs done
+    assert newest.name in caplog.text
+    assert "cannot be used: it is" in caplog.text
+    run_until(config, broken, None)
+    assert_same(whole, broken)
+
+
+def test_with_both_generations_damaged_the_training_starts_anew(
+    config: Config, tmp_path: Path
+) -> None:
+    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
+    run_until(config, whole, None)
+    run_until(config, broken, None)
+    for path in broken.root.glob("checkpoint-*.ich"):
+        path.write_bytes(b"x")
+    result = run_until(config, broken, None)
+    assert result["resumed"] == 0
+    assert_same(whole, broken)
+
+
+def test_another_cohorts_checkpoint_is_not_gone_on_from(config: Config, tmp_path: Path) -> None:
+    run = RunPaths(tmp_path / "run")
+    run_until(config, run, None)
+    config.protocol.seed += 1
+    load_dataset(config)
+    assert run_until(config, run, None)["resumed"] == 0
+
+
+def test_a_checkpoint_that_carries_code_is_not_executed(tmp_path: Path) -> None:
+    """FAULTS 34."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    (tmp_path / "checkpoint-a.ich").write_bytes(pickle.dumps(Bomb()))
+    torch.save(Bomb(), tmp_path / "checkpoint-b.ich")
+    assert read_checkpoint(tmp_path) is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_two_generations_are_kept_and_a_full_disk_takes_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        write_checkpoint(tmp_path, Checkpoint({"n": torch.tensor(n)}, {"order": [n]}))
+    assert len(list(tmp_path.iterdir())) == 2
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(tmp_path, Checkpoint({"n": torch.tensor(9)}, {"order": [9]}))
+    found = read_checkpoint(tmp_path)
+    assert found is not None
+    assert found.tensors["n"] == 3
+    drop_checkpoints(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_process_that_is_ended_resumes_on_the_next_start(
+    config: Config, tmp_path: Path, how: signal.Signals
+) -> None:
+    """FAULTS 4 and 8: through the supervisor, with a real signal."""
+    config.train.checkpoint_minutes, config.train.epochs = 0.005, 6
+    whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    run.config.write_text(to_yaml(config))
+    child = subprocess.Popen([sys.executable, "-m", "ich.train", str(run.root)])
+    while not list(run.root.glob("checkpoint-*.ich")):
+        time.sleep(0.05)
+        assert child.poll() is None
+    time.sleep(0.3)
+    child.send_signal(how)
+    child.wait()
+    if how is signal.SIGTERM:
+        assert run.read_result()["status"] == "killed"
+    result = run_job(config, run, None, quiet)
+    assert result["status"] == "finished", run.log.read_text()
+    assert result["resumed"] == 1
+    assert not list(run.root.glob("checkpoint-*"))
+    again = run_job(config, whole, None, quiet)
+    assert run.best.read_bytes() == whole.best.read_bytes()
+    assert again["auc"] == result["auc"]
+    stamp = run.result.stat().st_mtime_ns
+    assert run_job(config, run, None, quiet) == result  # finished: not touched
+    assert run.result.stat().st_mtime_ns == stamp
