@@ -8,10 +8,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test check ui report bench clean
+.PHONY: help setup sweep test test-faults check ui report bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(READY)  ## make .venv with the pinned dependencies
 
@@ -24,13 +24,17 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY)  ## the demo; ARGS="experiment=report data=rsna data.root=FILE" runs another sweep
 	$(BIN)/python -m ich.sweep experiment=demo $(ARGS)
 
-test: $(READY)  ## the tests, without network and GPU; ARGS="-k name" picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## the quick tests, without network and GPU; ARGS="-k name" picks some
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
 
-check: $(READY)  ## what CI runs: ruff, mypy, the tests
+test-faults: $(READY)  ## the slow ones: sweeps in which jobs crash, hang and are killed
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+check: $(READY)  ## what CI runs: ruff, mypy, all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) test-faults
 	$(MAKE) test
 
 ui: $(READY)  ## the MLflow UI on 127.0.0.1:5000

@@ -1,7 +1,12 @@
-"""The hook by which Hydra finds our launcher: it takes launchers of this namespace only."""
+"""The hook by which Hydra finds our launchers: it takes launchers of this namespace only."""
 
+from ich.launcher import CheckedLauncher as _CheckedLauncher
 from ich.launcher import LocalLauncher as _LocalLauncher
 
 
 class LocalLauncher(_LocalLauncher):
     """See `ich.launcher.LocalLauncher`."""
+
+
+class CheckedLauncher(_CheckedLauncher):
+    """See `ich.launcher.CheckedLauncher`."""

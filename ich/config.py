@@ -74,6 +74,10 @@ class Device(Enum):
     cuda = "cuda"
 
 
+# Not as a class, for `continue` is no name in Python.
+OnFailure = Enum("OnFailure", {"continue": "continue", "stop": "stop"})
+
+
 @dataclass
 class PhantomConfig:
     """Settings of the synthetic set made on first use by `data=phantom` (`ich.phantom`)."""
@@ -210,8 +214,10 @@ class TrackingConfig:
 
 @dataclass
 class SweepConfig:
-    """How jobs are supervised; `time_limit` is in minutes per job."""
+    """How jobs are supervised; `time_limit` is in minutes per job and attempt."""
 
+    retry: int = 0
+    on_failure: OnFailure = OnFailure["continue"]
     time_limit: float | None = None
     output: str = MISSING
 
@@ -283,6 +289,13 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """The whole job as what JSON can hold."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items()}
+
+
 def flatten(config: Config) -> dict[str, str]:
     """Dotted keys and printable values, for a tracker's parameter table."""
     flat: dict[str, str] = {}
@@ -294,7 +307,7 @@ def flatten(config: Config) -> dict[str, str]:
         else:
             flat[prefix] = str(value)
 
-    walk("", OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    walk("", plain(config))
     return flat
 
 
@@ -445,6 +458,10 @@ def _data_ranges(data: DataConfig, protocol: ProtocolConfig) -> list[tuple[str, 
     ]
 
 
+# Folders of a sweep that are no job's.
+RESERVED = ("superseded", "figures", "reruns")
+
+
 def _ranges(c: Config) -> list[tuple[str, bool, str]]:
     share = "a number from 0 to 1"
     return [
@@ -455,9 +472,8 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ),
         (
             "job",
-            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", c.job))
-            and c.job not in ("superseded", "figures"),
-            "letters, digits and _.,=+- (it becomes a folder), and not superseded or figures",
+            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", c.job)) and c.job not in RESERVED,
+            f"letters, digits and _.,=+- (it becomes a folder), and not {', '.join(RESERVED)}",
         ),
         ("seed", 0 <= c.seed < 2**63, "0 or more"),
         *(
@@ -487,6 +503,7 @@ def _ranges(c: Config) -> list[tuple[str, bool, str]]:
         ("train.batch_size", c.train.batch_size >= 1, "at least 1"),
         ("train.checkpoint_minutes", c.train.checkpoint_minutes > 0, "above 0"),
         ("train.threads", c.train.threads is None or c.train.threads >= 1, "at least 1, or null"),
+        ("sweep.retry", 0 <= c.sweep.retry <= 100, "from 0 to 100"),
         (
             "sweep.time_limit",
             c.sweep.time_limit is None or c.sweep.time_limit > 0,

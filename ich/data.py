@@ -164,11 +164,10 @@ def open_store(
             "data.root=PATH, or use data=phantom, which needs no files."
         )
     p = cfg.phantom
-    name = f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
     step = _step(report, "simulating patients")
     try:
         spec = PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
-        return SliceStore(ensure_phantom(Path(cfg.cache_dir) / name, spec, progress=step))
+        return SliceStore(ensure_phantom(phantom_folder(cfg), spec, progress=step))
     except (ValueError, FileExistsError, PermissionError) as error:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
@@ -259,6 +258,24 @@ def _with_keys(
         keys = pd.DataFrame("", index=rows.index, columns=KEYS)
     rows = rows.drop(columns=[c for c in own if c])
     return rows.assign(**{k: keys[k].to_numpy() for k in KEYS})
+
+
+def cohort_key(cfg: AnyConfig) -> str:
+    """The fingerprint of the config's cohort, which need not have been made; writes nothing.
+
+    Raises:
+        UserError: the data set is not there.
+    """
+    if cfg.data.root is None and cfg.data.source is Source.phantom:
+        root = phantom_folder(cfg.data)
+        return _cohort_key(cfg, SliceStore(root)) if root.is_dir() else "not made yet"
+    return _cohort_key(cfg, open_store(cfg.data))
+
+
+def phantom_folder(cfg: DataConfig) -> Path:
+    """Where the phantom of these settings is, or will be."""
+    p = cfg.phantom
+    return Path(cfg.cache_dir) / f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
 
 
 def _cohort_key(cfg: AnyConfig, store: SliceStore | None) -> str:

@@ -1,57 +1,208 @@
-"""One training as a child process: its crash ends neither the sweep nor the table.
+"""Trainings as child processes, placed on GPUs or CPU cores: no crash ends a sweep or its table.
 
-The child writes to its own log. Whatever becomes of it (an exception, `sys.exit`, a signal, the
-time limit) turns into a result file with a reason, and the caller goes on to the next job.
+A child writes to its own log. Whatever becomes of it (an exception, `sys.exit`, a signal, the time
+limit) turns into a result file with a reason, and the caller goes on to the next job.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import fcntl
+import logging
+import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ich.config import Config, to_yaml
-from ich.results import FAILED, FINISHED, KILLED, RunPaths
-from ich.tracking import open_store
+from ich.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State, write_json
+from ich.tracking import Mirror
 
+log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 20  # between SIGTERM and SIGKILL
+_GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
+_MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
+
+Result = dict[str, object]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one job at a time.
+
+    environment: what its child is given beside this process's own environment.
+    """
+
+    name: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def gpu_slots(gpus: Sequence[str], jobs_per_gpu: int) -> list[Slot]:
+    """Slots on GPUs; each job sees one of them. The first jobs go to different ones.
+
+    Args:
+        gpus: their names for CUDA_VISIBLE_DEVICES: numbers or UUIDs.
+        jobs_per_gpu: how many jobs share one.
+    """
+    return [
+        Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu})
+        for _ in range(jobs_per_gpu)
+        for gpu in gpus
+    ]
+
+
+def cpu_slots(jobs: int) -> list[Slot]:
+    """Slots on this machine's CPU; several share its cores evenly."""
+    if jobs == 1:
+        return [Slot()]
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    share = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return [Slot(f"CPU {n}", share) for n in range(1, jobs + 1)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES."""
+    import torch  # takes seconds: only where a job may run on a GPU
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    names = [g.strip() for g in named.split(",")] if named else [str(n) for n in range(count)]
+    return names[:count]
+
+
+def run_in_slots(
+    work: Callable[[T, Slot], R], items: Sequence[T], slots: Sequence[Slot], stop: threading.Event
+) -> list[R]:
+    """Does a piece of work for every item, as many at once as there are slots.
+
+    A signal that raises in the main thread sets `stop`, and is raised again when the work under
+    way has ended; work is expected to end soon once `stop` is set.
+
+    Returns:
+        The results, in the order of the items.
+    """
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(items)):
+        waiting.put(number)
+    results: dict[int, R] = {}
+    errors: list[BaseException] = []
+    ended = [threading.Event() for _ in slots]
+
+    def serve(slot: Slot, over: threading.Event) -> None:
+        try:
+            while not (errors or stop.is_set()):
+                number = waiting.get_nowait()
+                results[number] = work(items[number], slot)
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            over.set()
+
+    for slot, over in zip(slots, ended, strict=True):
+        threading.Thread(target=serve, args=(slot, over), daemon=True).start()
+    try:
+        # Not Thread.join: a signal that raises there makes Python take the thread for ended.
+        while not all(over.wait(_POLL_SECONDS) for over in ended):
+            pass
+    except BaseException:
+        stop.set()
+        with _no_second_signal():
+            for over in ended:
+                over.wait(2 * _GRACE_SECONDS)
+        raise
+    if errors:
+        raise errors[0]
+    return [results[n] for n in range(len(items))]
+
+
+@contextlib.contextmanager
+def _no_second_signal() -> Iterator[None]:
+    """Impatience must not leave children behind."""
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_job(
-    config: Config, run: RunPaths, parent: str | None, watch: Callable[[], None]
-) -> dict[str, object]:
+    config: Config,
+    run: RunPaths,
+    origin: Origin,
+    parent: str | None,
+    watch: Callable[[], None],
+    slot: Slot | None = None,
+    stop: threading.Event | None = None,
+) -> Result:
     """Trains one job in a child process and returns its result, which is always written.
 
     A folder that already holds this very job, finished, is left as it is; one that holds a
     checkpoint of it goes on from there, whatever ended it; any other earlier run of the job is
-    moved to `superseded/`.
+    moved to `superseded/`. A job that fails is tried again, `sweep.retry` times.
 
     Args:
         config: the job.
         run: its folder.
+        origin: what it is made from.
         parent: the sweep's MLflow run.
         watch: called several times a second while the child runs.
+        slot: where it runs.
+        stop: ends it when set.
     """
-    if run.is_finished(config):
-        return run.read_result()
-    if run.is_resumable(config):
+    slot, stop = slot or Slot(), stop or threading.Event()
+    result: Result = {}
+    for _ in range(1 + config.sweep.retry):
+        state = run.state(config, origin)
+        if state is State.done:
+            return run.read_result()
+        _take_over(config, run, origin, state)
+        result = _attempt(config, run, parent, watch, slot, stop)
+        if result["status"] != FAILED or stop.is_set():
+            break
+    return result
+
+
+def _take_over(config: Config, run: RunPaths, origin: Origin, state: State) -> None:
+    """Makes the folder ready: an earlier run goes on, or makes place."""
+    if state is not State.new and run.has_checkpoint():
         run.result.unlink(missing_ok=True)
-    else:
-        run.supersede()
+        run.write_tracking(run.read_tracking() | {"complete": False})
+        return
+    run.supersede()
     run.root.mkdir(parents=True, exist_ok=True)
     run.config.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "ich.train", str(run.root)]
+    write_json(run.origin, origin)
+
+
+def _attempt(
+    config: Config,
+    run: RunPaths,
+    parent: str | None,
+    watch: Callable[[], None],
+    slot: Slot,
+    stop: threading.Event,
+) -> Result:
+    command = [sys.executable, "-m", "ich.train", str(run.root), "--watched-by", str(os.getpid())]
     if parent:
         command += ["--parent", parent]
     try:
-        reason = supervise(command, run, config.sweep.time_limit, watch)
+        reason = supervise(command, run, config.sweep.time_limit, watch, slot, stop)
         died = not run.result.exists()
     except JobTimeoutError as error:
         reason, died = str(error), run.read_result()["status"] != FINISHED
+    if died and stop.is_set():
+        reason = "ended by SIGTERM, with its sweep"
     if died:
         _write_death(config, run, parent, reason)
     return run.read_result()
@@ -62,27 +213,33 @@ class JobTimeoutError(Exception):
 
 
 def supervise(
-    command: list[str], run: RunPaths, time_limit: float | None, watch: Callable[[], None]
+    command: list[str],
+    run: RunPaths,
+    time_limit: float | None,
+    watch: Callable[[], None],
+    slot: Slot,
+    stop: threading.Event,
 ) -> str:
     """Runs a command with its output in the run's log; returns how it ended, in words.
 
-    A time limit (minutes) or an interrupt of this process ends the child, first with SIGTERM.
+    A time limit (minutes), `stop` or an interrupt of this process ends the child, first with
+    SIGTERM.
 
     Raises:
         JobTimeoutError: the time limit was exceeded.
     """
     deadline = time.monotonic() + time_limit * 60 if time_limit else float("inf")
-    with run.log.open("ab") as log:
+    with run.log.open("ab") as log_file:
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=log_file,
             stderr=subprocess.STDOUT,
+            env={**os.environ, **slot.environment},
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
         try:
-            while child.poll() is None:
+            while child.poll() is None and not stop.is_set():
                 if time.monotonic() > deadline:
                     _stop(child)
                     raise JobTimeoutError(f"exceeded its time limit of {time_limit:g} minutes")
@@ -104,39 +261,58 @@ def describe_exit(code: int) -> str:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is not None:
-        return
-    child.terminate()
-    try:
-        child.wait(_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _die_with_parent() -> None:
-    """Linux: the child gets SIGTERM when this process is gone, even by SIGKILL."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    """Ends a child and everything it started."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # it leads a session of its own
 
 
 def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str) -> None:
     """The result of a child that could not write its own, and the end of its MLflow run."""
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
-    mlflow_run = run.mlflow_run()
-    run.write_result(
-        {
-            "status": status,
-            "reason": reason,
-            "job": config.job,
-            "model": config.model.name,
-            "mlflow_run": mlflow_run,
-        }
-    )
-    store = open_store(config.tracking)
-    if store is not None and mlflow_run:
-        store.end(mlflow_run, status.upper())
-    elif store is not None and parent:
-        store.end_running_children(parent, status.upper(), config.job)
+    identity = {"job": config.job, "model": config.model.name}
+    run.write_result({"status": status, "reason": reason, **identity})
+    Mirror(config, run, parent).finish(_MIRROR_SECONDS)
+
+
+def watch_supervisor(pid: int) -> None:
+    """Called by a child: asks it to stop, and then ends it, when its supervisor is gone.
+
+    A supervisor that is killed cannot stop its children, and none may live on unseen.
+    """
+
+    def follow() -> None:
+        while os.getppid() == pid:
+            time.sleep(_POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True, name="watch supervisor").start()
+
+
+def hold(run: RunPaths, seconds: float) -> object:
+    """Keeps a run's folder for this process while the returned object lives.
+
+    The last process of a killed sweep may need some seconds to end.
+
+    Raises:
+        BlockingIOError: another process trains there, and has not ended in time.
+    """
+    handle = run.lock.open("w")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)

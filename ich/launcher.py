@@ -1,34 +1,51 @@
-"""Hydra launcher `local`, and the resolvers that name a sweep's and a job's folder.
+"""Hydra launchers and the resolvers that name a sweep's and a job's folder.
 
-Hydra's basic launcher starts the first job before it has looked at the second. This one composes
-and checks all of them, prepares their data once, and then runs them one after another; each job is
-a child process (`ich.jobs`), so none can end the sweep.
+Hydra's own launchers start the first job before they have looked at the second. Here all jobs of a
+launch are composed and checked, and their data prepared once, whichever launcher then places them:
+`local` in slots on this machine, or any other, wrapped (`CheckFirst`). Each job is supervised as a
+child process (`ich.jobs`), so none can end the sweep.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, run_job
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ich.config import Config, UserError, job_name, sweep_name, typed
+from ich.config import Config, Device, UserError, job_name, sweep_name, typed
+from ich.jobs import Slot, cpu_slots, gpu_slots, run_in_slots, run_job, visible_gpus
 from ich.preflight import open_sweep
-from ich.results import SweepPaths
-from ich.terminal import Terminal
+from ich.results import FAILED, State, SweepPaths, write_json
+from ich.terminal import Board, Terminal
 
-# The sweep this process launched. `ich.sweep.main` closes it, whatever became of the jobs.
-launched: list[tuple[SweepPaths, Config]] = []
+# The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
+launched: list[SweepPaths] = []
+_OURS = "hydra_plugins.ich_launcher."
 
 
 class LocalLauncher(Launcher):
-    """Checks all jobs, prepares their data, and runs them one after another on this machine."""
+    """Checks all jobs, prepares their data, and runs them in slots on this machine.
+
+    Args:
+        gpus: how many of the visible GPUs are used; null takes all, 0 none.
+        jobs_per_gpu: how many jobs share one.
+        cpu_jobs: how many jobs run at once where there is no GPU; they share the cores.
+    """
+
+    def __init__(self, gpus: int | None = None, jobs_per_gpu: int = 1, cpu_jobs: int = 1) -> None:
+        self.gpus, self.jobs_per_gpu, self.cpu_jobs = gpus, jobs_per_gpu, cpu_jobs
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -38,44 +55,180 @@ class LocalLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        jobs = [self._compose(o, initial_job_idx + i) for i, o in enumerate(job_overrides)]
-        prepare([without_hydra(job) for job in jobs])
-        return [
-            run_job(
-                hydra_context=self.context,
-                task_function=self.task,
-                config=job,
-                job_dir_key="hydra.sweep.dir",
-                job_subdir_key="hydra.sweep.subdir",
-            )
-            for job in jobs
-        ]
+        jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
+        configs = [without_hydra(job) for job in jobs]
+        slots = self._slots(configs)
+        sweep = prepare(configs)
+        stop, lock = threading.Event(), threading.Lock()
 
-    def _compose(self, overrides: Sequence[str], index: int) -> DictConfig:
-        swept = swept_keys(self.config.hydra)
-        job = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        def work(number: int, slot: Slot) -> JobReturn:
+            return self._run(jobs[number], configs[number], slot, stop, lock, board)
+
+        with Board(sweep.read_record()["jobs"]) as board:
+            return run_in_slots(work, range(len(jobs)), slots, stop)
+
+    def _slots(self, configs: Sequence[Config]) -> list[Slot]:
+        self._check()
+        wanted = any(c.train.device is not Device.cpu for c in configs)
+        gpus = visible_gpus() if wanted and self.gpus != 0 else []
+        if gpus:
+            return gpu_slots(gpus[: self.gpus], self.jobs_per_gpu)
+        return cpu_slots(self.cpu_jobs)
+
+    def _check(self) -> None:
+        values = {"jobs_per_gpu": self.jobs_per_gpu, "cpu_jobs": self.cpu_jobs}
+        for key, value in values.items():
+            if not 1 <= value <= 64:
+                raise CompactHydraException(
+                    f"ich: hydra.launcher.{key} is {value}, but must be from 1 to 64."
+                )
+
+    def _run(
+        self,
+        job: DictConfig,
+        config: Config,
+        slot: Slot,
+        stop: threading.Event,
+        lock: threading.Lock,
+        board: Board,
+    ) -> JobReturn:
+        """One job, with what Hydra and its callbacks are used to be told of it."""
+        done = JobReturn()
+        done.overrides = OmegaConf.to_container(job.hydra.overrides.task)  # type: ignore[assignment]
+        done.hydra_cfg = OmegaConf.create({"hydra": job.hydra})
+        done.cfg = OmegaConf.create({k: v for k, v in job.items_ex(resolve=False) if k != "hydra"})
+        done.working_dir = str(Path.cwd())
+        with lock:
+            self.context.callbacks.on_job_start(config=job, task_function=self.task)
+        done.return_value = train(config, board, slot, stop)
+        done.status = JobStatus.COMPLETED
+        with lock:
+            self.context.callbacks.on_job_end(config=job, job_return=done)
+        return done
+
+
+class CheckedLauncher(Launcher):
+    """Checks all jobs and prepares their data before another launcher places them.
+
+    Args:
+        inner: the other launcher's config node.
+    """
+
+    def __init__(self, inner: DictConfig) -> None:
+        self.inner = inner
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+        config = config.copy()
+        with read_write(config), open_dict(config):
+            config.hydra.launcher = self.inner
+        self.launcher = instantiate(self.inner)
+        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
+        prepare([without_hydra(job) for job in jobs])
+        # A job on another machine cannot know what the sweep varies, and so not what it is called.
+        named = [
+            [*overrides, f"name={job.name}", f"job='{job.job}'"]
+            for overrides, job in zip(job_overrides, jobs, strict=True)
+        ]
+        done: Sequence[JobReturn] = self.launcher.launch(named, initial_job_idx)
+        return done
+
+
+class CheckFirst(Callback):
+    """Wraps whatever launcher was chosen, if it is not one of ours."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        inner = config.hydra.launcher
+        if not str(inner.get("_target_", "")).startswith(_OURS):
+            with read_write(config), open_dict(config):
+                config.hydra.launcher = {
+                    "_target_": f"{_OURS}CheckedLauncher",
+                    "_recursive_": False,
+                    "inner": inner,
+                }
+
+
+def compose_jobs(
+    context: HydraContext,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+) -> list[DictConfig]:
+    """The composed config of every job of a batch, each with its fixed name and folder."""
+    swept = swept_keys(config.hydra)
+    jobs = []
+    for index, overrides in enumerate(job_overrides, start=initial_job_idx):
+        job = context.config_loader.load_sweep_config(config, list(overrides))
         with open_dict(job):
             job.hydra.job.id, job.hydra.job.num = str(index), index
             # Fixed here: seen from inside one job, nothing tells what the sweep varies.
-            job.name = str(self.config.name)
+            job.name = str(config.name)
             job.job = job_name(job.hydra.overrides.task, swept, job.model.name)
-        return job
+        jobs.append(job)
+    return jobs
 
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
-    with Terminal().preparing() as report:
-        try:
-            sweep = open_sweep(configs, report)
-        except UserError as error:
-            raise CompactHydraException(f"ich: {error}") from None
-        except OSError as error:
-            raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
-    if sweep not in [s for s, _ in launched]:
-        launched.append((sweep, configs[0]))
-    done = sum(sweep.run(c.job).is_finished(c) for c in configs)
-    Terminal().opened(sweep, len(configs), done)
+    try:
+        with Terminal().preparing() as report:
+            sweep, jobs = open_sweep(configs, report)
+    except UserError as error:
+        raise CompactHydraException(f"ich: {error}") from None
+    except OSError as error:
+        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+    if sweep not in launched:
+        launched.append(sweep)
+    other = [job.config.job for job in jobs if job.is_of_other_code]
+    Terminal().opened(sweep, [job.state for job in jobs], other)
     return sweep
+
+
+def train(
+    config: Config, board: Board, slot: Slot | None = None, stop: threading.Event | None = None
+) -> float | None:
+    """Runs one job of an opened sweep; returns the monitored metric, None if it did not finish.
+
+    Raises:
+        CompactHydraException: the sweep's folder is not to be seen from here.
+    """
+    sweep = SweepPaths(Path(config.sweep.output) / config.name)
+    record, run = sweep.read_record(), sweep.run(config.job)
+    if config.job not in record.get("origins", {}):
+        raise CompactHydraException(
+            f"ich: {sweep.root} does not know the job {config.job!r}. A job on another machine "
+            f"needs the launching folder at the same place, on a file system that both share."
+        )
+    if sweep.stopped.exists():
+        return None
+    slot, origin = slot or Slot(), record["origins"][config.job]
+    before = run.state(config, origin) is State.done
+    watch = board.started(config, run, slot.name) if not before else lambda: None
+    try:
+        result = run_job(config, run, origin, record["mlflow_run"], watch, slot, stop)
+    except OSError as error:  # a full disk, mostly; the other jobs may have better luck
+        result = {"status": FAILED, "reason": f"its folder cannot be used: {error}"}
+    board.ended(config, result, before)
+    if result["status"] == FAILED and config.sweep.on_failure.value == "stop":
+        write_json(sweep.stopped, {"job": config.job})
+    score = result.get(f"val_{config.train.monitor.value}")
+    return float(score) if isinstance(score, int | float) else None
+
+
+def enter() -> None:
+    """Called by a job that a launcher has started, maybe in another process on another machine:
+    goes to the folder where the sweep was launched, so that relative paths mean the same."""
+    register_resolvers()
+    launched_in = HydraConfig.get().runtime.cwd
+    if Path(launched_in) != Path.cwd():
+        os.chdir(launched_in)
 
 
 def without_hydra(job: DictConfig) -> Config:

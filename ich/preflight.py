@@ -7,37 +7,99 @@ them. What is wrong in the eighth job is said here, and not after seven training
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from ich import data
-from ich.config import Config, Source, UserError, image_size, validate
+from ich import data, provenance
+from ich.config import Config, ModelConfig, UserError, image_size, plain, validate
 from ich.data_report import write_data_report
-from ich.results import SweepPaths, write_json
-from ich.tracking import open_store
+from ich.results import Origin, RunPaths, State, SweepPaths
+from ich.tracking import open_sweep_run
 
 
-def check_jobs(configs: Sequence[Config]) -> None:
-    """Checks all jobs of a sweep.
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep, its folder, what it is made from, and what starting it would do."""
+
+    config: Config
+    run: RunPaths
+    origin: Origin
+    state: State
+
+    @property
+    def is_of_other_code(self) -> bool:
+        """Whether the folder's run was made by another version of this package's code."""
+        before = self.run.read_origin().get("code")
+        return self.state is not State.new and before != self.origin["code"]
+
+
+def check_jobs(configs: Sequence[Config]) -> SweepPaths:
+    """Checks what can be checked of all jobs without a look at their data; returns their folder.
 
     Raises:
-        UserError: a value out of range, two jobs with one folder, or weights that cannot be had.
+        UserError: a value out of range, or two jobs with one folder.
     """
     for config in configs:
         validate(config)
-        if config.data.root is not None or config.data.source is not Source.phantom:
-            data.open_store(config.data)  # said before weights are downloaded
     twice = [job for job, n in Counter(c.job for c in configs).items() if n > 1]
     if twice:
         raise UserError(
             f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
             f"times in this command. Name each value once."
         )
+    return SweepPaths(Path(configs[0].sweep.output) / configs[0].name)
+
+
+def look_up(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
+    """What each job is made from and what its folder holds. Reads neither slice nor label, and
+    writes nothing: a phantom that is not there yet is of no cohort that a run could be made from.
+
+    Raises:
+        UserError: the data set is not there.
+    """
+    keys: dict[str, str] = {}
+    jobs = []
+    for config in configs:
+        what = repr((config.data, config.protocol))
+        if what not in keys:
+            keys[what] = data.cohort_key(config)
+        weights = weights_digest(config.model)
+        origin = Origin(cohort=keys[what], weights=weights, code=provenance.code_version())
+        run = sweep.run(config.job)
+        jobs.append(Job(config, run, origin, run.state(config, origin)))
+    return jobs
+
+
+def weights_digest(cfg: ModelConfig) -> str:
+    """Tells initial weights apart: a file by its content, published ones by their timm tag."""
+    if cfg.weights is None:
+        return cfg.timm if cfg.pretrained else "random"
+    path = Path(cfg.weights)
+    return _digest(path, path.stat().st_mtime_ns) if path.is_file() else "no file"
+
+
+@lru_cache
+def _digest(path: Path, _changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_weights(configs: Sequence[Config]) -> None:
+    """Makes sure that the networks of jobs take their input, and that their weights are at hand.
+
+    Raises:
+        UserError: an architecture that does not fit, or weights that cannot be had.
+    """
+    if not configs:
+        return
     # Imported here: torch takes seconds, which a typo need not wait for.
     from ich.model import check_architecture, ensure_weights
 
@@ -46,60 +108,75 @@ def check_jobs(configs: Sequence[Config]) -> None:
         ensure_weights(c.model)
 
 
-def open_sweep(configs: Sequence[Config], report: data.Report | None = None) -> SweepPaths:
-    """Checks the jobs, prepares their data, and records the launch in `sweep.json`.
+def open_sweep(
+    configs: Sequence[Config], report: data.Report | None = None
+) -> tuple[SweepPaths, list[Job]]:
+    """Checks the jobs, prepares their data, and records the launch.
 
     Args:
         configs: the jobs, in the order of the table.
         report: progress of the preparation.
 
     Returns:
-        The sweep's folder; its record names the jobs and the MLflow parent run.
+        The sweep's folder, whose record names the jobs and the MLflow parent run; and the jobs.
 
     Raises:
-        UserError: see `check_jobs` and `ich.data.load_dataset`.
+        UserError: see `check_jobs`, `check_weights` and `ich.data.load_dataset`.
     """
-    check_jobs(configs)
-    open_store(configs[0].tracking, required=True)
-    first = configs[0]
-    sweep = SweepPaths(Path(first.sweep.output) / first.name)
-    cohorts = {repr((c.data, c.protocol)): c for c in configs}.values()
+    sweep = check_jobs(configs)
+    jobs = look_up(configs, sweep)
+    todo = [job.config for job in jobs if job.state is not State.done]
+    check_weights(todo)
+    cohorts = {repr((c.data, c.protocol)): c for c in todo}.values()
     prepared = [(config, data.prepare(config, report)) for config in cohorts]
     for _, done in prepared:
         done.require_rows()
-    earlier, cohorts_before = _hold(sweep)
+    if prepared:  # a phantom made just now has a fingerprint only now
+        jobs = look_up(configs, sweep)
+    earlier = _hold(sweep)
     for config, done in prepared:
         write_data_report(config, done, sweep.data(done.key))
-    parent = _open_parent(first, sweep)
-    write_json(
-        sweep.record,
+    _record(sweep, jobs, earlier, open_sweep_run(configs[0], sweep))
+    return sweep, jobs
+
+
+def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: str | None) -> None:
+    """Writes down what was launched, from what and where: enough to do it again."""
+    before = sweep.read_record() if earlier else {}
+    if not earlier:
+        sweep.stopped.unlink(missing_ok=True)
+        sweep.diff.write_text(provenance.git_diff())
+    names = [*earlier, *(j.config.job for j in jobs)]
+    cohorts = [*before.get("cohorts", []), *(j.origin["cohort"] for j in jobs)]
+    sweep.write_record(
         {
-            "name": first.name,
-            "jobs": list(dict.fromkeys([*earlier, *(c.job for c in configs)])),
-            "cohorts": list(dict.fromkeys([*cohorts_before, *(d.key for _, d in prepared)])),
+            "name": jobs[0].config.name,
+            "jobs": list(dict.fromkeys(names)),
+            "cohorts": list(dict.fromkeys(cohorts)),
             "mlflow_run": parent,
-            "started": time.strftime("%Y-%m-%d %H:%M"),
+            "started": before.get("started", time.strftime("%Y-%m-%d %H:%M")),
             "command": _command(),
-        },
+            "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
+            "configs": before.get("configs", {}) | {j.config.job: plain(j.config) for j in jobs},
+            "provenance": before.get("provenance") or provenance.record(),
+        }
     )
-    return sweep
 
 
 _held: dict[Path, IO[str]] = {}
 
 
-def _hold(sweep: SweepPaths) -> tuple[list[str], list[str]]:
-    """Makes the sweep's folder and keeps it for this process; returns the jobs and cohorts of
-    earlier batches.
+def _hold(sweep: SweepPaths) -> list[str]:
+    """Makes the sweep's folder and keeps it for this process; returns the jobs of earlier batches.
 
     Raises:
         UserError: another process runs a sweep in it.
     """
-    if sweep.root in _held:
-        record = sweep.read_record()
-        return list(record["jobs"]), list(record["cohorts"])
-    sweep.root.mkdir(parents=True, exist_ok=True)
-    handle = (sweep.root / ".lock").open("w")
+    root = sweep.root.absolute()
+    if root in _held:
+        return list(sweep.read_record()["jobs"])
+    root.mkdir(parents=True, exist_ok=True)
+    handle = (root / ".lock").open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -108,42 +185,10 @@ def _hold(sweep: SweepPaths) -> tuple[list[str], list[str]]:
             f"another sweep is running in {sweep.root}. Wait for it, or give this one a folder of "
             f"its own with name=NAME."
         ) from None
-    _held[sweep.root] = handle
-    return [], []
+    _held[root] = handle
+    return []
 
 
 def _command() -> str:
     module = Path(sys.argv[0]).stem
     return shlex.join(["python", "-m", f"ich.{module}", *sys.argv[1:]])
-
-
-def _open_parent(config: Config, sweep: SweepPaths) -> str | None:
-    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
-    store = open_store(config.tracking, required=True)
-    if store is None:
-        return None
-    earlier = sweep.read_record().get("mlflow_run")
-    if isinstance(earlier, str) and store.reopen(earlier):
-        # The folder is locked, so what a killed sweep left RUNNING runs no more.
-        store.end_running_children(earlier, "KILLED")
-        return earlier
-    tags = {
-        "ich.sweep": config.name,
-        "ich.kind": "sweep",
-        "ich.protocol": config.protocol.name.value,
-        "ich.data": config.data.source.value,
-    }
-    return store.open_run(config.name, tags)
-
-
-def close_sweep(sweep: SweepPaths, config: Config, ok: bool) -> None:
-    """Keeps the table and figures on the sweep's MLflow run, and ends it."""
-    record = sweep.read_record()
-    store, parent = open_store(config.tracking), record.get("mlflow_run")
-    if store is None or not isinstance(parent, str):
-        return
-    data_reports = [sweep.data(key) for key in record.get("cohorts", [])]
-    for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures, *data_reports):
-        if path.exists():
-            store.log_artifact(parent, path)
-    store.end(parent, "FINISHED" if ok else "FAILED")

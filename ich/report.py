@@ -96,7 +96,7 @@ def compare(sweep: SweepPaths) -> pd.DataFrame:
             f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a sweep, "
             f"as in python -m ich.report multirun_reports/demo."
         )
-    results = [sweep.run(job).read_result() | {"job": job} for job in record["jobs"]]
+    results = sweep.read_results()
     table = build_table(results)
     part = sweep.csv.with_suffix(".part")
     table.to_csv(part, index=False)

@@ -8,14 +8,32 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.config import Config, identity, load
 
 FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
+
+
+class State(Enum):
+    """What starting a job does: nothing, go on, try again, or begin."""
+
+    done = "done"
+    resume = "resume"
+    retry = "retry"
+    new = "new"
+
+
+class Origin(TypedDict):
+    """What a run is made from beside its config: fingerprints of data, weights and code."""
+
+    cohort: str
+    weights: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,16 @@ class RunPaths:
         """The run's MLflow run, by which a resumed or dead process's is found again."""
         return self.root / "tracking.json"
 
+    @property
+    def origin(self) -> Path:
+        """What the run was made from, beside its config: cohort, weights, code, versions."""
+        return self.root / "origin.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains here."""
+        return self.root / ".lock"
+
     def read_result(self) -> dict[str, Any]:
         """The run's outcome; a run that never wrote one is `not started`."""
         if not self.result.exists():
@@ -78,39 +106,59 @@ class RunPaths:
         lines = self.metrics.read_text().splitlines()
         return list(_parsed(lines))
 
-    def is_finished(self, config: Config) -> bool:
-        """Whether this folder holds a finished run of this very training, weights included."""
-        finished = self.read_result()["status"] == FINISHED and self.best.exists()
-        return finished and self._holds(config)
+    def state(self, config: Config, origin: Origin) -> State:
+        """What starting this job would do, judged by what the folder holds."""
+        if not self._holds(config, origin):
+            return State.new
+        status = self.read_result()["status"]
+        if status == FINISHED and self.best.exists():
+            return State.done
+        if status == FAILED:
+            return State.retry
+        return State.resume if self.has_checkpoint() else State.new
 
-    def is_resumable(self, config: Config) -> bool:
-        """Whether this folder holds a checkpoint of this very training, damaged or not."""
-        return any(self.root.glob("checkpoint-*.ich")) and self._holds(config)
+    def has_checkpoint(self) -> bool:
+        """Whether a training could go on from here; a damaged checkpoint counts."""
+        return any(self.root.glob("checkpoint-*.ich"))
 
-    def mlflow_run(self) -> str | None:
-        """The MLflow run of what this folder holds, if there is one."""
-        try:
-            run_id = json.loads(self.tracking.read_text())["mlflow_run"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return run_id if isinstance(run_id, str) else None
-
-    def _holds(self, config: Config) -> bool:
+    def _holds(self, config: Config, origin: Origin) -> bool:
+        """Whether the folder is of this very training, whatever became of it."""
+        made_of = self.read_origin()
+        if any(made_of.get(k) != origin[k] for k in ("cohort", "weights")):
+            return False
         try:
             return identity(load(self.config)) == identity(config)
         except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich
             return False
 
+    def read_origin(self) -> dict[str, Any]:
+        """What the run was made from, empty if nothing tells."""
+        return _read_json(self.origin)
+
+    def read_tracking(self) -> dict[str, Any]:
+        """`mlflow_run`, whether the copy in MLflow is `complete`, and which run it supersedes."""
+        return _read_json(self.tracking)
+
+    def write_tracking(self, value: dict[str, Any]) -> None:
+        write_json(self.tracking, value)
+
     def supersede(self) -> None:
-        """Moves an earlier run of the same job aside; it is kept, and no table lists it."""
+        """Moves an earlier run of the same job aside; it is kept, and no table lists it.
+
+        What takes its place is told which MLflow run is out of date.
+        """
         if not (self.config.exists() or self.result.exists()):
             return
+        earlier = self.read_tracking().get("mlflow_run")
         shelf = self.root.parent / "superseded"
         shelf.mkdir(exist_ok=True)
         n = 1
         while (shelf / f"{self.root.name}.{n}").exists():
             n += 1
         shutil.move(self.root, shelf / f"{self.root.name}.{n}")
+        self.root.mkdir()
+        if earlier:
+            self.write_tracking({"supersedes": earlier})
 
 
 @dataclass(frozen=True)
@@ -143,6 +191,31 @@ class SweepPaths:
     def run(self, job: str) -> RunPaths:
         return RunPaths(self.root / job)
 
+    @property
+    def stopped(self) -> Path:
+        """Says which failure stopped the latest launch; absent if none did."""
+        return self.root / "stopped.json"
+
+    @property
+    def diff(self) -> Path:
+        """What the code of the latest launch had changed since its commit."""
+        return self.root / "launch.diff"
+
+    def read_results(self) -> list[dict[str, Any]]:
+        """The outcome of each job of the latest launch, in its order."""
+        stopped = _read_json(self.stopped).get("job")
+        reason = f"not started: sweep.on_failure=stop, and {stopped} failed" if stopped else ""
+        results = []
+        for job in self.read_record()["jobs"]:
+            result = self.run(job).read_result() | {"job": job}
+            if result["status"] == NOT_STARTED:
+                result["reason"] = reason
+            results.append(result)
+        return results
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_json(self.record, record)
+
     def read_record(self) -> dict[str, Any]:
         """The latest launch, or an empty dict for a folder that holds none."""
         if not self.record.exists():
@@ -163,6 +236,14 @@ def write_json(path: Path, value: Any, sync: bool = True) -> None:
         if sync:
             os.fsync(file.fileno())
     part.rename(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: progress with a time estimate, one line per epoch.
+"""What a person at the terminal sees: jobs with a time estimate, one line per epoch.
 
 In a pipe or a log file there are no bars, only the lines.
 """
@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -22,10 +27,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ich.config import Config
-from ich.results import FINISHED, RunPaths, SweepPaths
+from ich.results import FAILED, FINISHED, KILLED, RunPaths, State, SweepPaths
 
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
 
@@ -53,32 +59,6 @@ class Terminal:
                     self._line(f"{what}: {total:,} done")
 
             yield report
-
-    @contextmanager
-    def watching(self, config: Config, run: RunPaths) -> Iterator[Callable[[], None]]:
-        """Yields a function that shows what the child has written since it was last called."""
-        with self._bar(TextColumn("{task.fields[note]}")) as bar:
-            task = bar.add_task(f"{config.job} starting", total=None, note="")
-            shown = 0
-
-            def watch() -> None:
-                nonlocal shown
-                journal = run.read_metrics()
-                for line in journal[shown:]:
-                    self._line(_epoch_line(config, line))
-                shown = len(journal)
-                state = _read_progress(run)
-                if state:
-                    whole = state["steps"]
-                    bar.update(
-                        task,
-                        total=state["epochs"],
-                        completed=state["epoch"] - 1 + state["step"] / whole,
-                        description=f"{config.job} epoch {state['epoch']}/{state['epochs']}",
-                        note=f"{state['phase']} {state['step']}/{whole}",
-                    )
-
-            yield watch
 
     def _bar(self, *columns: TextColumn | MofNCompleteColumn) -> Progress:
         return Progress(
@@ -128,26 +108,147 @@ class Terminal:
         self._line(f"\n{slices:,} slices decoded, {quarantined:,} in quarantine: {cache}")
         self._line(f"data report: {report}")
 
-    def opened(self, sweep: SweepPaths, jobs: int, done: int) -> None:
-        """One line as the jobs of a sweep begin."""
-        self._line(f"{sweep.root}: {done} finished before, {jobs - done} to run")
+    def opened(self, sweep: SweepPaths, states: Sequence[State], other_code: Sequence[str]) -> None:
+        """One line as the jobs of a sweep begin; and which finished runs are of other code."""
+        words = {
+            State.done: "finished before",
+            State.resume: "to go on",
+            State.retry: "to try again",
+            State.new: "to run",
+        }
+        counts = [(states.count(state), word) for state, word in words.items()]
+        self._line(f"{sweep.root}: " + ", ".join(f"{n} {word}" for n, word in counts if n))
+        if other_code:
+            shown = ", ".join(other_code[:4]) + (" ..." if len(other_code) > 4 else "")
+            self._line(
+                f"[yellow]{len(other_code)} of them began with other code of ich[/yellow] and are "
+                f"kept: {escape(shown)}. name=NEW runs everything with the code of now."
+            )
 
-    def started(self, number: int, total: int, config: Config, run: RunPaths) -> None:
-        """One line as a job starts."""
-        self._line(f"\n[bold]\\[{number}/{total}] {config.job}[/bold]  log: {run.log}")
 
-    def ended(self, config: Config, result: dict[str, object], skipped: bool) -> None:
-        """One line as a job ends."""
-        if result["status"] != FINISHED:
-            self._line(f"[red]{config.job} {result['status']}[/red]: ", end="")
-            self._line(str(result["reason"]), markup=False)
+class Board:
+    """The jobs of a sweep while they run: what stays is printed, what changes is shown below it.
+
+    Args:
+        jobs: their names, in the order of the table.
+        out: where to print; without a terminal only what stays is shown.
+    """
+
+    ROWS = 16  # of the changing part; running jobs come first
+
+    def __init__(self, jobs: Sequence[str], out: Console = console):
+        self._out = out
+        self._rows = {job: _Row(job) for job in jobs}
+        self._live = Live(
+            console=out,
+            get_renderable=self._render,
+            refresh_per_second=4,
+            transient=True,
+            auto_refresh=out.is_terminal,
+        )
+
+    def __enter__(self) -> Board:
+        if self._out.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def started(self, config: Config, run: RunPaths, slot: str) -> Callable[[], None]:
+        """A job starts; returns what shows the news its process has written."""
+        row = self._rows.setdefault(config.job, _Row(config.job))
+        row.status, row.began = "running", time.monotonic()
+        number = list(self._rows).index(config.job) + 1
+        place = f"  on {slot}" if slot else ""
+        self._line(f"[bold]\\[{number}/{len(self._rows)}] {config.job}[/bold]{place}  {run.log}")
+        shown = len(run.read_metrics())
+
+        def watch() -> None:
+            nonlocal shown
+            journal = run.read_metrics()
+            for line in journal[shown:]:
+                self._line(_epoch_line(config, line))
+            shown = max(shown, len(journal))  # a resumed training cuts its journal first
+            row.follow(_read_progress(run))
+
+        return watch
+
+    def ended(self, config: Config, result: dict[str, Any], before: bool) -> None:
+        """A job ended, or had ended before this launch."""
+        row = self._rows.setdefault(config.job, _Row(config.job))
+        row.status = str(result["status"])
+        if row.status != FINISHED:
+            row.note = " ".join(str(result["reason"]).split())
+            self._line(f"[red]{config.job} {row.status}[/red]: {escape(row.note)}")
             return
-        word = "was finished before" if skipped else "finished"
+        monitor = config.train.monitor.value
+        row.note = f"{monitor} {_number(result.get(monitor))}"
+        word = "was finished before" if before else "finished"
         self._line(
             f"[green]{config.job} {word}[/green]: best epoch {result['best_epoch']}, accuracy "
             f"{_number(result['accuracy'])}, AUC {_number(result['auc'])}, "
             f"{_number(result['minutes'], 1)} min"
         )
+
+    def _line(self, text: str) -> None:
+        self._out.print(text, soft_wrap=True)
+
+    def _render(self) -> Table:
+        rows = sorted(self._rows.values(), key=lambda r: _ORDER.get(r.status, 1))
+        counts = Counter(r.status for r in rows)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for _ in range(4):
+            table.add_column(no_wrap=True, overflow="ellipsis")
+        for row in rows[: self.ROWS]:
+            color = _COLORS.get(row.status, "dim")
+            table.add_row(
+                f"[{color}]{row.status}[/{color}]", escape(row.job), row.bar(), escape(row.note)
+            )
+        rest = f", {len(rows) - self.ROWS} not shown" if len(rows) > self.ROWS else ""
+        told = ", ".join(f"{n} {status}" for status, n in counts.items())
+        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {told}{rest}", "", "")
+        return table
+
+
+_ORDER = {"running": 0, "waiting": 1, FAILED: 2, FINISHED: 3}
+_COLORS = {"running": "cyan", FAILED: "red", FINISHED: "green", KILLED: "yellow"}
+
+
+@dataclass
+class _Row:
+    """One job on the board. done: share of the training, at first sight and now."""
+
+    job: str
+    status: str = "waiting"
+    note: str = ""
+    began: float = 0.0
+    first: float | None = None
+    done: float = 0.0
+
+    def follow(self, state: dict[str, Any] | None) -> None:
+        """Takes over what the job's process says of itself."""
+        if not state:
+            self.note = "starting"
+            return
+        self.done = (state["epoch"] - 1 + state["step"] / state["steps"]) / state["epochs"]
+        if self.first is None:
+            self.first, self.began = self.done, time.monotonic()
+        place = f"epoch {state['epoch']}/{state['epochs']}, {state['phase']}"
+        gained = self.done - self.first
+        if gained > 0:
+            left = (time.monotonic() - self.began) * (1 - self.done) / gained
+            place += f" {state['step']}/{state['steps']}, {_duration(left)} left"
+        self.note = place
+
+    def bar(self) -> ProgressBar | str:
+        return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _epoch_line(config: Config, line: dict[str, float | None]) -> str:
@@ -163,9 +264,9 @@ def _number(value: object, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "undefined"
 
 
-def _read_progress(run: RunPaths) -> dict[str, int] | None:
+def _read_progress(run: RunPaths) -> dict[str, Any] | None:
     try:
-        state: dict[str, int] = json.loads(run.progress.read_text())
+        state: dict[str, Any] = json.loads(run.progress.read_text())
     except FileNotFoundError:
         return None
     return state

@@ -1,7 +1,9 @@
 """Metrics go to `metrics.jsonl` first and to MLflow after: the files are the truth, MLflow a view.
 
-A sweep is a parent run and each job a nested run. Whatever MLflow does (slow, locked, full, gone),
-a training goes on: what it raises is logged once per call and the journal stays complete.
+A sweep is a parent run and each job a nested run. A job's MLflow run is a copy of its folder, made
+by a thread that the training never waits for; the copy can be made again at any time, and adds only
+what is missing. So MLflow may be slow, locked, full or gone: what it missed is there when the sweep
+ends, or when the same command is given again.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ich.cache import lock
-from ich.config import TrackingConfig, UserError
+from ich.config import Config, TrackingConfig, UserError, flatten, load, typed
+from ich.results import FAILED, FINISHED, KILLED, RunPaths, SweepPaths
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow would otherwise retry a dead server for minutes, at every call.
@@ -27,86 +32,157 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 log = logging.getLogger(__name__)
 _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
-_PARAM_LIMIT = 6000  # MLflow cuts longer values; config.yaml holds them whole
+_PARAM_LIMIT = 6000  # of MLflow, characters
+_CUT = " ... cut here, whole in config.yaml"
+_TRY_AGAIN_SECONDS = 20
 
 
-class Tracker:
-    """Writes the journal and nothing else; what `tracking=none` uses."""
+class Journal:
+    """`metrics.jsonl`: one line per epoch, safe on disk before anything else hears of it."""
 
-    run_id: str | None = None
-
-    def __init__(self, journal: Path):
-        self.journal = journal
+    def __init__(self, path: Path, told: Callable[[], None] = lambda: None):
+        self._path, self._told = path, told
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self.journal.open("a") as file:
+        with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._told()
 
     def rewind(self, step: int) -> None:
-        """Drops the journal's lines after a step: a resumed training writes them again."""
-        if self.journal.exists():
-            part = self.journal.with_suffix(".part")
-            kept = [line for line in self._lines() if line["step"] <= step]
+        """Drops the lines after a step: a resumed training writes them again."""
+        kept = [line for line in RunPaths(self._path.parent).read_metrics() if line["step"] <= step]
+        if self._path.exists():
+            part = self._path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            part.replace(self.journal)
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """The journal's whole lines; a crash may have cut the last one."""
-        for line in self.journal.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-    def artifact(self, path: Path) -> None:
-        """Keeps a file with the run."""
-
-    def summary(self, metrics: dict[str, float]) -> None:
-        """Values of the whole run, shown beside its parameters."""
-
-    def finish(self, status: str) -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
+            part.replace(self._path)
 
 
-class MlflowTracker(Tracker):
-    """The journal, then the same to one MLflow run."""
+class RunMirror:
+    """The MLflow run of one job, a copy of the job's folder."""
 
-    def __init__(self, journal: Path, store: MlflowStore, run_id: str):
-        super().__init__(journal)
-        self.store, self.run_id = store, run_id
-        self.run: str = run_id
-        # A step logged twice would stand twice in MLflow.
-        self._steps = store.logged_steps(run_id, _EVERY_STEP) if journal.exists() else set()
+    def __init__(self, config: Config, run: RunPaths, parent: str | None):
+        self._config, self._run, self._parent = config, run, parent
+        self._store: MlflowStore | None = None
+        self._run_id = ""
+        self._steps: set[int] = set()
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        super().log(metrics, step)
-        self._mirror(metrics, step)
+    def push(self) -> None:
+        """Adds to MLflow what it does not have yet; ends its run when the job has ended.
 
-    def _mirror(self, metrics: dict[str, float], step: int) -> None:
-        if step not in self._steps and self.store.log_metrics(self.run, metrics, step):
-            self._steps.add(step)
+        Raises:
+            Exception: whatever MLflow raises; calling again goes on.
+        """
+        if self._store is None:
+            self._store = MlflowStore(self._config.tracking)
+        if not self._run_id:
+            self._run_id = self._open(self._store)
+        store, run_id, lines = self._store, self._run_id, self._run.read_metrics()
+        for line in lines:
+            # A step logged twice would stand twice in MLflow.
+            if line["step"] not in self._steps:
+                values = {k: v for k, v in line.items() if k not in ("step", "time")}
+                store.log_metrics(run_id, values, line["step"], line["time"])
+                self._steps.add(line["step"])
+        if undefined := sorted({k for line in lines for k, v in line.items() if v is None}):
+            store.tag(run_id, "ich.undefined", ", ".join(undefined))
+        result = self._run.read_result()
+        if result["status"] in (FINISHED, FAILED, KILLED):
+            self._end(store, run_id, result)
 
-    def _catch_up(self) -> None:
-        """Logs what MLflow missed while it was slow, locked or away."""
-        for line in self._lines() if self.journal.exists() else ():
-            values = {k: v for k, v in line.items() if k not in ("step", "time") and v is not None}
-            self._mirror(values, line["step"])
+    def _open(self, store: MlflowStore) -> str:
+        """The run of an earlier process, or a new one with parameters and configuration."""
+        known = self._run.read_tracking()
+        run_id = known.get("mlflow_run")
+        if isinstance(run_id, str) and store.exists(run_id):
+            self._steps = store.logged_steps(run_id, _EVERY_STEP)
+            store.reopen(run_id)
+        else:
+            self._steps = set()
+            run_id = store.open_run(self._config.job, _tags(self._config), self._parent)
+            self._run.write_tracking(known | {"mlflow_run": run_id})
+            store.log_params(run_id, flatten(self._config))
+            store.log_artifact(run_id, self._run.config)
+        self._run.write_tracking(known | {"mlflow_run": run_id, "complete": False})
+        if self._parent:
+            store.tag(run_id, "mlflow.parentRunId", self._parent)
+        superseded = known.get("supersedes")
+        if isinstance(superseded, str) and store.exists(superseded):
+            store.tag(superseded, "ich.superseded", "true")
+        return run_id
 
-    def artifact(self, path: Path) -> None:
-        self.store.log_artifact(self.run, path)
+    def _end(self, store: MlflowStore, run_id: str, result: dict[str, Any]) -> None:
+        if result["status"] == FINISHED and not store.logged_steps(run_id, "best/accuracy"):
+            store.log_metrics(run_id, _summary(result), 0, time.time())
+        if result.get("reason"):
+            store.tag(run_id, "ich.reason", str(result["reason"])[:500])
+        run = self._run
+        for path in (run.config, run.best, run.predictions, run.log, run.result, run.origin):
+            if path.exists():
+                store.log_artifact(run_id, path)
+        store.end(run_id, result["status"].upper())
+        run.write_tracking(run.read_tracking() | {"complete": True})
 
-    def summary(self, metrics: dict[str, float]) -> None:
-        self.store.log_metrics(self.run, metrics, 0)
 
-    def finish(self, status: str) -> None:
-        self._catch_up()
-        self.store.end(self.run, status)
+class Mirror:
+    """Pushes a job's folder to MLflow from a thread of its own.
+
+    Args:
+        config: the job; without `tracking.mlflow` nothing happens.
+        run: its folder.
+        parent: the sweep's MLflow run.
+    """
+
+    def __init__(self, config: Config, run: RunPaths, parent: str | None):
+        self._mirror = RunMirror(config, run, parent)
+        self._news, self._last = threading.Event(), False
+        self._thread: threading.Thread | None = None
+        if config.tracking.mlflow:
+            self._news.set()  # MLflow shows a run as soon as it starts
+            self._thread = threading.Thread(target=self._follow, daemon=True, name="mlflow")
+            self._thread.start()
+
+    def notify(self) -> None:
+        """There is something new in the folder. Returns at once."""
+        self._news.set()
+
+    def finish(self, seconds: float) -> bool:
+        """Waits until MLflow has everything, at most so long; True if it has.
+
+        The caller has written the result; what is missing is pushed when the sweep ends.
+        """
+        if self._thread is None:
+            return True
+        self._last = True
+        self._news.set()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            log.warning("MLflow is slow or away; what it misses is copied when the sweep ends")
+        return not self._thread.is_alive()
+
+    def _follow(self) -> None:
+        said = ""
+        while True:
+            self._news.wait(_TRY_AGAIN_SECONDS if said else None)
+            self._news.clear()
+            last = self._last
+            try:
+                self._mirror.push()
+                said = ""
+            except Exception as error:  # a tracker must never end a training
+                reason = _in_a_line(error)
+                if reason != said:
+                    log.warning("MLflow cannot be used now (%s); the run's files are whole", reason)
+                said = reason
+            if last:
+                return
 
 
 class MlflowStore:
-    """One MLflow tracking store and the experiment in it.
+    """One MLflow tracking store and the experiment in it. Every method raises what MLflow raises.
 
     Raises:
         UserError: the database file is no SQLite database.
@@ -119,6 +195,8 @@ class MlflowStore:
 
         for name in ("mlflow", "alembic"):  # creating tables is no news to the person at the screen
             logging.getLogger(name).setLevel(logging.WARNING)
+        # It prints pages about what it also raises.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         with _creation_lock(self.uri):
             self.client = MlflowClient(self.uri)
             found = self.client.get_experiment_by_name(cfg.experiment)
@@ -128,132 +206,189 @@ class MlflowStore:
                 else self.client.create_experiment(cfg.experiment, artifacts)
             )
 
-    def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str | None:
-        """Starts a run; None if MLflow would not."""
+    def open_run(self, name: str, tags: dict[str, str], parent: str | None = None) -> str:
+        """Starts a run and returns its id."""
         tags = {**tags, "mlflow.runName": name}
         if parent:
             tags["mlflow.parentRunId"] = parent
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        return str(run.info.run_id)
 
-        def create() -> str:
-            run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-            return str(run.info.run_id)
+    def exists(self, run_id: str) -> bool:
+        """Whether there is such a run, and it has not been deleted."""
+        from mlflow.exceptions import MlflowException
 
-        return _safely("create a run", create)
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
 
-    def reopen(self, run_id: str) -> bool:
-        """Sets an ended run to RUNNING again; False if it is not there."""
-        return (
-            _safely(
-                "reopen a run",
-                lambda: self.client.update_run(run_id, status="RUNNING"),
-                default=False,
-            )
-            is None
-        )
+    def reopen(self, run_id: str) -> None:
+        """Sets an ended run to RUNNING again."""
+        self.client.update_run(run_id, status="RUNNING")
+
+    def tag(self, run_id: str, key: str, value: str) -> None:
+        self.client.set_tag(run_id, key, value)
 
     def log_params(self, run_id: str, params: dict[str, str]) -> None:
+        """Logs parameters; of a value too long for MLflow, its beginning."""
         from mlflow.entities import Param
 
-        items = [Param(k, v[:_PARAM_LIMIT]) for k, v in params.items()]
+        limit = _PARAM_LIMIT - len(_CUT)
+        short = {k: v if len(v) <= _PARAM_LIMIT else v[:limit] + _CUT for k, v in params.items()}
+        items = [Param(k, v) for k, v in short.items()]
         for start in range(0, len(items), 100):  # MLflow's limit per call
-            call = partial(self.client.log_batch, run_id, params=items[start : start + 100])
-            _safely("log parameters", call)
+            self.client.log_batch(run_id, params=items[start : start + 100])
 
-    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> bool:
-        """Logs finite values at a step; True if MLflow took them."""
+    def log_metrics(
+        self, run_id: str, metrics: dict[str, float | None], step: int, when: float
+    ) -> None:
+        """Logs the finite values at a step and a time (seconds since 1970)."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
         # MLflow would store an infinity as 1.8e308; an undefined value is left out instead.
-        items = [Metric(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
-        call = partial(self.client.log_batch, run_id, metrics=items)
-        return _safely("log metrics", call, default=False) is None
+        finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        items = [Metric(k, v, int(when * 1000), step) for k, v in finite.items()]
+        self.client.log_batch(run_id, metrics=items)
 
     def logged_steps(self, run_id: str, metric: str) -> set[int]:
         """The steps at which a run has a metric."""
-        call = partial(self.client.get_metric_history, run_id, metric)
-        return {m.step for m in _safely("read metrics", call, default=[])}
+        return {m.step for m in self.client.get_metric_history(run_id, metric)}
 
     def log_artifact(self, run_id: str, path: Path) -> None:
-        method = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        folder = path.name if path.is_dir() else None
-        _safely(f"keep {path.name}", lambda: method(run_id, str(path), folder))
-
-    def end_running_children(self, parent: str, status: str, name: str | None = None) -> None:
-        """Ends the runs under a sweep, or of one job, that a dead process left RUNNING."""
-        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-        if name is not None:
-            query += f" and tags.`mlflow.runName` = '{name}'"
-        found = _safely(
-            "search runs", lambda: self.client.search_runs([self.experiment_id], query), default=[]
-        )
-        for run in found:
-            self.end(run.info.run_id, status)
+        """Keeps a file or a folder with a run."""
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), path.name)
+        else:
+            self.client.log_artifact(run_id, str(path))
 
     def end(self, run_id: str, status: str) -> None:
         """Ends a run with an MLflow status: FINISHED, FAILED or KILLED."""
-        _safely("end a run", lambda: self.client.set_terminated(run_id, status))
+        self.client.set_terminated(run_id, status)
+
+    def end_running_children(self, parent: str, status: str) -> None:
+        """Ends the runs under a sweep that dead processes left RUNNING."""
+        query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        for run in self.client.search_runs([self.experiment_id], query):
+            self.end(run.info.run_id, status)
 
 
-def open_store(cfg: TrackingConfig, required: bool = False) -> MlflowStore | None:
-    """The configured store; None for `tracking=none`, or if MLflow cannot be reached.
+def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
+    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one.
 
-    Args:
-        cfg: where MLflow is.
-        required: at the start of a sweep, when nothing is lost yet, refuse instead of going on.
+    Nothing is lost yet, so what cannot be used is refused here; only a database that is locked for
+    the moment is not worth a refusal, and everything is copied to it when the sweep ends.
 
     Raises:
-        UserError: the store cannot be opened, and it is required.
+        UserError: MLflow cannot be used.
     """
-    if not cfg.mlflow:
+    if not config.tracking.mlflow:
         return None
+    earlier = sweep.read_record().get("mlflow_run")
     try:
-        return MlflowStore(cfg)
+        store = MlflowStore(config.tracking)
+        return _parent_run(store, config, earlier)
+    except UserError:
+        raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if required:
-            raise (
-                error
-                if isinstance(error, UserError)
-                else UserError(
-                    f"MLflow at tracking.uri={cfg.uri!r} cannot be used: {reason}. Start the "
-                    f"server, leave tracking.uri null for a database in this folder, or use "
-                    f"tracking=none."
-                )
-            ) from None
-        log.warning("MLflow cannot be used (%s); the run's own files are complete", reason)
-        return None
+        reason = _in_a_line(error)
+        if "database is locked" in reason:
+            log.warning("the MLflow database is locked; it gets its copy when the sweep ends")
+            return earlier if isinstance(earlier, str) else None
+        raise UserError(
+            f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start the "
+            f"server, leave tracking.uri null for a database in this folder, or use tracking=none."
+        ) from None
 
 
-def open_tracker(
-    store: MlflowStore | None,
-    journal: Path,
-    name: str,
-    parent: str | None,
-    params: dict[str, str],
-    tags: dict[str, str],
-    earlier: str | None = None,
-) -> Tracker:
-    """A job's tracker; without a store, or if MLflow refuses the run, the journal alone.
+def _parent_run(store: MlflowStore, config: Config, earlier: object) -> str:
+    if isinstance(earlier, str) and store.exists(earlier):
+        store.reopen(earlier)
+        # The folder is locked, so what a killed sweep left RUNNING runs no more.
+        store.end_running_children(earlier, "KILLED")
+        return earlier
+    tags = {k: v for k, v in _tags(config).items() if k not in ("ich.job", "ich.model")}
+    return store.open_run(config.name, {**tags, "ich.kind": "sweep"})
+
+
+def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None) -> None:
+    """Copies what MLflow missed of the sweep's jobs, keeps the table with the sweep, and ends it.
+
+    In a process of its own: MLflow keeps connections to a database even when that has been deleted
+    and made anew, and a server that hangs must not keep whoever pressed Ctrl-C waiting.
 
     Args:
-        store: where to log.
-        journal: the run's `metrics.jsonl`.
-        name: the job.
-        parent: the sweep's run.
-        params: the job's flat configuration.
-        tags: what the run is found by.
-        earlier: the run of a training that goes on; a new one is made if it is gone.
+        sweep: its folder.
+        status: FINISHED, FAILED or KILLED.
+        seconds: how long it may take; what is missing then is copied after the next launch.
     """
-    if store is None:
-        return Tracker(journal)
-    if earlier and store.reopen(earlier):
-        return MlflowTracker(journal, store, earlier)
-    run_id = store.open_run(name, tags, parent)
-    if run_id is None:
-        return Tracker(journal)
-    store.log_params(run_id, params)
-    return MlflowTracker(journal, store, run_id)
+    if not any(c["tracking"]["mlflow"] for c in sweep.read_record()["configs"].values()):
+        return
+    command = [sys.executable, "-m", "ich.tracking", str(sweep.root), status]
+    try:
+        subprocess.run(command, timeout=seconds, start_new_session=True, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        log.warning("MLflow is slow or away; the next launch copies what it misses")
+
+
+def main() -> None:
+    """`python -m ich.tracking SWEEP_DIR STATUS`: what `close_sweep_run` does, here and now."""
+    sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
+    record = sweep.read_record()
+    config = typed(next(iter(record["configs"].values())))
+    try:
+        store = MlflowStore(config.tracking)
+        parent = record.get("mlflow_run")
+        if not (isinstance(parent, str) and store.exists(parent)):
+            parent = _parent_run(store, config, None)
+            sweep.write_record(record | {"mlflow_run": parent})
+        for job in record["jobs"]:
+            _catch_up(store, sweep.run(job), parent)
+        store.end_running_children(parent, "KILLED")
+        data_reports = [sweep.data(key) for key in record.get("cohorts", [])]
+        for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures, *data_reports):
+            if path.exists():
+                store.log_artifact(parent, path)
+        store.end(parent, status)
+    except Exception as error:
+        log.warning(
+            "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
+            "them to MLflow once it can",
+            _in_a_line(error),
+        )
+
+
+def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
+    known = run.read_tracking()
+    whole = known.get("complete") and store.exists(str(known.get("mlflow_run")))
+    if not whole and run.config.exists():
+        RunMirror(load(run.config), run, parent).push()
+
+
+def _tags(config: Config) -> dict[str, str]:
+    """What a run is found by in the UI."""
+    return {
+        "ich.kind": "job",
+        "ich.sweep": config.name,
+        "ich.job": config.job,
+        "ich.model": config.model.name,
+        "ich.protocol": config.protocol.name.value,
+        "ich.data": config.data.source.value,
+    }
+
+
+def _summary(result: dict[str, Any]) -> dict[str, float | None]:
+    """A finished run's numbers: what its weights score, and what its cohort leaks."""
+    plain = ("best_epoch", "minutes", "images_per_s", "params")
+    scores = [k for k in result if k.startswith(("accuracy", "auc", "val_"))]
+    leak = {f"data/leak_{k}": v for k, v in result["cohort"]["leak"].items()}
+    return {**{f"best/{k}": result[k] for k in (*scores, *plain)}, **leak}
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _locations(cfg: TrackingConfig) -> tuple[str, str | None]:
@@ -297,13 +432,5 @@ def _creation_lock(uri: str) -> Iterator[None]:
         yield
 
 
-def _safely(what: str, call: Callable[[], Any], default: Any = None) -> Any:
-    try:
-        return call()
-    except Exception as error:  # a tracker must never end a training
-        log.warning(
-            "MLflow could not %s (%s); the run's own files are complete",
-            what,
-            " ".join(str(error).split())[:300],
-        )
-        return default
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""One training, in a process of its own: `python -m ich.train RUN_DIR [--parent MLFLOW_RUN]`.
+"""One training, in a process of its own: `python -m ich.train RUN_DIR`.
 
 `ich.sweep` writes RUN_DIR/config.yaml and starts this; everything a run leaves behind lies in
 RUN_DIR (see `ich.results`), whatever becomes of the process.
@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -32,11 +33,11 @@ from ich.config import (
     SchedulerConfig,
     SchedulerName,
     UserError,
-    flatten,
     image_size,
     load,
 )
 from ich.data import Dataset, Split, load_dataset
+from ich.jobs import hold, watch_supervisor
 from ich.loader import Batch, Loader
 from ich.losses import Loss, build_loss
 from ich.metrics import always_negative, multilabel_metrics
@@ -49,10 +50,12 @@ from ich.model import (
     save_weights,
 )
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, write_json
-from ich.tracking import Tracker, open_store, open_tracker
+from ich.tracking import Journal, Mirror
 from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
 
 log = logging.getLogger("ich.train")
+_EARLIER_PROCESS_SECONDS = 30
+_MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4  # what an ended training waits for MLflow
 
 Tick = Callable[[str, int, int, int], None]  # phase, epoch, step, steps
 
@@ -61,7 +64,7 @@ class Terminated(BaseException):
     """SIGTERM. No `Exception`, so that nothing on the way mistakes it for an error of its own."""
 
 
-def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, Any]:
+def fit(cfg: Config, run: RunPaths, journal: Journal, tick: Tick) -> dict[str, Any]:
     """Trains one network by the config and keeps the weights of its best epoch.
 
     Returns:
@@ -85,9 +88,9 @@ def fit(cfg: Config, run: RunPaths, tracker: Tracker, tick: Tick) -> dict[str, A
         len(dataset.train.row),
         len(dataset.val.row),
     )
-    progress = Keeper.resume(cfg, run, trainer, dataset, tracker)
+    progress = Keeper.resume(cfg, run, trainer, dataset, journal)
     started = time.perf_counter() - progress.wall_seconds
-    best = train_epochs(cfg, run, tracker, trainer, dataset, progress, tick)
+    best = train_epochs(cfg, run, journal, trainer, dataset, progress, tick)
     scores, target = best.scores, dataset.val.target
     if dataset.test is not None:
         load_weights(trainer.model, run.best)
@@ -151,7 +154,7 @@ class Progress:
 def train_epochs(
     cfg: Config,
     run: RunPaths,
-    tracker: Tracker,
+    journal: Journal,
     trainer: Trainer,
     dataset: Dataset,
     progress: Progress,
@@ -169,7 +172,7 @@ def train_epochs(
             rows_per_s = len(dataset.train.row) / progress.epoch_seconds
             speed = {"train/lr": progress.lr, "train/images_per_s": rows_per_s}
             validation = {f"val/{k}": v for k, v in scores.items()}
-            tracker.log({"train/loss": train_loss, **speed, **validation}, epoch)
+            journal.log({"train/loss": train_loss, **speed, **validation}, epoch)
             log.info(
                 "epoch %d of %d: loss %.4f, validation loss %.4f, accuracy %.4f, AUC %.4f",
                 epoch,
@@ -237,7 +240,7 @@ class Keeper:
 
     @staticmethod
     def resume(
-        cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, tracker: Tracker
+        cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, journal: Journal
     ) -> Progress:
         """Sets the trainer to the newest good checkpoint of the run, if there is one, and the
         run's files to what they were then."""
@@ -247,7 +250,7 @@ class Keeper:
             found = None
         if found is None:
             drop_checkpoints(run.root)
-            tracker.rewind(0)
+            journal.rewind(0)
             return Progress()
         facts = found.facts
         progress = Progress(**facts["progress"])
@@ -261,7 +264,7 @@ class Keeper:
             part.write_bytes(found.tensors["best/weights"].numpy().tobytes())
             part.replace(run.best)
             keep_predictions(run, dataset, {"val": progress.best.logits})
-        tracker.rewind(progress.epoch - 1)
+        journal.rewind(progress.epoch - 1)
         now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         for what, value in now.items():
             if facts[what] != value:
@@ -573,25 +576,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ich.train", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--parent", help="MLflow run of the sweep")
+    parser.add_argument("--watched-by", type=int, help="process without which this one ends")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
     stop = Stop(ProgressFile(run.progress, cfg.train.epochs))
     signal.signal(signal.SIGTERM, stop)
-    tracker = open_tracker(
-        open_store(cfg.tracking),
-        run.metrics,
-        cfg.job,
-        args.parent,
-        flatten(cfg),
-        _tags(cfg),
-        run.mlflow_run(),
-    )
-    write_json(run.tracking, {"mlflow_run": tracker.run_id})
-    result = _outcome(lambda: fit(cfg, run, tracker, stop.tick))
-    _close(cfg, run, tracker, result)
-    return 0 if result["status"] == FINISHED else 1
+    if args.watched_by:
+        watch_supervisor(args.watched_by)
+    try:
+        _held = hold(run, _EARLIER_PROCESS_SECONDS)
+    except BlockingIOError:
+        log.error("another process trains in this folder, and did not end")
+        return 1
+    mirror = Mirror(cfg, run, args.parent)
+    result = _outcome(lambda: fit(cfg, run, Journal(run.metrics, mirror.notify), stop.tick))
+    _close(cfg, run, result)
+    patience = _MIRROR_SECONDS if result["status"] != KILLED else _MIRROR_SECONDS_KILLED
+    mirrored = mirror.finish(patience)
+    status = 0 if result["status"] == FINISHED else 1
+    if not mirrored:  # its thread is inside MLflow: leave without waiting for it
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _outcome(training: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -602,42 +610,24 @@ def _outcome(training: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"status": KILLED, "reason": "ended by SIGTERM or an interrupt"}
     except SystemExit as error:
         return {"status": FAILED, "reason": f"called sys.exit({error.code!r})"}
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        return {
+            "status": FAILED,
+            "reason": f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
+            f"data.image_size, or hydra.launcher.jobs_per_gpu if jobs share the GPU.",
+        }
     except Exception as error:
         traceback.print_exc()
         prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
 
 
-def _tags(cfg: Config) -> dict[str, str]:
-    return {
-        "ich.kind": "job",
-        "ich.sweep": cfg.name,
-        "ich.job": cfg.job,
-        "ich.model": cfg.model.name,
-        "ich.protocol": cfg.protocol.name.value,
-        "ich.data": cfg.data.source.value,
-    }
-
-
-def _summary(result: dict[str, Any]) -> dict[str, float]:
-    """A finished run's numbers for MLflow: what its weights score, and what its cohort leaks."""
-    plain = ("best_epoch", "minutes", "images_per_s", "params")
-    scores = [k for k in result if k.startswith(("accuracy", "auc", "val_"))]
-    leak = {f"data/leak_{k}": v for k, v in result["cohort"]["leak"].items() if v is not None}
-    return {**{f"best/{k}": float(result[k]) for k in (*scores, *plain)}, **leak}
-
-
-def _close(cfg: Config, run: RunPaths, tracker: Tracker, result: dict[str, Any]) -> None:
-    identity = {"job": cfg.job, "model": cfg.model.name, "mlflow_run": tracker.run_id}
-    run.write_result({**identity, **result})
+def _close(cfg: Config, run: RunPaths, result: dict[str, Any]) -> None:
+    run.write_result({"job": cfg.job, "model": cfg.model.name, **result})
     run.progress.unlink(missing_ok=True)
     if result["status"] == FINISHED:
         drop_checkpoints(run.root)
-        tracker.summary(_summary(result))
-    for path in (run.config, run.best, run.predictions, run.log):
-        if path.exists():
-            tracker.artifact(path)
-    tracker.finish(result["status"].upper())
 
 
 if __name__ == "__main__":

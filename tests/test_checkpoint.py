@@ -22,7 +22,7 @@ from ich.config import Config, to_yaml
 from ich.data import load_dataset
 from ich.jobs import run_job
 from ich.results import RunPaths
-from ich.tracking import Tracker
+from ich.tracking import Journal
 from ich.train import Terminated, fit
 
 Compose = Callable[..., Config]
@@ -62,7 +62,7 @@ def run_until(
 ) -> dict[str, object]:
     """One process's share of a training: `stop` is called at every tick and may raise."""
     run.root.mkdir(parents=True, exist_ok=True)
-    return fit(config, run, Tracker(run.metrics), lambda *place: stop(*place[:2]) if stop else None)
+    return fit(config, run, Journal(run.metrics), lambda *place: stop(*place[:2]) if stop else None)
 
 
 def final(run: RunPaths) -> dict[str, torch.Tensor]:

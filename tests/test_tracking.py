@@ -2,80 +2,237 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from ich.config import TrackingConfig, UserError
+from ich.config import Config, TrackingConfig, UserError, plain, to_yaml
 from ich.results import RunPaths, SweepPaths, write_json
-from ich.tracking import MlflowStore, open_store, open_tracker
+from ich.tracking import Journal, Mirror, MlflowStore, RunMirror, close_sweep_run, open_sweep_run
 
 
 @pytest.fixture
-def cfg(tmp_path: Path) -> TrackingConfig:
-    return TrackingConfig(True, f"sqlite:///{tmp_path / 'ml.db'}", str(tmp_path / "artifacts"))
+def config(composed: Callable[..., Config], tmp_path: Path) -> Config:
+    return composed(
+        "model=mobilenet_v2",
+        f"tracking.uri=sqlite:///{tmp_path / 'ml.db'}",
+        f"tracking.artifacts={tmp_path / 'artifacts'}",
+    )
 
 
-def tracker_of(cfg: TrackingConfig, tmp_path: Path):  # type: ignore[no-untyped-def]
-    store = open_store(cfg)
-    assert store is not None
-    parent = store.open_run("sweep", {})
-    params = {"a.b": "1", "long": "x" * 9000}
-    return store, parent, open_tracker(store, tmp_path / "metrics.jsonl", "job", parent, params, {})
+@pytest.fixture
+def sweep(config: Config) -> SweepPaths:
+    """A sweep of one job, which has started."""
+    place = SweepPaths(Path(config.sweep.output) / config.name)
+    run = place.run(config.job)
+    run.root.mkdir(parents=True)
+    run.config.write_text(to_yaml(config))
+    record = {"jobs": [config.job], "configs": {config.job: plain(config)}}
+    place.write_record(record | {"mlflow_run": open_sweep_run(config, place)})
+    return place
+
+
+def parent(sweep: SweepPaths) -> str:
+    return str(sweep.read_record()["mlflow_run"])
+
+
+def line(auc: float = 0.75) -> dict[str, float]:
+    return {"train/lr": 0.1, "val/auc": auc}
+
+
+def finish(run: RunPaths, status: str = "finished") -> None:
+    scores = {"accuracy": 0.9, "auc": 0.8, "val_auc": 0.8}
+    plain = {"best_epoch": 1, "minutes": 1.0, "images_per_s": 5.0, "params": 7}
+    cohort = {"cohort": {"leak": {"image": 0.1, "study": None}}}
+    run.write_result({"status": status, "reason": "", **scores, **plain, **cohort})
+
+
+def runs_of(config: Config) -> dict[str, list[Run]]:
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name("ich")
+    found: dict[str, list[Run]] = {}
+    for run in client.search_runs([experiment.experiment_id]) if experiment else ():
+        found.setdefault(run.info.run_name, []).append(run)
+    return found
+
+
+def history(config: Config, run_id: str, key: str = "val/auc") -> list[tuple[int, float]]:
+    client = MlflowClient(config.tracking.uri)
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
 
 
 def test_a_job_is_a_nested_run_with_metrics_parameters_and_files(
-    cfg: TrackingConfig, tmp_path: Path
+    config: Config, sweep: SweepPaths
 ) -> None:
-    _, parent, tracker = tracker_of(cfg, tmp_path)
-    tracker.log({"val/auc": 0.75, "val/auc_epidural": math.nan}, 1)
-    (tmp_path / "note.txt").write_text("x")
-    tracker.artifact(tmp_path / "note.txt")
-    tracker.finish("FAILED")
-    run = MlflowClient(cfg.uri).get_run(tracker.run_id)
-    assert run.data.tags["mlflow.parentRunId"] == parent
-    assert run.data.metrics == {"val/auc": 0.75}  # NaN is left out, never 1.8e308
-    assert run.data.params["a.b"] == "1"
-    assert len(run.data.params["long"]) == 6000
-    assert run.info.status == "FAILED"
-    assert [f.path for f in MlflowClient(cfg.uri).list_artifacts(tracker.run_id)] == ["note.txt"]
-    line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert (line["step"], line["val/auc"], line["val/auc_epidural"]) == (1, 0.75, None)
+    config.data.label_columns = ["x" * 9000, "y"]
+    run = sweep.run(config.job)
+    run.config.write_text(to_yaml(config))
+    mirror = Mirror(config, run, parent(sweep))
+    journal = Journal(run.metrics, mirror.notify)
+    journal.log(line() | {"val/auc_epidural": math.nan, "val/log_loss": math.inf}, 1)
+    journal.log(line(0.8), 2)
+    finish(run)
+    assert mirror.finish(60)
+    (job,) = runs_of(config)["job"]
+    assert job.data.tags["mlflow.parentRunId"] == parent(sweep)
+    assert history(config, job.info.run_id) == [(1, 0.75), (2, 0.8)]
+    # FAULTS 17: left out and said, never 1.8e308
+    assert not {"val/auc_epidural", "val/log_loss"} & set(job.data.metrics)
+    assert job.data.tags["ich.undefined"] == "val/auc_epidural, val/log_loss"
+    assert job.data.metrics["best/accuracy"] == 0.9
+    assert job.data.metrics["data/leak_image"] == 0.1
+    assert job.data.params["optimizer.lr"] == "0.0001"
+    assert len(job.data.params["data.label_columns"]) == 6000
+    assert job.data.params["data.label_columns"].endswith("whole in config.yaml")
+    assert job.info.status == "FINISHED"
+    client = MlflowClient(config.tracking.uri)
+    kept = {f.path for f in client.list_artifacts(job.info.run_id)}
+    assert kept == {"config.yaml", "result.json"}
+    (first, second) = run.read_metrics()
+    assert (first["step"], first["val/auc"], first["val/auc_epidural"]) == (1, 0.75, None)
+    assert second["val/auc"] == 0.8
 
 
-def test_runs_that_a_dead_process_left_running_are_ended(
-    cfg: TrackingConfig, tmp_path: Path
-) -> None:
-    store, parent, tracker = tracker_of(cfg, tmp_path)
-    store.end_running_children(parent, "job", "FAILED")
-    client = MlflowClient(cfg.uri)
-    assert client.get_run(tracker.run_id).info.status == "FAILED"
-    assert client.get_run(parent).info.status == "RUNNING"
-
-
-def test_a_database_that_vanishes_does_not_stop_a_training(
-    cfg: TrackingConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    _, _, tracker = tracker_of(cfg, tmp_path)
-    (tmp_path / "ml.db").write_bytes(b"no database any more" * 1000)
-    shutil.rmtree(tmp_path / "artifacts", ignore_errors=True)
+def test_pushing_again_adds_nothing_twice(config: Config, sweep: SweepPaths) -> None:
+    run = sweep.run(config.job)
     for step in (1, 2):
-        tracker.log({"val/auc": 0.5}, step)
-    tracker.finish("FINISHED")
-    assert len(RunPaths(tmp_path).read_metrics()) == 2
-    assert "MLflow could not log metrics" in caplog.text
+        Journal(run.metrics).log(line(), step)
+        RunMirror(config, run, parent(sweep)).push()  # each a process of its own, as in a resume
+    finish(run)
+    for _ in range(2):
+        RunMirror(config, run, parent(sweep)).push()
+    (job,) = runs_of(config)["job"]
+    assert history(config, job.info.run_id) == [(1, 0.75), (2, 0.75)]
+    assert len(history(config, job.info.run_id, "best/accuracy")) == 1
 
 
-def test_a_file_that_is_no_database_is_refused_at_the_start(
-    cfg: TrackingConfig, tmp_path: Path
+def test_a_superseded_run_says_so(config: Config, sweep: SweepPaths) -> None:
+    run = sweep.run(config.job)
+    RunMirror(config, run, parent(sweep)).push()
+    run.supersede()
+    run.config.write_text(to_yaml(config))
+    RunMirror(config, run, parent(sweep)).push()
+    tags = [r.data.tags.get("ich.superseded") for r in runs_of(config)["job"]]
+    assert sorted(map(str, tags)) == ["None", "true"]
+
+
+def test_runs_that_a_dead_process_left_running_are_ended(config: Config, sweep: SweepPaths) -> None:
+    """FAULTS 16."""
+    RunMirror(config, sweep.run(config.job), parent(sweep)).push()
+    assert runs_of(config)["job"][0].info.status == "RUNNING"
+    assert open_sweep_run(config, sweep) == parent(sweep)
+    assert runs_of(config)["job"][0].info.status == "KILLED"
+    assert runs_of(config)["test"][0].info.status == "RUNNING"
+
+
+def test_a_locked_database_holds_up_no_training_and_is_caught_up_with(
+    config: Config, sweep: SweepPaths, tmp_path: Path
 ) -> None:
+    """FAULTS 14: locked for as long as the training takes."""
+    run = sweep.run(config.job)
+    locked = sqlite3.connect(tmp_path / "ml.db", isolation_level=None)
+    locked.execute("BEGIN EXCLUSIVE")
+    mirror = Mirror(config, run, parent(sweep))
+    journal = Journal(run.metrics, mirror.notify)
+    begin = time.monotonic()
+    for step in (1, 2, 3):
+        journal.log(line(), step)
+    assert time.monotonic() - begin < 1  # not a speed: MLflow waits 5 s for a lock, a training none
+    finish(run)
+    assert not mirror.finish(0.1)
+    locked.execute("ROLLBACK")
+    locked.close()
+    close_sweep_run(sweep, "FINISHED")
+    jobs = runs_of(config)["job"]
+    ended = [j for j in jobs if j.info.status == "FINISHED"]
+    assert history(config, ended[0].info.run_id) == [(1, 0.75), (2, 0.75), (3, 0.75)]
+
+
+def test_a_deleted_database_is_made_anew_with_everything_in_it(
+    config: Config, sweep: SweepPaths, tmp_path: Path
+) -> None:
+    """FAULTS 14: deleted."""
+    run = sweep.run(config.job)
+    Journal(run.metrics).log(line(), 1)
+    mirror = Mirror(config, run, parent(sweep))
+    (tmp_path / "ml.db").unlink()
+    Journal(run.metrics, mirror.notify).log(line(), 2)
+    finish(run)
+    mirror.finish(30)
+    close_sweep_run(sweep, "FINISHED")
+    with sqlite3.connect(tmp_path / "ml.db") as db:  # MLflow here still has the deleted file open
+        ended = dict(db.execute("SELECT name, status FROM runs"))
+        assert ended == {"job": "FINISHED", "test": "FINISHED"}
+        above = db.execute("SELECT value FROM tags WHERE key = 'mlflow.parentRunId'").fetchall()
+        assert above == [(parent(sweep),)]
+        steps = "SELECT step FROM metrics WHERE key = 'val/auc' ORDER BY step"
+        assert db.execute(steps).fetchall() == [(1,), (2,)]
+
+
+@pytest.mark.parametrize("fault", ["full", "broken", "server down"])
+def test_mlflow_that_fails_stops_no_training(
+    config: Config,
+    sweep: SweepPaths,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    """FAULTS 14: full, overwritten, away."""
+    run = sweep.run(config.job)
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    if fault == "full":
+        monkeypatch.setattr(MlflowStore, "log_metrics", full)
+    elif fault == "broken":
+        (tmp_path / "ml.db").write_bytes(b"no database any more" * 1000)
+    else:
+        config.tracking.uri = "http://127.0.0.1:9"
+    mirror = Mirror(config, run, parent(sweep))
+    journal = Journal(run.metrics, mirror.notify)
+    for step in (1, 2):
+        journal.log(line(), step)
+    finish(run)
+    mirror.finish(60)
+    close_sweep_run(sweep, "FINISHED")
+    assert [x["step"] for x in run.read_metrics()] == [1, 2]
+    assert "MLflow cannot be used" in caplog.text
+    if fault == "full":  # and once there is room, the same command copies everything
+        monkeypatch.undo()
+        close_sweep_run(sweep, "FINISHED")
+        (job,) = runs_of(config)["job"]
+        assert history(config, job.info.run_id) == [(1, 0.75), (2, 0.75)]
+
+
+def open_one(cfg: TrackingConfig) -> str:
+    return MlflowStore(cfg).open_run("job", {})
+
+
+def test_eight_jobs_that_open_a_new_database_at_once_are_eight_runs(
+    config: Config, tmp_path: Path
+) -> None:
+    """FAULTS 13."""
+    with ProcessPoolExecutor(8, mp_context=get_context("spawn")) as pool:
+        ids = list(pool.map(open_one, [config.tracking] * 8))
+    assert len(set(ids)) == 8
+    assert {r.info.run_id for r in runs_of(config)["job"]} == set(ids)
+
+
+def test_a_file_that_is_no_database_is_refused_at_the_start(config: Config, tmp_path: Path) -> None:
+    """FAULTS 15."""
     (tmp_path / "ml.db").write_text("hello, I am a text file")
     with pytest.raises(UserError, match=r"ml\.db is no SQLite database"):
-        MlflowStore(cfg)
+        open_sweep_run(config, SweepPaths(tmp_path))
 
 
 def test_a_plain_folder_is_refused() -> None:

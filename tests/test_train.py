@@ -21,7 +21,7 @@ from ich.metrics import multilabel_metrics
 from ich.model import build_model, load_weights
 from ich.phantom import LABELS
 from ich.results import RunPaths
-from ich.tracking import Tracker
+from ich.tracking import Journal
 from ich.train import Terminated, Trainer, fit, is_better, main
 
 Compose = Callable[..., Config]
@@ -49,7 +49,7 @@ def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
     run = RunPaths(folder)
     run.root.mkdir(parents=True)
     load_dataset(config)  # as the sweep does before its jobs
-    return fit(config, run, Tracker(run.metrics), quiet), run
+    return fit(config, run, Journal(run.metrics), quiet), run
 
 
 def test_a_training_learns_and_leaves_what_the_table_needs(config: Config, tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""What a run was made with: code, packages, hardware. Nothing that names a person or a place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parent
+_GIT_SECONDS = 10
+_MAX_DIFF = 1 << 20
+# Those whose version can change a number or a file of a run.
+_PACKAGES = (
+    *("ich", "torch", "timm", "numpy", "pandas", "scipy", "pydicom", "safetensors", "isal"),
+    *("iterative-stratification", "hydra-core", "omegaconf", "mlflow"),
+)
+
+
+@lru_cache
+def code_version(package: Path = _PACKAGE) -> str:
+    """A fingerprint of the package's own modules, 12 hex digits: what tells other code apart."""
+    digest = hashlib.sha256()
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def git_state(package: Path = _PACKAGE) -> dict[str, Any]:
+    """Commit of the checkout that the package lies in, and whether it was changed since.
+
+    Empty for an installed package, and where git is absent or does not answer.
+    """
+    commit = _git(package, "rev-parse", "HEAD")
+    if not commit or not _git(package, "ls-files", "--", "."):
+        return {}
+    changed = _git(package, "status", "--porcelain", "--", ".")
+    return {"commit": commit.strip(), "changed": bool(changed)}
+
+
+def git_diff(package: Path = _PACKAGE) -> str:
+    """What was changed since the commit, new files included; cut above 1 MB, empty for none."""
+    if not git_state(package):
+        return ""
+    text = _git(package, "diff", "HEAD", "--", ".")
+    new = _git(package, "ls-files", "--others", "--exclude-standard", "--", ".")
+    for name in new.splitlines():
+        path = package / name
+        if path.is_file() and path.suffix in (".py", ".yaml"):
+            text += f"\nnew file {name}\n{path.read_text(errors='replace')}"
+    return text if len(text) <= _MAX_DIFF else f"{text[:_MAX_DIFF]}\n... cut at 1 MB\n"
+
+
+def _git(folder: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *args],
+            capture_output=True,
+            timeout=_GIT_SECONDS,
+            check=True,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory (GiB), system, and the GPUs' names where nvidia-smi tells them."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "gpus": _gpus(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.decode(errors="replace").strip().splitlines()
+
+
+def record(package: Path = _PACKAGE) -> dict[str, Any]:
+    """All of it, as JSON can hold it."""
+    return {
+        "code": code_version(package),
+        "git": git_state(package),
+        "versions": versions(),
+        "hardware": hardware(),
+    }

@@ -1,0 +1,73 @@
+"""What a run was made with: code, commit, diff, versions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ich import provenance
+
+
+def git(folder: Path, *args: str) -> None:
+    who = ["-c", "user.name=a person", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *args], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package in a repository, one file committed."""
+    folder = tmp_path / "repository" / "package"
+    folder.mkdir(parents=True)
+    (folder / "a.py").write_text("x = 1\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "first")
+    return folder
+
+
+def test_the_commit_and_what_was_changed_since(package: Path) -> None:
+    clean = provenance.git_state(package)
+    assert len(clean["commit"]) == 40
+    assert not clean["changed"]
+    assert provenance.git_diff(package) == ""
+    (package / "a.py").write_text("x = 2\n")
+    (package / "b.py").write_text("y = 3\n")
+    assert provenance.git_state(package) == clean | {"changed": True}
+    diff = provenance.git_diff(package)
+    assert "-x = 1\n+x = 2" in diff
+    assert "new file b.py\ny = 3" in diff
+
+
+def test_a_package_that_git_does_not_track_has_no_commit(package: Path) -> None:
+    installed = package / "site-packages" / "ich"
+    installed.mkdir(parents=True)
+    (installed / "a.py").write_text("")
+    assert provenance.git_state(installed) == {}
+    assert provenance.git_diff(installed) == ""
+
+
+def test_without_git_nothing_is_known_and_nothing_fails(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance.git_state(package) == {}
+    assert provenance.git_diff(package) == ""
+
+
+def test_other_code_has_another_version(package: Path) -> None:
+    before = provenance.code_version(package)
+    provenance.code_version.cache_clear()
+    assert provenance.code_version(package) == before
+    provenance.code_version.cache_clear()
+    (package / "a.py").write_text("x = 2\n")
+    assert provenance.code_version(package) != before
+
+
+def test_the_record_is_json_and_names_neither_person_nor_machine(package: Path) -> None:
+    record = json.dumps(provenance.record(package))
+    assert '"torch"' in record
+    for private in (str(package), str(Path.home()), "a person", "a@b"):
+        assert private not in record
