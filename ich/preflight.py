@@ -22,7 +22,7 @@ from ich import data, provenance
 from ich.config import Config, ModelConfig, UserError, image_size, plain, validate
 from ich.data_report import write_data_report
 from ich.results import Origin, RunPaths, State, SweepPaths
-from ich.tracking import open_sweep_run
+from ich.tracking import check_tracking, open_sweep_run
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,13 @@ def open_sweep(
         The sweep's folder, whose record names the jobs and the MLflow parent run; and the jobs.
 
     Raises:
-        UserError: see `check_jobs`, `check_weights` and `ich.data.load_dataset`.
+        UserError: see `check_jobs`, `check_weights`, `check_tracking` and `ich.data.load_dataset`.
     """
     sweep = check_jobs(configs)
     jobs = look_up(configs, sweep)
     todo = [job.config for job in jobs if job.state is not State.done]
     check_weights(todo)
+    check_tracking(configs[0])
     cohorts = {repr((c.data, c.protocol)): c for c in todo}.values()
     prepared = [(config, data.prepare(config, report)) for config in cohorts]
     for _, done in prepared:

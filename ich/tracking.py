@@ -275,8 +275,8 @@ class MlflowStore:
             self.end(run.info.run_id, status)
 
 
-def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
-    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one.
+def check_tracking(config: Config) -> None:
+    """Opens the tracking store before anything is spent or written for a sweep.
 
     Nothing is lost yet, so what cannot be used is refused here; only a database that is locked for
     the moment is not worth a refusal, and everything is copied to it when the sweep ends.
@@ -285,22 +285,34 @@ def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
         UserError: MLflow cannot be used.
     """
     if not config.tracking.mlflow:
-        return None
-    earlier = sweep.read_record().get("mlflow_run")
+        return
     try:
-        store = MlflowStore(config.tracking)
-        return _parent_run(store, config, earlier)
+        MlflowStore(config.tracking)
     except UserError:
         raise
     except Exception as error:
         reason = _in_a_line(error)
-        if "database is locked" in reason:
-            log.warning("the MLflow database is locked; it gets its copy when the sweep ends")
-            return earlier if isinstance(earlier, str) else None
-        raise UserError(
-            f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start the "
-            f"server, leave tracking.uri null for a database in this folder, or use tracking=none."
-        ) from None
+        if "database is locked" not in reason:
+            raise UserError(
+                f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start "
+                f"the server, leave tracking.uri null for a database in this folder, or use "
+                f"tracking=none."
+            ) from None
+
+
+def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
+    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
+    if not config.tracking.mlflow:
+        return None
+    earlier = sweep.read_record().get("mlflow_run")
+    try:
+        return _parent_run(MlflowStore(config.tracking), config, earlier)
+    except Exception as error:
+        log.warning(
+            "MLflow cannot be used now (%s); it gets its copy when the sweep ends",
+            _in_a_line(error),
+        )
+        return earlier if isinstance(earlier, str) else None
 
 
 def _parent_run(store: MlflowStore, config: Config, earlier: object) -> str:

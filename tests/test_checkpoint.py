@@ -21,7 +21,7 @@ from ich.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_
 from ich.config import Config, to_yaml
 from ich.data import load_dataset
 from ich.jobs import run_job
-from ich.results import RunPaths
+from ich.results import Origin, RunPaths, write_json
 from ich.tracking import Journal
 from ich.train import Terminated, fit
 
@@ -222,6 +222,7 @@ def test_two_generations_are_kept_and_a_full_disk_takes_neither(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     config: Config, tmp_path: Path, how: signal.Signals
@@ -231,6 +232,8 @@ def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
+    origin = Origin(cohort="c", weights="w", code="x")
+    write_json(run.origin, origin)
     child = subprocess.Popen([sys.executable, "-m", "ich.train", str(run.root)])
     while not list(run.root.glob("checkpoint-*.ich")):
         time.sleep(0.05)
@@ -240,13 +243,13 @@ def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     child.wait()
     if how is signal.SIGTERM:
         assert run.read_result()["status"] == "killed"
-    result = run_job(config, run, None, quiet)
+    result = run_job(config, run, origin, None, quiet)
     assert result["status"] == "finished", run.log.read_text()
     assert result["resumed"] == 1
     assert not list(run.root.glob("checkpoint-*"))
-    again = run_job(config, whole, None, quiet)
+    again = run_job(config, whole, origin, None, quiet)
     assert run.best.read_bytes() == whole.best.read_bytes()
     assert again["auc"] == result["auc"]
     stamp = run.result.stat().st_mtime_ns
-    assert run_job(config, run, None, quiet) == result  # finished: not touched
+    assert run_job(config, run, origin, None, quiet) == result  # finished: not touched
     assert run.result.stat().st_mtime_ns == stamp

@@ -271,10 +271,19 @@ def test_two_sweeps_in_one_folder_are_refused(phantom: Path, tmp_path: Path) -> 
     assert not (place / "sweep.json").exists()
 
 
-def test_a_launcher_that_prepares_nothing_is_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "hydra/launcher=basic", "model=mobilenet_v2", *SMALL)
-    assert done.returncode == 1
-    assert "Leave hydra/launcher at local" in done.stderr
+def test_any_launcher_of_hydra_works_because_all_jobs_are_checked_first(
+    phantom: Path, tmp_path: Path
+) -> None:
+    common = ("hydra/launcher=basic", f'data.root="{phantom}"', "name=basic", *SMALL)
+    wrong = run(tmp_path, "-m", *common, "model=mobilenet_v2", "optimizer.lr=1e-3,nan")
+    assert wrong.returncode == 1
+    assert "optimizer.lr is nan" in wrong.stderr
+    assert not (tmp_path / "multirun_reports").exists()
+    done = run(tmp_path, "-m", *common, "model=mobilenet_v2", "optimizer.lr=1e-3,1e-4")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "multirun_reports/basic/comparison.csv")
+    assert table["job"].tolist() == ["mobilenet_v2-lr=0.001", "mobilenet_v2-lr=0.0001"]
+    assert set(table["status"]) == {"finished"}
 
 
 def test_a_sweep_without_a_finished_job_still_has_its_table(tmp_path: Path) -> None:
