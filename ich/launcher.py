@@ -16,12 +16,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ich.config import Config, Device, UserError, job_name, sweep_name, typed
@@ -108,24 +108,20 @@ class LocalLauncher(Launcher):
 
 
 class CheckedLauncher(Launcher):
-    """Checks all jobs and prepares their data before another launcher places them.
+    """Checks all jobs and prepares their data before another launcher places them."""
 
-    Args:
-        inner: the other launcher's config node.
-    """
-
-    def __init__(self, inner: DictConfig) -> None:
-        self.inner = inner
+    # Its config. Not in ours: Hydra refuses to instantiate what names a plugin within a plugin.
+    inner: DictConfig
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.context, self.config = hydra_context, config
-        config = config.copy()
-        with read_write(config), open_dict(config):
-            config.hydra.launcher = self.inner
-        self.launcher = instantiate(self.inner)
-        self.launcher.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.context, self.config = hydra_context, config.copy()
+        with read_write(self.config), open_dict(self.config):
+            self.config.hydra.launcher = self.inner
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=self.config
+        )
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -145,14 +141,11 @@ class CheckFirst(Callback):
     """Wraps whatever launcher was chosen, if it is not one of ours."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        inner = config.hydra.launcher
-        if not str(inner.get("_target_", "")).startswith(_OURS):
+        chosen = config.hydra.launcher
+        if not str(chosen.get("_target_", "")).startswith(_OURS):
+            CheckedLauncher.inner = chosen.copy()
             with read_write(config), open_dict(config):
-                config.hydra.launcher = {
-                    "_target_": f"{_OURS}CheckedLauncher",
-                    "_recursive_": False,
-                    "inner": inner,
-                }
+                config.hydra.launcher = {"_target_": f"{_OURS}CheckedLauncher"}
 
 
 def compose_jobs(
