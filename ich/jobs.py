@@ -298,21 +298,23 @@ def watch_supervisor(pid: int) -> None:
     threading.Thread(target=follow, daemon=True, name="watch supervisor").start()
 
 
-def hold(run: RunPaths, seconds: float) -> object:
-    """Keeps a run's folder for this process while the returned object lives.
+@contextlib.contextmanager
+def hold(run: RunPaths, seconds: float) -> Iterator[None]:
+    """Keeps a run's folder for this process.
 
     The last process of a killed sweep may need some seconds to end.
 
     Raises:
         BlockingIOError: another process trains there, and has not ended in time.
     """
-    handle = run.lock.open("w")
     deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_SECONDS)
+    with run.lock.open("w") as handle:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_SECONDS)
+        yield

@@ -7,6 +7,7 @@ RUN_DIR (see `ich.results`), whatever becomes of the process.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -585,12 +586,17 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     if args.watched_by:
         watch_supervisor(args.watched_by)
-    try:
-        _held = hold(run, _EARLIER_PROCESS_SECONDS)
-    except BlockingIOError:
-        log.error("another process trains in this folder, and did not end")
-        return 1
-    mirror = Mirror(cfg, run, args.parent)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(hold(run, _EARLIER_PROCESS_SECONDS))
+        except BlockingIOError:
+            log.error("another process trains in this folder, and did not end")
+            return 1
+        return _train(cfg, run, Mirror(cfg, run, args.parent), stop)
+
+
+def _train(cfg: Config, run: RunPaths, mirror: Mirror, stop: Stop) -> int:
+    """Trains in a folder that is this process's alone; returns the exit status."""
     result = _outcome(lambda: fit(cfg, run, Journal(run.metrics, mirror.notify), stop.tick))
     _close(cfg, run, result)
     patience = _MIRROR_SECONDS if result["status"] != KILLED else _MIRROR_SECONDS_KILLED

@@ -69,6 +69,8 @@ class Folder:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # pytest in the background of a shell (CI) ignores SIGINT, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, *args: object, **kwargs: object) -> tuple[int, str]:

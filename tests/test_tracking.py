@@ -16,7 +16,15 @@ from mlflow.entities import Run
 
 from ich.config import Config, TrackingConfig, UserError, plain, to_yaml
 from ich.results import RunPaths, SweepPaths, write_json
-from ich.tracking import Journal, Mirror, MlflowStore, RunMirror, close_sweep_run, open_sweep_run
+from ich.tracking import (
+    Journal,
+    Mirror,
+    MlflowStore,
+    RunMirror,
+    check_tracking,
+    close_sweep_run,
+    open_sweep_run,
+)
 
 
 @pytest.fixture
@@ -232,7 +240,7 @@ def test_a_file_that_is_no_database_is_refused_at_the_start(config: Config, tmp_
     """FAULTS 15."""
     (tmp_path / "ml.db").write_text("hello, I am a text file")
     with pytest.raises(UserError, match=r"ml\.db is no SQLite database"):
-        open_sweep_run(config, SweepPaths(tmp_path))
+        check_tracking(config)
 
 
 def test_a_plain_folder_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from safetensors import safe_open
 
 from ich.config import Config, Monitor, UserError, to_yaml
 from ich.data import Split, load_dataset
-from ich.jobs import JobTimeoutError, describe_exit, run_job, supervise
+from ich.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
 from ich.loader import Loader
 from ich.metrics import multilabel_metrics
 from ich.model import build_model, load_weights
 from ich.phantom import LABELS
-from ich.results import RunPaths
+from ich.results import Origin, RunPaths, write_json
 from ich.tracking import Journal
 from ich.train import Terminated, Trainer, fit, is_better, main
 
@@ -34,6 +35,10 @@ SMALL = [
     "tracking=none",
     "optimizer.lr=3e-3",
 ]
+
+
+PLACE = (Slot(), threading.Event())
+ORIGIN = Origin(cohort="c", weights="random", code="x")
 
 
 def quiet(*_: object) -> None:
@@ -176,14 +181,14 @@ def test_a_last_batch_of_one_row_joins_the_one_before() -> None:
     ],
 )
 def test_how_a_process_ended_is_said_in_words(tmp_path: Path, code: str, reason: str) -> None:
-    got = supervise([sys.executable, "-c", code], RunPaths(tmp_path), None, quiet)
+    got = supervise([sys.executable, "-c", code], RunPaths(tmp_path), None, quiet, *PLACE)
     assert got == reason.replace("\\", "")
 
 
 def test_a_hanging_job_is_ended_at_its_time_limit(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
     with pytest.raises(JobTimeoutError, match="exceeded its time limit of 0.02 minutes"):
-        supervise(command, RunPaths(tmp_path), 0.02, quiet)
+        supervise(command, RunPaths(tmp_path), 0.02, quiet, *PLACE)
     assert describe_exit(-15) == "ended by SIGTERM"
 
 
@@ -192,9 +197,9 @@ def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
 ) -> None:
     run = RunPaths(tmp_path / "run")
     monkeypatch.setattr("ich.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
-    result = run_job(config, run, None, quiet)
+    result = run_job(config, run, ORIGIN, None, quiet)
     assert (result["status"], result["job"]) == ("failed", "job")
-    run_job(config, run, None, quiet)
+    run_job(config, run, ORIGIN, None, quiet)
     kept = tmp_path / "superseded" / "run.1" / "result.json"
     assert json.loads(kept.read_text())["reason"].startswith("ended by SIGKILL")
 
@@ -206,16 +211,17 @@ def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
     run = RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
+    write_json(run.origin, ORIGIN)
     load_dataset(config)
     assert main([str(run.root)]) == 0
     before = {p.name: p.read_bytes() for p in run.root.iterdir()}
     monkeypatch.setattr("ich.jobs.supervise", lambda *_: "not reached")
-    assert run_job(config, run, None, quiet)["status"] == "finished"
+    assert run_job(config, run, ORIGIN, None, quiet)["status"] == "finished"
     assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
     config.sweep.time_limit, config.train.threads = 90, 1  # no part of what a training is
-    assert run_job(config, run, None, quiet)["status"] == "finished"
+    assert run_job(config, run, ORIGIN, None, quiet)["status"] == "finished"
     config.optimizer.lr = 1e-3
-    assert run_job(config, run, None, quiet)["reason"] == "not reached"
+    assert run_job(config, run, ORIGIN, None, quiet)["reason"] == "not reached"
     assert (tmp_path / "superseded" / "run.1" / "best.safetensors").exists()
 
 
