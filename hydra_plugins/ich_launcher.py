@@ -2,6 +2,7 @@
 
 from ich.launcher import CheckedLauncher as _CheckedLauncher
 from ich.launcher import LocalLauncher as _LocalLauncher
+from ich.launcher import PlanLauncher as _PlanLauncher
 
 
 class LocalLauncher(_LocalLauncher):
@@ -10,3 +11,7 @@ class LocalLauncher(_LocalLauncher):
 
 class CheckedLauncher(_CheckedLauncher):
     """See `ich.launcher.CheckedLauncher`."""
+
+
+class PlanLauncher(_PlanLauncher):
+    """See `ich.launcher.PlanLauncher`."""

@@ -220,7 +220,7 @@ def _read_entries(place: Path, size: int, paths: list[str]) -> _Entries:
         if reason := _unusable(path):
             rows[i], codes[i] = -1, reasons.setdefault(reason, len(reasons))
     row_of = np.frombuffer(rows, np.int64).copy()
-    row_of[row_of >= _rows_in(place, size)] = _UNKNOWN  # the file of slices was cut
+    row_of[row_of >= rows_in(place, size)] = _UNKNOWN  # the file of slices was cut
     return _Entries(
         row=row_of,
         signature=np.frombuffer(signatures, np.int64),
@@ -249,7 +249,8 @@ def _lines(place: Path) -> Iterator[tuple[int, str, str, int, str]]:
         ) from None
 
 
-def _rows_in(place: Path, size: int) -> int:
+def rows_in(place: Path, size: int) -> int:
+    """How many decoded slices a cache's file has room for; 0 for a cache that is not there."""
     slices = place / "hu.i16"
     return slices.stat().st_size // (size * size * 2) if slices.exists() else 0
 
@@ -404,7 +405,7 @@ def _open(images: pd.DataFrame, place: Path, size: int) -> tuple[Cache, int]:
     return_memory()
     ids, good, bad = images["image_id"], entries.row >= 0, entries.row == -1
     hu = np.zeros((0, size, size), np.int16)
-    if count := _rows_in(place, size):
+    if count := rows_in(place, size):
         hu = np.memmap(place / "hu.i16", np.int16, "r", shape=(count, size, size))
     reasons = [entries.reasons[code] for code in entries.reason[bad]]
     cache = Cache(

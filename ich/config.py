@@ -214,8 +214,13 @@ class TrackingConfig:
 
 @dataclass
 class SweepConfig:
-    """How jobs are supervised; `time_limit` is in minutes per job and attempt."""
+    """How jobs are supervised; `time_limit` is in minutes per job and attempt.
 
+    plan: say what would be done, and do nothing; `plan_timing`: with a few timed steps.
+    """
+
+    plan: bool = False
+    plan_timing: bool = True
     retry: int = 0
     on_failure: OnFailure = OnFailure["continue"]
     time_limit: float | None = None

@@ -11,18 +11,19 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich.cache import Cache, build_cache, lock, read_cache
+from ich.cache import Cache, build_cache, cache_folder, lock, read_cache, rows_in
 from ich.config import Config, DataConfig, PrepareConfig, ProtocolName, Source, UserError
 from ich.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
 from ich.patients import KEYS, Pseudonyms, read_metadata, scan_headers
-from ich.phantom import PhantomSpec, ensure_phantom
+from ich.phantom import PhantomSpec, count_slices, ensure_phantom
 from ich.pool import return_memory
-from ich.protocol import TEST, TRAIN, VAL, Cohort, apply_protocol
+from ich.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.store import SliceStore
 
 # Called with (what is done, done, in all).
@@ -163,12 +164,11 @@ def open_store(
             "data.root is not set. Give the folder or the zip that holds the slices with "
             "data.root=PATH, or use data=phantom, which needs no files."
         )
-    p = cfg.phantom
     step = _step(report, "simulating patients")
     try:
-        spec = PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
-        return SliceStore(ensure_phantom(phantom_folder(cfg), spec, progress=step))
-    except (ValueError, FileExistsError, PermissionError) as error:
+        made = ensure_phantom(phantom_folder(cfg), _phantom_spec(cfg), progress=step)
+        return SliceStore(made)
+    except (FileExistsError, PermissionError) as error:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
 
@@ -202,13 +202,76 @@ def load_cohort(
     return Cohort(rows, tuple(facts.pop("labels")), **facts), key
 
 
-def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:
-    """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much a cohort holds: rows of each split, distinct images, bytes still to be written.
+
+    is_exact: False where the cohort cannot be known before headers are read or a phantom is made.
+    """
+
+    rows: dict[str, int]
+    images: int
+    new_bytes: int
+    is_exact: bool
+
+
+def cohort_sizes(cfg: AnyConfig) -> Sizes:
+    """The sizes of the config's cohort, which need not have been made. Reads labels, but neither
+    header nor slice, and writes nothing.
+
+    Raises:
+        UserError: the data set is not there, or its labels or the protocol are wrong.
+    """
+    data, store = cfg.data, _store_as_it_is(cfg.data)
+    if store is None:
+        return _guess(cfg, count_slices(_phantom_spec(data)))
+    place = Path(data.cache_dir) / f"cohort-{_cohort_key(cfg, store)}.csv.gz"
+    if place.with_name(place.name.replace(".csv.gz", ".json")).exists():
+        rows = pd.read_csv(place, usecols=["image_id", "split"], dtype=str, keep_default_na=False)
+    else:
+        with TemporaryDirectory() as scratch:  # for the secret of pseudonyms, which nobody needs
+            elsewhere = replace(cfg, data=replace(data, cache_dir=scratch))
+            manifest, names, _ = _labelled(elsewhere, store)
+            manifest = _with_keys(elsewhere.data, manifest, None, None)
+        known = (manifest["patient"] != "").any()
+        if cfg.protocol.name is ProtocolName.sound and not known:
+            return _guess(cfg, len(manifest), store)
+        rows = apply_protocol(manifest, names, cfg.protocol, data.subset).rows
+    images = rows["image_id"].nunique()
+    counts = {name: int((rows["split"] == name).sum()) for name in SPLITS}
+    return Sizes(counts, images, _missing_bytes(cfg, images, store), True)
+
+
+def _guess(cfg: AnyConfig, images: int, store: SliceStore | None = None) -> Sizes:
+    """Sizes by the protocol's fractions, without oversampling and undersampling."""
+    p, images = cfg.protocol, round(images * cfg.data.subset)
+    val, test = round(images * p.val_fraction), round(images * p.test_fraction)
+    if p.folds:
+        val = test = round(images / p.folds)
+    counts = {TRAIN: images - val - test, VAL: val, TEST: test}
+    return Sizes(counts, images, _missing_bytes(cfg, images, store), False)
+
+
+def _missing_bytes(cfg: AnyConfig, images: int, store: SliceStore | None) -> int:
+    size, folder = cfg.data.cache_size, Path(cfg.data.cache_dir)
+    there = rows_in(cache_folder(store, folder, size), size) if store else 0
+    phantom = 0 if store else count_slices(_phantom_spec(cfg.data)) * cfg.data.phantom.size**2
+    return 2 * (max(0, images - there) * size * size + phantom)  # int16
+
+
+def _labelled(
+    cfg: AnyConfig, store: SliceStore | None
+) -> tuple[pd.DataFrame, tuple[str, ...], int]:
+    """The manifest without keys, the names of the labels, and how many ids were repeated."""
     labels = load_labels(cfg.data, store)
     return_memory()
     manifest = build_manifest(labels, store, cfg.data.source)
-    names, repeated = labels.names, labels.repeated
-    del labels
+    return manifest, labels.names, labels.repeated
+
+
+def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:
+    """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
+    manifest, names, repeated = _labelled(cfg, store)
     return_memory()
     sound = cfg.protocol.name is ProtocolName.sound
     manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
@@ -266,10 +329,24 @@ def cohort_key(cfg: AnyConfig) -> str:
     Raises:
         UserError: the data set is not there.
     """
-    if cfg.data.root is None and cfg.data.source is Source.phantom:
-        root = phantom_folder(cfg.data)
-        return _cohort_key(cfg, SliceStore(root)) if root.is_dir() else "not made yet"
-    return _cohort_key(cfg, open_store(cfg.data))
+    store = _store_as_it_is(cfg.data)
+    return "not made yet" if store is None else _cohort_key(cfg, store)
+
+
+def _store_as_it_is(cfg: DataConfig) -> SliceStore | None:
+    """The data set's files, and None for a phantom that has not been made; it is not made here."""
+    if cfg.root is None and cfg.source is Source.phantom:
+        root = phantom_folder(cfg)
+        return SliceStore(root) if root.is_dir() else None
+    return open_store(cfg)
+
+
+def _phantom_spec(cfg: DataConfig) -> PhantomSpec:
+    p = cfg.phantom
+    try:
+        return PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
+    except ValueError as error:
+        raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
 
 def phantom_folder(cfg: DataConfig) -> Path:

@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ich import provenance
 from ich.config import Config, to_yaml
 from ich.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State, write_json
 from ich.tracking import Mirror
 
 log = logging.getLogger(__name__)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
@@ -52,11 +54,7 @@ def gpu_slots(gpus: Sequence[str], jobs_per_gpu: int) -> list[Slot]:
         gpus: their names for CUDA_VISIBLE_DEVICES: numbers or UUIDs.
         jobs_per_gpu: how many jobs share one.
     """
-    return [
-        Slot(f"GPU {gpu}", {"CUDA_VISIBLE_DEVICES": gpu})
-        for _ in range(jobs_per_gpu)
-        for gpu in gpus
-    ]
+    return [Slot(f"GPU {gpu}", {VISIBLE: gpu}) for _ in range(jobs_per_gpu) for gpu in gpus]
 
 
 def cpu_slots(jobs: int) -> list[Slot]:
@@ -72,7 +70,7 @@ def visible_gpus() -> list[str]:
     """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES."""
     import torch  # takes seconds: only where a job may run on a GPU
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get(VISIBLE)
     count = torch.cuda.device_count()
     names = [g.strip() for g in named.split(",")] if named else [str(n) for n in range(count)]
     return names[:count]
@@ -183,6 +181,9 @@ def _take_over(config: Config, run: RunPaths, origin: Origin, state: State) -> N
     run.root.mkdir(parents=True, exist_ok=True)
     run.config.write_text(to_yaml(config))
     write_json(run.origin, origin)
+    write_json(run.provenance, provenance.record())
+    if diff := provenance.git_diff():
+        run.diff.write_text(diff)
 
 
 def _attempt(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +27,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ich.config import Config, Device, UserError, job_name, sweep_name, typed
-from ich.jobs import Slot, cpu_slots, gpu_slots, run_in_slots, run_job, visible_gpus
+from ich.jobs import VISIBLE, Slot, cpu_slots, gpu_slots, run_in_slots, run_job, visible_gpus
 from ich.preflight import open_sweep
 from ich.results import FAILED, State, SweepPaths, write_json
 from ich.terminal import Board, Terminal
@@ -57,7 +59,7 @@ class LocalLauncher(Launcher):
     ) -> Sequence[JobReturn]:
         jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
         configs = [without_hydra(job) for job in jobs]
-        slots = self._slots(configs)
+        slots = self.slots(configs)
         sweep = prepare(configs)
         stop, lock = threading.Event(), threading.Lock()
 
@@ -67,7 +69,12 @@ class LocalLauncher(Launcher):
         with Board(sweep.read_record()["jobs"]) as board:
             return run_in_slots(work, range(len(jobs)), slots, stop)
 
-    def _slots(self, configs: Sequence[Config]) -> list[Slot]:
+    def slots(self, configs: Sequence[Config]) -> list[Slot]:
+        """The places for these jobs on this machine.
+
+        Raises:
+            CompactHydraException: a setting is out of range.
+        """
         self._check()
         wanted = any(c.train.device is not Device.cpu for c in configs)
         gpus = visible_gpus() if wanted and self.gpus != 0 else []
@@ -137,15 +144,58 @@ class CheckedLauncher(Launcher):
         return done
 
 
+class PlanLauncher(Launcher):
+    """Says what a launch would do, and does nothing: `sweep.plan=true`."""
+
+    # The config of the launcher that would place the jobs, see `CheckedLauncher`.
+    inner: DictConfig
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
+        configs = [without_hydra(job) for job in jobs]
+        gpus = 1
+        if str(self.inner._target_) == f"{_OURS}LocalLauncher":
+            settings = {str(k): v for k, v in self.inner.items() if k != "_target_"}
+            gpus = len(
+                {slot.environment.get(VISIBLE) for slot in LocalLauncher(**settings).slots(configs)}
+            )
+        plan(configs, gpus)
+        # An optimizing sweeper would ask for results before it can say what comes next.
+        raise SystemExit(0)
+
+
 class CheckFirst(Callback):
-    """Wraps whatever launcher was chosen, if it is not one of ours."""
+    """Wraps whatever launcher was chosen, if it is not one of ours, and plans if that is asked."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if config.sweep.plan:
+            self._write_nothing(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         chosen = config.hydra.launcher
+        if config.sweep.plan:
+            self._write_nothing(config, "sweep")
+            PlanLauncher.inner = chosen.copy()
+            with read_write(config), open_dict(config):
+                config.hydra.launcher = {"_target_": f"{_OURS}PlanLauncher"}
+            return
         if not str(chosen.get("_target_", "")).startswith(_OURS):
             CheckedLauncher.inner = chosen.copy()
             with read_write(config), open_dict(config):
                 config.hydra.launcher = {"_target_": f"{_OURS}CheckedLauncher"}
+
+    def _write_nothing(self, config: DictConfig, mode: str) -> None:
+        """Hydra notes the command in a folder: in one that is gone afterwards."""
+        self._scratch = TemporaryDirectory(prefix="ich-plan-")
+        with read_write(config):
+            config.hydra[mode].dir = self._scratch.name
 
 
 def compose_jobs(
@@ -170,18 +220,36 @@ def compose_jobs(
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
-    try:
-        with Terminal().preparing() as report:
-            sweep, jobs = open_sweep(configs, report)
-    except UserError as error:
-        raise CompactHydraException(f"ich: {error}") from None
-    except OSError as error:
-        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+    with _one_paragraph(), Terminal().preparing() as report:
+        sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:
         launched.append(sweep)
     other = [job.config.job for job in jobs if job.is_of_other_code]
     Terminal().opened(sweep, [job.state for job in jobs], other)
     return sweep
+
+
+def plan(configs: Sequence[Config], at_once: int = 1) -> None:
+    """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
+    with _one_paragraph():
+        from ich.plan import describe_plan, make_plan  # torch takes seconds
+
+        with Terminal().preparing() as report:
+            made = make_plan(configs, report)
+    headings, rows, sentences = describe_plan(made, at_once)
+    place = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).root
+    Terminal().tables(f"Plan of {place} (nothing is started)", [(headings, rows)], sentences)
+
+
+@contextmanager
+def _one_paragraph() -> Iterator[None]:
+    """A user's mistake is one paragraph in Hydra's eyes, too."""
+    try:
+        yield
+    except UserError as error:
+        raise CompactHydraException(f"ich: {error}") from None
+    except OSError as error:
+        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
 
 
 def train(

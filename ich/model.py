@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from ich.config import ModelConfig, UserError
 
@@ -92,6 +94,58 @@ def count_parameters(cfg: ModelConfig, outputs: int = 6) -> tuple[int, int]:
         ours = _classifier(timm.create_model(cfg.timm, num_classes=0), outputs)
         imagenet = timm.create_model(cfg.timm)
     return _count(ours), _count(imagenet)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network takes.
+
+    params: trained ones. macs: multiply-adds of one image, forward. activations: bytes kept for
+    the backward pass of one batch, in float32.
+    """
+
+    params: int
+    macs: int
+    activations: int
+
+
+def model_cost(cfg: ModelConfig, channels: int, size: int, batch: int, outputs: int = 6) -> Cost:
+    """Counted on torch's meta device: shapes alone, no memory.
+
+    Args:
+        cfg: the network.
+        channels: input channels.
+        size: side of its input, pixels.
+        batch: images of a training step.
+        outputs: labels.
+    """
+    kept: dict[int, torch.Tensor] = {}  # by storage: two views of one keep it once
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.device("meta"):
+        net = timm.create_model(cfg.timm, num_classes=0, in_chans=channels)
+        model = _classifier(net, outputs)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model(torch.zeros(max(2, batch), channels, size, size))
+        own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            model.eval()(torch.zeros(1, channels, size, size))
+    del out
+    activations = sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)
+    return Cost(_count(model), flops.get_total_flops() // 2, activations)
+
+
+def weights_at_hand(cfg: ModelConfig) -> str:
+    """Where a job's initial weights would come from, in two or three words; asks no network."""
+    if cfg.weights:
+        return "local file" if Path(cfg.weights).is_file() else "no such file"
+    if not cfg.pretrained:
+        return "random"
+    input_spec(cfg)
+    return "at hand" if _is_cached(timm.get_pretrained_cfg(cfg.timm)) else "to download"
 
 
 def check_architecture(cfg: ModelConfig, channels: int, size: int, outputs: int = 6) -> None:

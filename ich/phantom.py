@@ -860,6 +860,11 @@ def draw_patient(spec: PhantomSpec, patient: int) -> Patient:
     return Patient(anatomy, draw_scanner(rngs[1], anatomy, patient), bleeds, rngs[3])
 
 
+def count_slices(spec: PhantomSpec) -> int:
+    """How many slices `write_phantom` writes; nothing is rendered."""
+    return sum(draw_patient(spec, n).scanner.slices for n in range(spec.patients))
+
+
 def _plane(s: Scanner, size: int, index: int, offset: float) -> Points:
     """Head coordinates [size * size] of slice `index`, moved by `offset` thicknesses."""
     pixel = s.fov / size

@@ -73,7 +73,7 @@ def prepare_all(config: PrepareConfig) -> None:
 def _show(terminal: Terminal, config: PrepareConfig, cohort: Cohort, key: str) -> None:
     source, protocol = config.data.source, config.protocol.name.value
     tables = [counts_table(cohort), balance_table(cohort, source)]
-    terminal.cohort(
+    terminal.tables(
         f"data={source.value}, protocol={protocol}, cohort {key}",
         [([str(c) for c in table], cells(table)) for table in tables],
         leak_table(cohort),

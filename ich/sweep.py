@@ -35,6 +35,9 @@ def train_one(cfg: DictConfig) -> float | None:
     """One job of the sweep; returns the monitored metric, for sweepers that optimize it."""
     launcher.enter()
     config = typed(cfg)
+    if config.sweep.plan:
+        launcher.plan([config])
+        return None
     if HydraConfig.get().mode == RunMode.RUN:
         launcher.prepare([config])
     with Board([config.job]) as board:

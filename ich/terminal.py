@@ -33,6 +33,7 @@ from rich.table import Table
 from ich.config import Config
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, State, SweepPaths
 
+_TEXTS = ("what", "state", "weights", "time from")  # columns that are not numbers
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
@@ -77,15 +78,15 @@ class Terminal:
         # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
         self.out.print(text, markup=markup, end=end, soft_wrap=True)
 
-    def cohort(
+    def tables(
         self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
     ) -> None:
-        """A cohort's tables, each as headings and rows, and what is to be said about it."""
+        """Tables, each as headings and rows, and what is to be said about them."""
         self._line(f"\n[bold]{title}[/bold]")
         for headings, rows in tables:
             out = Table(box=None, pad_edge=False)
             for n, heading in enumerate(headings):
-                text = n == 0 or heading == "what"
+                text = n == 0 or heading in _TEXTS
                 out.add_column(heading, justify="left" if text else "right", overflow="fold")
             for row in rows:
                 out.add_row(*map(escape, row))
@@ -238,14 +239,15 @@ class _Row:
         gained = self.done - self.first
         if gained > 0:
             left = (time.monotonic() - self.began) * (1 - self.done) / gained
-            place += f" {state['step']}/{state['steps']}, {_duration(left)} left"
+            place += f" {state['step']}/{state['steps']}, {duration(left)} left"
         self.note = place
 
     def bar(self) -> ProgressBar | str:
         return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,288 @@
+"""What a launch would do, how long it would take and what it would need: `sweep.plan=true`.
+
+Nothing is written and no job starts. What cannot be known before it is done is estimated, and every
+estimate says what it rests on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ich import data
+from ich.config import Config, image_size, load
+from ich.data import Dataset, Sizes, Split
+from ich.model import Cost, check_architecture, model_cost, weights_at_hand
+from ich.preflight import Job, check_jobs, look_up
+from ich.protocol import SPLITS, TEST, TRAIN, VAL
+from ich.results import FINISHED, RunPaths, State
+from ich.terminal import duration
+from ich.train import Progress, Trainer, device_name, pick_device
+
+# A row that is only evaluated costs about a third of one that is trained on: the forward pass
+# without the backward pass, which takes twice as long.
+_EVALUATED = 1 / 3
+_START_SECONDS = 10.0  # of a job before its first step: imports, weights, opening the cache
+# Peak resident memory of a training on the CPU at 96 px, batch 32, was 0.8 GB of Python and torch,
+# and 1.20 to 1.29 times its weights, gradients, moments and kept activations (seven networks).
+_PROCESS_BYTES = 0.8e9
+_MEMORY_FACTOR = 1.25
+_THREADS = torch.get_num_threads()
+_TIMED_SECONDS = 5.0
+_TIMED_STEPS = 5
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One job of a plan.
+
+    cost: of its network at its size. memory: bytes of its process at its peak. disk: bytes it
+    leaves, in its folder and in MLflow. checkpoints: bytes more while it runs. seconds: of what is
+    left to do, alone on the machine, None if nothing tells. basis: what the time rests on.
+    """
+
+    job: Job
+    weights: str
+    cost: Cost
+    memory: float
+    disk: int
+    checkpoints: int
+    seconds: float | None
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """jobs: in the table's order. cohorts: sizes by the key of data and protocol they come from."""
+
+    jobs: list[Planned]
+    cohorts: list[Sizes]
+    device: str
+
+
+def make_plan(configs: Sequence[Config], report: Report) -> Plan:
+    """Looks at everything that a launch of these jobs would need.
+
+    Args:
+        configs: the jobs, in the order of the table.
+        report: progress of timing, which takes seconds for each network.
+
+    Raises:
+        UserError: what a launch would refuse too, but for weights that are not at hand.
+    """
+    sweep = check_jobs(configs)
+    jobs = look_up(configs, sweep)
+    for config in configs:
+        channels = len(config.windows.channels)
+        check_architecture(config.model, channels, image_size(config))
+    sizes: dict[str, Sizes] = {}
+    for config in configs:
+        cohort = repr((config.data, config.protocol))
+        if cohort not in sizes:
+            sizes[cohort] = data.cohort_sizes(config)
+    speeds = Speeds(jobs, report)
+    planned = [_planned(j, sizes[repr((j.config.data, j.config.protocol))], speeds) for j in jobs]
+    return Plan(planned, list(sizes.values()), speeds.device)
+
+
+def _planned(job: Job, sizes: Sizes, speeds: Speeds) -> Planned:
+    config = job.config
+    batch = config.train.batch_size
+    outputs = len(config.data.label_columns or range(6))
+    cost = model_cost(
+        config.model, len(config.windows.channels), image_size(config), batch, outputs
+    )
+    moments = _moments(config)
+    state = 4 * cost.params * (2 + moments)  # weights, gradients, moments: float32
+    weights = 4 * cost.params
+    seconds, basis = (0.0, "") if job.state is State.done else speeds.of(config)
+    if seconds is not None and job.state is not State.done:
+        goes_on = job.state is not State.new and job.run.has_checkpoint()
+        left = config.train.epochs - (len(job.run.read_metrics()) if goes_on else 0)
+        seconds = _START_SECONDS + seconds * _work(config, sizes.rows, left)
+    return Planned(
+        job=job,
+        weights=weights_at_hand(config.model),
+        cost=cost,
+        memory=_PROCESS_BYTES + _MEMORY_FACTOR * (state + cost.activations),
+        disk=weights * (2 if config.tracking.mlflow else 1),
+        # Two generations, each with the best weights so far.
+        checkpoints=2 * (weights * (1 + moments) + weights),
+        seconds=seconds,
+        basis=basis,
+    )
+
+
+def _moments(config: Config) -> int:
+    """How many numbers the optimizer keeps for each parameter."""
+    if "SGD" in config.optimizer._target_:
+        return 1 if config.optimizer.momentum else 0
+    return 2
+
+
+def _work(config: Config, rows: dict[str, Any], epochs: int) -> float:
+    """Training rows, and others by what they cost of one, in so many epochs and a last test."""
+    each = rows[TRAIN] + _EVALUATED * rows[VAL]
+    return epochs * each + _EVALUATED * rows.get(TEST, 0)
+
+
+class Speeds:
+    """Seconds per training row, from earlier runs under the same output folder or timed now."""
+
+    def __init__(self, jobs: Sequence[Job], report: Report) -> None:
+        self.device = _device(jobs[0].config)
+        self._earlier = dict(_earlier_runs(Path(jobs[0].config.sweep.output)))
+        self._report = report
+        self._timed: dict[str, float] = {}
+        todo = {_kind(j.config) for j in jobs if j.state is not State.done}
+        self._in_all = len(todo - self._earlier.keys())
+
+    def of(self, config: Config) -> tuple[float | None, str]:
+        """Seconds per training row of a job, and what they rest on."""
+        kind = _kind(config)
+        if kind in self._earlier:
+            seconds, run = self._earlier[kind]
+            return seconds, f"run {run}"
+        if not config.sweep.plan_timing:
+            return None, "no earlier run"
+        if kind not in self._timed:
+            self._report("timing networks", len(self._timed), self._in_all)
+            self._timed[kind] = time_training(config)
+            self._report("timing networks", len(self._timed), self._in_all)
+        return self._timed[kind], "timed now"
+
+
+def _device(config: Config) -> str:
+    """What the config would run on here, alone; sets this process's threads to what it asks for."""
+    torch.set_num_threads(config.train.threads or _THREADS)
+    return device_name(pick_device(config.train.device))
+
+
+def _kind(config: Config, device: str | None = None) -> str:
+    """What the speed of a training depends on."""
+    channels, device = len(config.windows.channels), device or _device(config)
+    size, batch = image_size(config), config.train.batch_size
+    return repr((config.model.timm, channels, size, batch, config.data.cache_size, device))
+
+
+def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
+    """Kind of training -> seconds per training row and the run, later ones last."""
+    found = [*output.glob("*/*/result.json"), *output.glob("*/superseded/*/result.json")]
+    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns):
+        run = RunPaths(path.parent)
+        result = run.read_result()
+        if result["status"] != FINISHED or result.get("resumed"):
+            continue  # a resumed run's minutes include what was done twice
+        try:
+            config = load(run.config)
+            work = _work(config, result["cohort"], result["epochs"])
+            kind = _kind(config, result["device"])
+            yield kind, (result["minutes"] * 60 / work, path.parent.relative_to(output).as_posix())
+        except (KeyError, TypeError, ValueError, OSError):
+            continue  # of another version of ich
+
+
+def time_training(config: Config) -> float:
+    """Seconds per training row: real steps on made-up slices, after one that is not counted."""
+    config = replace(config, model=replace(config.model, pretrained=False, weights=None))
+    device = pick_device(config.train.device)
+    trainer = Trainer.build(config, _made_up(config), device)
+    seconds: list[float] = []
+    while len(seconds) < 2 or (sum(seconds[1:]) < _TIMED_SECONDS and len(seconds) <= _TIMED_STEPS):
+        begin = time.perf_counter()
+        trainer.train_one_epoch(Progress(), lambda *_: None)  # one step; ends when the device has
+        seconds.append(time.perf_counter() - begin)
+    return float(np.median(seconds[1:])) / config.train.batch_size
+
+
+def _made_up(config: Config) -> Dataset:
+    """One batch of random slices, int16 HU, with random labels."""
+    batch, size = config.train.batch_size, config.data.cache_size
+    rng = np.random.default_rng(0)
+    labels = tuple(config.data.label_columns or "abcdef")
+    hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
+    target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
+    row = np.arange(batch)
+    split = Split(row.astype(str), row, target, row)
+    return Dataset(hu, labels, split, split, None, {})
+
+
+def total_seconds(plan: Plan, at_once: int = 1) -> float | None:
+    """Wall-clock seconds of all that is left, jobs in order over so many processors."""
+    if any(p.seconds is None for p in plan.jobs):
+        return None
+    free = [0.0] * max(1, at_once)
+    for planned in plan.jobs:
+        place = int(np.argmin(free))
+        free[place] += planned.seconds or 0.0
+    return max(free)
+
+
+def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[str]], list[str]]:
+    """The plan as headings, rows and sentences.
+
+    Args:
+        plan: what to say.
+        at_once: trainings that do not share a processor: one on a CPU, one for each GPU used.
+    """
+    headings = ["job", "state", "weights", "trained M", "GMACs", "memory GB", "disk MB", "time"]
+    rows = [_row(p) for p in plan.jobs]
+    todo = [p for p in plan.jobs if p.job.state is not State.done]
+    sentences = [_cohort(sizes) for sizes in plan.cohorts]
+    if todo:
+        most = max(p.checkpoints for p in todo) / 1e6
+        kept = sum(p.disk for p in todo) / 1e6
+        sentences.append(
+            f"Disk: {kept:,.0f} MB stay of the jobs to do, and each needs up to {most:,.0f} MB "
+            f"more for checkpoints while it runs."
+        )
+    sentences.append(_time(plan, todo, at_once))
+    if [p for p in todo if p.weights == "to download"]:
+        sentences.append("Weights are downloaded before the first job starts.")
+    return [*headings, "time from"], rows, sentences
+
+
+def _row(p: Planned) -> list[str]:
+    time_left = "" if p.seconds is None else duration(p.seconds)
+    return [
+        p.job.config.job,
+        p.job.state.value,
+        p.weights,
+        f"{p.cost.params / 1e6:.2f}",
+        f"{p.cost.macs / 1e9:.2f}",
+        f"{p.memory / 1e9:.1f}",
+        f"{p.disk / 1e6:.0f}",
+        time_left,
+        p.basis,
+    ]
+
+
+def _cohort(sizes: Sizes) -> str:
+    rows = ", ".join(f"{sizes.rows[n]:,} {n}" for n in SPLITS if sizes.rows.get(n))
+    how = "" if sizes.is_exact else "about "
+    new = f"{sizes.new_bytes / 1e6:,.0f} MB of slices are still to be made."
+    if not sizes.new_bytes:
+        new = "Their slices are decoded."
+    why = "" if sizes.is_exact else " (before oversampling: its files have not been looked at yet)"
+    return f"Data: {how}{rows} rows of {sizes.images:,} images{why}. {new}"
+
+
+def _time(plan: Plan, todo: list[Planned], at_once: int) -> str:
+    total = total_seconds(plan, at_once)
+    if not todo:
+        return "Time: nothing is left to do; the table would be written again."
+    if total is None:
+        return "Time: not known without an earlier run. sweep.plan_timing=true times a few steps."
+    how = f"over {at_once} GPUs" if at_once > 1 else "one after another"
+    return (
+        f"Time: {duration(total)} for {len(todo)} jobs {how} on {plan.device}, making slices not "
+        f"included. Jobs that share a processor take longer each."
+    )
