@@ -11,6 +11,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
+from canaries import Canaries
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -27,6 +28,12 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight patients at 64 x 64, in the RSNA layout; the path has a space and a quote in it."""
     out = tmp_path_factory.mktemp("data set") / "it's a phantom"
     return write_phantom(out, PhantomSpec(patients=8, seed=1, size=64), workers=1)
+
+
+@pytest.fixture(scope="session")
+def canaries(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Canaries:
+    """The phantom with identifiers in every header."""
+    return Canaries(phantom, tmp_path_factory.mktemp("canaries") / "set")
 
 
 @pytest.fixture(scope="session")

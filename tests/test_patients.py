@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import stat
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pydicom
 import pytest
+from canaries import Canaries
 
 from ich import patients as patients_module
 from ich.config import Config, UserError
@@ -166,39 +169,36 @@ def test_headers_and_metadata_give_the_same_split(
 
 
 def test_no_identifier_reaches_what_a_preparation_prints_or_keeps(
-    phantom: Path, tmp_path: Path
+    canaries: Canaries, tmp_path: Path
 ) -> None:
-    """Canaries in the headers; FAULTS 36."""
-    canaries = {
-        "PatientName": "CANARY^NAME",
-        "PatientID": "CANARY_PATIENT",
-        "PatientBirthDate": "19010203",
-        "StudyDate": "19040506",
-        "StudyInstanceUID": "1.2.999.77777.1",
-        "SeriesInstanceUID": "1.2.999.77777.2",
-    }
-    root = tmp_path / "set"
-    (root / "stage_2_train").mkdir(parents=True)
-    (root / "stage_2_train.csv").write_bytes((phantom / "stage_2_train.csv").read_bytes())
-    for n, file in enumerate(sorted((phantom / "stage_2_train").glob("*.dcm"))):
-        dataset = pydicom.dcmread(file)
-        for keyword in canaries:
-            dataset.pop(keyword, None)
-        for keyword, value in canaries.items():
-            setattr(dataset, keyword, value + (str(n % 9) if "ID" in keyword else ""))
-        dataset.private_block(0x0009, "CANARY_CREATOR", create=True).add_new(1, "LO", "CANARY_TAG")
-        dataset.save_as(root / "stage_2_train" / file.name)
-    (root / "stage_2_train" / "broken.dcm").write_bytes(b"CANARY" * 100)
+    """FAULTS 36."""
     done = subprocess.run(
-        [sys.executable, "-m", "ich.prepare", f"data.root={root}", "data.cache_size=32",
+        [sys.executable, "-m", "ich.prepare", f"data.root={canaries.root}", "data.cache_size=32",
          "data.workers=1", "protocol=sound"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    kept = [done.stdout.encode(), done.stderr.encode()]
-    kept += [p.read_bytes() for d in (".ich-cache", "multirun_reports") for p in
-             (tmp_path / d).rglob("*") if p.is_file()]  # fmt: skip
-    assert len(kept) > 6
-    for text in kept:
-        for word in (b"CANARY", b"19010203", b"19040506", b"1.2.999.77777"):
-            assert word not in text
+    assert canaries.seen_in(tmp_path, done.stdout + done.stderr) == []
+
+
+@pytest.mark.faults
+def test_no_identifier_reaches_what_a_sweep_prints_or_keeps(
+    canaries: Canaries, tmp_path: Path
+) -> None:
+    """FAULTS 36: logs, tables, figures, MLflow, and the checkpoint of a job that was killed."""
+    sabotage = {"mobilenet_v2,seed=0": ["SIGKILL", 30], "mobilenet_v2,seed=1": ["raise", 1]}
+    env = {"SABOTAGE": json.dumps(sabotage), "PYTHONPATH": str(Path(__file__).parent / "saboteur")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ich.sweep", "-m", "name=s", "model=mobilenet_v2", "seed=0,1,2",
+         f"data.root={canaries.root}", "data.cache_size=32", "data.image_size=32",
+         "data.workers=1", "protocol=sound", "model.pretrained=false", "train.epochs=2",
+         "train.batch_size=8", "train.threads=1"],
+        cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    sweep = tmp_path / "multirun_reports" / "s"
+    for kept in ("mobilenet_v2,seed=0/checkpoint-a.ich", "mobilenet_v2,seed=2/predictions.npz",
+                 "comparison.csv", "figures/learning_curves.png"):  # fmt: skip
+        assert (sweep / kept).exists(), kept
+    assert (tmp_path / "mlflow.db").exists()
+    assert canaries.seen_in(tmp_path, done.stdout + done.stderr) == []
