@@ -28,7 +28,7 @@ from ich.tracking import Mirror
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
+GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
 
 Result = dict[str, object]
@@ -114,9 +114,9 @@ def run_in_slots(
             pass
     except BaseException:
         stop.set()
-        with _no_second_signal():
+        with no_second_signal():
             for over in ended:
-                over.wait(2 * _GRACE_SECONDS)
+                over.wait(2 * GRACE_SECONDS)
         raise
     if errors:
         raise errors[0]
@@ -124,7 +124,7 @@ def run_in_slots(
 
 
 @contextlib.contextmanager
-def _no_second_signal() -> Iterator[None]:
+def no_second_signal() -> Iterator[None]:
     """Impatience must not leave children behind."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -266,7 +266,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         child.terminate()
         try:
-            child.wait(_GRACE_SECONDS)
+            child.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -283,6 +283,18 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     Mirror(config, run, parent).finish(_MIRROR_SECONDS)
 
 
+def write_lost(
+    config: Config, run: RunPaths, origin: Origin, parent: str | None, reason: str
+) -> None:
+    """The result of a job whose supervisor was lost, once its training has ended."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(BlockingIOError), hold(run, 2 * GRACE_SECONDS):
+        state = run.state(config, origin)
+        if state is State.new and run.result.exists():  # of another run: the job never began
+            _take_over(config, run, origin, state)
+        _write_death(config, run, parent, reason)
+
+
 def watch_supervisor(pid: int) -> None:
     """Called by a child: asks it to stop, and then ends it, when its supervisor is gone.
 
@@ -293,7 +305,7 @@ def watch_supervisor(pid: int) -> None:
         while os.getppid() == pid:
             time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_GRACE_SECONDS)
+        time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True, name="watch supervisor").start()

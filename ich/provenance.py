@@ -43,16 +43,31 @@ def git_state(package: Path = _PACKAGE) -> dict[str, Any]:
 
 
 def git_diff(package: Path = _PACKAGE) -> str:
-    """What was changed since the commit, new files included; cut above 1 MB, empty for none."""
+    """What was changed since the commit, new files included, as `git apply` takes it; cut above
+    1 MB, empty for none."""
     if not git_state(package):
         return ""
-    text = _git(package, "diff", "HEAD", "--", ".")
-    new = _git(package, "ls-files", "--others", "--exclude-standard", "--", ".")
+    plain = ("--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")
+    text = _git(package, "diff", *plain, "HEAD", "--", ".")
+    root = Path(_git(package, "rev-parse", "--show-toplevel").removesuffix("\n"))
+    new = _git(package, "ls-files", "--others", "--exclude-standard", "--full-name", "--", ".")
     for name in new.splitlines():
-        path = package / name
+        path = root / name
         if path.is_file() and path.suffix in (".py", ".yaml"):
-            text += f"\nnew file {name}\n{path.read_text(errors='replace')}"
+            text += _as_patch(name, path.read_bytes().decode(errors="replace"))
     return text if len(text) <= _MAX_DIFF else f"{text[:_MAX_DIFF]}\n... cut at 1 MB\n"
+
+
+def _as_patch(name: str, text: str) -> str:
+    """A new file as a patch; git itself makes one only of what its index knows."""
+    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
+    if not text:
+        return f"{head}index 0000000..e69de29\n"
+    whole = text.endswith("\n")
+    lines = text.removesuffix("\n").split("\n")
+    added = "\n".join(f"+{line}" for line in lines)
+    end = "\n" if whole else "\n\\ No newline at end of file\n"
+    return f"{head}--- /dev/null\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{added}{end}"
 
 
 def _git(folder: Path, *args: str) -> str:

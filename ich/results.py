@@ -81,6 +81,22 @@ class RunPaths:
         return self.root / "origin.json"
 
     @property
+    def provenance(self) -> Path:
+        """Code, packages and hardware as the run began; a later launch of its sweep may have
+        others, and leaves a finished run as it is."""
+        return self.root / "provenance.json"
+
+    @property
+    def diff(self) -> Path:
+        """What the code had changed since its commit as the run began; absent for nothing."""
+        return self.root / "launch.diff"
+
+    @property
+    def comparison(self) -> Path:
+        """How a rerun, in whose folder it lies, compares with the run it repeats."""
+        return self.root / "rerun.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that trains here."""
         return self.root / ".lock"
@@ -134,6 +150,10 @@ class RunPaths:
     def read_origin(self) -> dict[str, Any]:
         """What the run was made from, empty if nothing tells."""
         return _read_json(self.origin)
+
+    def read_provenance(self) -> dict[str, Any]:
+        """What `ich.provenance.record` returned as the run began, empty if nothing tells."""
+        return _read_json(self.provenance)
 
     def read_tracking(self) -> dict[str, Any]:
         """`mlflow_run`, whether the copy in MLflow is `complete`, and which run it supersedes."""
@@ -192,9 +212,25 @@ class SweepPaths:
         return RunPaths(self.root / job)
 
     @property
+    def reruns(self) -> Path:
+        """The folder of what `python -m ich.rerun` repeated, one folder per run."""
+        return self.root / "reruns"
+
+    def rerun(self, job: str) -> RunPaths:
+        return RunPaths(self.reruns / job)
+
+    @property
     def stopped(self) -> Path:
         """Says which failure stopped the latest launch; absent if none did."""
         return self.root / "stopped.json"
+
+    def interrupt(self) -> None:
+        """Tells jobs that run or wait elsewhere that the launch was interrupted."""
+        write_json(self.stopped, {"interrupted": True})
+
+    def is_interrupted(self) -> bool:
+        """Whether the latest launch was interrupted, so that its jobs are to end."""
+        return self.stopped.exists() and "interrupted" in _read_json(self.stopped)
 
     @property
     def diff(self) -> Path:

@@ -113,6 +113,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, tick: Tick) -> dict[str, A
         "images_per_s": len(dataset.train.row) * cfg.train.epochs / progress.train_seconds,
         "resumed": progress.resumed,
         "device": device_name(device),
+        "threads": torch.get_num_threads(),
         "cohort": dataset.summary,
         "always_negative": always_negative(target, labels),
     }
@@ -583,7 +584,8 @@ def main(argv: list[str] | None = None) -> int:
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
     stop = Stop(ProgressFile(run.progress, cfg.train.epochs))
-    signal.signal(signal.SIGTERM, stop)
+    for asks_to_end in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
+        signal.signal(asks_to_end, stop)
     if args.watched_by:
         watch_supervisor(args.watched_by)
     with contextlib.ExitStack() as held:

@@ -38,7 +38,21 @@ def test_the_commit_and_what_was_changed_since(package: Path) -> None:
     assert provenance.git_state(package) == clean | {"changed": True}
     diff = provenance.git_diff(package)
     assert "-x = 1\n+x = 2" in diff
-    assert "new file b.py\ny = 3" in diff
+    assert "+++ b/b.py\n@@ -0,0 +1,1 @@\n+y = 3" in diff
+
+
+def test_the_commit_and_the_diff_restore_the_code(package: Path, tmp_path: Path) -> None:
+    (package / "sub").mkdir()
+    (package / "a.py").write_text("x = 2  # no newline at the end")
+    (package / "b.py").write_text("--- y\n\n+++ z\x0c\r\n")
+    (package / "empty.py").write_text("")
+    (package / "sub" / "c.yaml").write_text("z: ü")
+    (tmp_path / "launch.diff").write_text(provenance.git_diff(package), newline="")
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", str(package), str(other))
+    git(other, "apply", str(tmp_path / "launch.diff"))
+    for name in ("a.py", "b.py", "empty.py", "sub/c.yaml"):
+        assert (other / name).read_bytes() == (package / name).read_bytes(), name
 
 
 def test_a_package_that_git_does_not_track_has_no_commit(package: Path) -> None:

@@ -1,0 +1,438 @@
+"""Repeats a finished run from its record: `python -m ich.rerun multirun_reports/<name>/<job>`.
+
+Method. The run's own config, with as many CPU threads as it had, is trained again in
+`multirun_reports/<name>/reruns/<job>/`, without MLflow; then the two are compared (`ich.verdict`).
+Refused is what could not be the same training: other data, other initial weights. Other code,
+packages or hardware are said before it starts, with the commands that bring the code back.
+
+The verdict is "identical", "within tolerance" or "different", and then where. On the CPU, with the
+same code, packages, number of threads and kind of processor, a repeated run is identical. On a GPU
+sums are not always taken in the same order, and a repeated run may be no more than similar.
+
+The tolerance is absolute, for every metric, loss and probability. Its default, 0.001, is below what
+the choice of validation rows alone does to a score: the standard error of an accuracy of 0.97 on
+the report's 11,623 rows is 0.0016. Accuracy and AUC have steps, though: with few rows, one
+probability that crosses 0.5, by however little, moves the accuracy by more than 0.001, and the runs
+are called different; --tolerance sets another bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+from ich import provenance
+from ich.config import Config, UserError, identity, load, typed, validate
+from ich.data import cohort_key, prepare
+from ich.jobs import Result, hold, run_job
+from ich.preflight import check_weights, weights_digest
+from ich.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths, write_json
+from ich.terminal import Board, Terminal, console
+from ich.verdict import Outcome, Verdict, compare_runs, describe
+
+TOLERANCE = 1e-3
+_EARLIER_PROCESS_SECONDS = 30  # the training of a killed rerun may need some to end
+_COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.different: "red"}
+
+
+@dataclass(frozen=True)
+class Original:
+    """A finished run, and what its folder and its sweep's tell of how it was made.
+
+    made_with: as `ich.provenance.record`; empty if nothing tells. diff: what its code had changed
+    since the commit.
+    """
+
+    run: RunPaths
+    sweep: SweepPaths
+    config: Config
+    origin: Origin
+    result: dict[str, Any]
+    made_with: dict[str, Any]
+    diff: Path | None
+
+    @property
+    def rerun(self) -> RunPaths:
+        return self.sweep.rerun(self.run.root.name)
+
+
+def read_original(folder: Path) -> Original:
+    """What is known of a finished run.
+
+    Raises:
+        UserError: there is none in the folder, or it cannot be repeated.
+    """
+    run, sweep = RunPaths(folder), _sweep_of(folder)
+    result = _finished(run, sweep)
+    compare_runs(run, run, 0.0)  # files that cannot be read would otherwise be found hours later
+    try:
+        config = load(run.config)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{run.config} is not of this version of ich ({reason}). Repeat the run with the "
+            f"version that made it: {sweep.record} and {run.provenance} name its commit."
+        ) from None
+    validate(config)
+    origin = run.read_origin()
+    if not all(isinstance(origin.get(key), str) for key in Origin.__annotations__):
+        raise UserError(
+            f"{folder} has no {run.origin.name} that tells which data and weights the run was made "
+            f"from, so nothing could be called its repetition. Give its sweep's command again with "
+            f"name=NEW: this version of ich writes it."
+        )
+    made_of = Origin(cohort=origin["cohort"], weights=origin["weights"], code=origin["code"])
+    return Original(run, sweep, config, made_of, result, *_made_with(run, sweep, made_of))
+
+
+def _sweep_of(folder: Path) -> SweepPaths:
+    """The sweep that a run belongs to, superseded runs too.
+
+    Raises:
+        UserError: the folder is a sweep, or a rerun.
+    """
+    above = folder.absolute().parent
+    if _is_shelf(above, "reruns") or _is_shelf(above.parent, "reruns"):
+        raise UserError(
+            f"{folder} is a rerun itself. Give the run that it repeats, to repeat that once more."
+        )
+    if jobs := SweepPaths(folder).read_record().get("jobs"):
+        raise UserError(
+            f"{folder} is a sweep. Give one of its runs, as in python -m ich.rerun "
+            f"{folder / jobs[0]}; it has {', '.join(jobs)}."
+        )
+    return SweepPaths(folder.parent.parent if _is_shelf(above, "superseded") else folder.parent)
+
+
+def _is_shelf(folder: Path, name: str) -> bool:
+    """Whether a folder is one of a sweep's own, and not a sweep of that name."""
+    return folder.name == name and not SweepPaths(folder).record.exists()
+
+
+def _finished(run: RunPaths, sweep: SweepPaths) -> dict[str, Any]:
+    """The run's result.
+
+    Raises:
+        UserError: there is no run, or it did not finish.
+    """
+    if not run.config.exists():
+        raise UserError(
+            f"{run.root} holds no run (no {run.config.name}). Give the folder of a finished run, "
+            f"as in python -m ich.rerun multirun_reports/demo/resnet50."
+        )
+    result = run.read_result()
+    if result["status"] == FINISHED:
+        return result
+    reason = result.get("reason") or ("it has no result" if result["status"] == NOT_STARTED else "")
+    command = sweep.read_record().get("command", "python -m ich.sweep ...")
+    raise UserError(
+        f"the run in {run.root} did not finish, and only a finished run can be repeated. It is "
+        f"{result['status']}{f': {reason}' if reason else ''}. Give its sweep's command again, "
+        f"which goes on with it: {command}"
+    )
+
+
+def _made_with(
+    run: RunPaths, sweep: SweepPaths, origin: Origin
+) -> tuple[dict[str, Any], Path | None]:
+    """What the run was made with, and the changes of its code: from the run, or from the latest
+    launch of its sweep if that had the same code."""
+    if made_with := run.read_provenance():
+        return made_with, run.diff if run.diff.exists() else None
+    launch = sweep.read_record().get("provenance", {})
+    if launch.get("code") != origin["code"]:
+        return {}, None
+    return launch, sweep.diff if sweep.diff.exists() and sweep.diff.stat().st_size else None
+
+
+def require_same_start(original: Original) -> None:
+    """Data and initial weights must be those of the run.
+
+    Raises:
+        UserError: they are not, or are not there.
+    """
+    was, here = original.origin, "Paths that are not absolute are looked up in this folder, "
+    now = cohort_key(original.config)
+    if now != was["cohort"]:
+        raise UserError(
+            f"the data are not those that {original.run.root} was made from: their fingerprint was "
+            f"{was['cohort']} and is {now}. It depends on where the data set and its CSVs lie, and "
+            f"on their names, sizes and dates. {here}{Path.cwd()}. Go to the folder where the "
+            f"sweep was launched, or put the data back with their dates (cp -a, rsync -a, unzip); "
+            f"if they did change, only a new sweep can tell what that means."
+        )
+    digest = weights_digest(original.config.model)
+    if digest != was["weights"]:
+        raise UserError(
+            f"the initial weights are not those that {original.run.root} was made from: they were "
+            f"{was['weights']} and are {digest} (model.weights is "
+            f"{original.config.model.weights!r}). {here}{Path.cwd()}. Put the file back that the "
+            f"run began with."
+        )
+
+
+# What differs between the record and now
+
+
+def changes(original: Original, now: dict[str, Any], device: str) -> list[str]:
+    """What differs between the run's record and now, a sentence each; none of it is a refusal.
+
+    Args:
+        original: the run.
+        now: as `ich.provenance.record`.
+        device: where the rerun will train, as a run's result names it.
+    """
+    return [
+        *_config_changes(original),
+        *_code_changes(original, now),
+        *_version_changes(original.made_with, now),
+        *_hardware_changes(original, now, device),
+        *_thread_changes(original.result, now),
+    ]
+
+
+def _config_changes(original: Original) -> Iterator[str]:
+    """A config.yaml that was edited, or a later launch that has not come to this job."""
+    recorded = original.sweep.read_record().get("configs", {}).get(original.run.root.name)
+    try:
+        launched = identity(typed(recorded)) if recorded else {}
+    except OmegaConfBaseException:  # of another version of ich
+        return
+    own = identity(original.config)
+    name = original.run.config.name
+    for key, value in own.items():
+        if launched.get(key, value) != value:
+            yield f"{key}: {launched[key]} in the sweep's record, {value} in {name}, which counts."
+
+
+def _code_changes(original: Original, now: dict[str, Any]) -> Iterator[str]:
+    was, made_with = original.origin["code"], original.made_with
+    if was == now["code"]:
+        return
+    text = f"code of ich: {was} then, {now['code']} now; it was "
+    commit, version = (
+        made_with.get("git", {}).get("commit"),
+        made_with.get("versions", {}).get("ich"),
+    )
+    if commit:
+        changed = f", with the changes in {original.diff.name}" if original.diff else ""
+        yield f"{text}commit {commit}{changed}."
+    else:
+        yield f"{text}version {version or 'unknown'}, of no recorded commit."
+
+
+def restoring(original: Original) -> str | None:
+    """The commands that bring the run's code back into a checkout, None if no commit is known."""
+    commit = original.made_with.get("git", {}).get("commit")
+    if not commit:
+        return None
+    diff = original.diff and shlex.quote(str(original.diff.absolute()))
+    return f"git checkout {commit}" + (f" && git apply {diff}" if diff else "")
+
+
+def _version_changes(made_with: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if not made_with:
+        yield "packages and hardware: not recorded, or replaced by a later launch with other code."
+        return
+    then = made_with["versions"]
+    for name in dict.fromkeys([*then, *now["versions"]]):
+        before, after = (v.get(name, "none") for v in (then, now["versions"]))
+        if before != after:
+            yield f"{name}: {before} then, {after} now."
+
+
+def _hardware_changes(original: Original, now: dict[str, Any], device: str) -> Iterator[str]:
+    # "CPU, 2 threads": the threads have a line of their own.
+    before, after = (d.partition(",")[0] for d in (original.result["device"], device))
+    if before != after:
+        yield f"device: {before} then, {after} now."
+    then = original.made_with.get("hardware", {})
+    for name in ("processor", "cores", "gpus") if then else ():
+        if then[name] != now["hardware"][name]:
+            was, is_now = (_listed(h[name]) for h in (then, now["hardware"]))
+            yield f"{name}: {was} then, {is_now} now."
+
+
+def _listed(value: Any) -> str:
+    return (", ".join(value) or "none") if isinstance(value, list) else str(value)
+
+
+def _thread_changes(result: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    threads, cores = result.get("threads"), now["hardware"]["cores"]
+    if threads is None:
+        yield (
+            f"threads: not recorded as a number ({result['device']}); the last digits may differ. "
+            f"This rerun takes as many as the config says, or torch chooses."
+        )
+    elif threads > cores:
+        yield f"threads: {threads} as then, on {cores} cores: slower, but the same sums."
+
+
+# The rerun
+
+
+def repeat(original: Original, now: dict[str, Any]) -> Result:
+    """Trains the run again in the rerun's folder, and returns the result.
+
+    A rerun that was killed goes on. One that finished, or began with other code or packages, is
+    kept in `reruns/superseded/`.
+
+    Raises:
+        UserError: another rerun of the same sweep is under way.
+    """
+    run, config = original.rerun, rerun_config(original)
+    origin = Origin(**{**original.origin, "code": now["code"]})
+    run.root.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(RunPaths(original.sweep.reruns), 0))
+            with hold(run, _EARLIER_PROCESS_SECONDS):
+                pass
+        except BlockingIOError:
+            raise UserError(
+                f"another rerun is under way in {original.sweep.reruns}. Wait for it."
+            ) from None
+        done, ours = run.state(config, origin) is State.done, _began_with(run, now)
+        if run.config.exists() and (done or not ours):
+            what = "finished" if done else "began with other code or packages"
+            _say(f"The rerun that {what} is kept in {run.root.parent / 'superseded'}.")
+            run.supersede()
+        board = held.enter_context(Board([config.job]))
+        watch = board.started(config, run, "")
+        result = run_job(config, run, origin, None, watch)
+        board.ended(config, result, before=False)
+    return result
+
+
+def rerun_config(original: Original) -> Config:
+    """The run's config, with the threads it had; without MLflow, where it stands already."""
+    config, threads = original.config, original.result.get("threads")
+    train = replace(config.train, threads=threads or config.train.threads)
+    return replace(config, train=train, tracking=replace(config.tracking, mlflow=False))
+
+
+def _began_with(run: RunPaths, now: dict[str, Any]) -> bool:
+    """Whether what lies in a rerun's folder is of this code and these packages."""
+    before = run.read_provenance()
+    return all(before.get(key) == now[key] for key in ("code", "versions"))
+
+
+def rerun(folder: Path, tolerance: float) -> bool:
+    """Repeats a run and compares; True if it is the same, within tolerance.
+
+    Raises:
+        UserError: there is nothing to repeat, or not from the same start.
+    """
+    if folder.name in ("", ".."):  # the run's name is its folder's
+        folder = folder.resolve()
+    original = read_original(folder)
+    require_same_start(original)
+    check_weights([original.config])
+    now = provenance.record()
+    differing = changes(original, now, _device(original.config))
+    _say_before(original, now, differing)
+    with Terminal().preparing() as report:
+        prepare(original.config, report).require_rows()
+    result = repeat(original, now)
+    if result["status"] != FINISHED:
+        _say(f"The rerun is {result['status']}; its log is {original.rerun.log}. The same command "
+             f"goes on with it.")  # fmt: skip
+        return False
+    if read_original(folder).result != original.result:
+        raise UserError(f"{folder} was replaced by another run meanwhile: nothing to compare with.")
+    verdict = compare_runs(original.run, original.rerun, tolerance)
+    write_json(original.rerun.comparison, _record(original, verdict, differing))
+    _say_after(original, verdict)
+    return verdict.outcome is not Outcome.different
+
+
+def _device(config: Config) -> str:
+    # Imported here: torch takes seconds, which a mistake need not wait for.
+    from ich.train import device_name, pick_device
+
+    return device_name(pick_device(config.train.device))
+
+
+def _record(original: Original, verdict: Verdict, differing: list[str]) -> dict[str, Any]:
+    """The comparison as JSON holds it."""
+    parts = [asdict(part) for part in verdict.parts]
+    return {
+        "job": original.config.job,
+        "verdict": verdict.outcome.value,
+        "tolerance": verdict.tolerance,
+        "parts": parts,
+        "changes": differing,
+    }
+
+
+def _say_before(original: Original, now: dict[str, Any], differing: list[str]) -> None:
+    _say(f"{original.run.root} is repeated in {original.rerun.root}.")
+    if not differing:
+        _say("Code, packages, hardware and threads are those of its record.")
+        return
+    _say("Since it was made, these have changed, and may change its last digits or more:")
+    for line in differing:
+        _say(f"  {line}")
+    commands = restoring(original)
+    if commands and original.origin["code"] != now["code"]:
+        _say(f"That code again, in the topmost folder of its checkout: {commands}")
+
+
+def _say_after(original: Original, verdict: Verdict) -> None:
+    color, word = _COLORS[verdict.outcome], verdict.outcome.value
+    limit = "" if verdict.outcome is Outcome.identical else f" (tolerance {verdict.tolerance:g})"
+    console.print(f"\n[bold {color}]{word}[/bold {color}]{limit}", soft_wrap=True)
+    for line in describe(verdict):
+        _say(f"  {line}")
+    _say(f"In full: {original.rerun.comparison}")
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 for identical and within tolerance, 1 for different or a rerun that failed, 2
+    for a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
+    about = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m ich.rerun", description=about)
+    parser.add_argument("run", type=Path, help="a run's folder, multirun_reports/<name>/<job>")
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=TOLERANCE,
+        help="largest difference of a metric or a probability (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        return 0 if rerun(args.run, args.tolerance) else 1
+    except UserError as error:
+        print(f"ich: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"ich: a folder or file cannot be used: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("ich: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training is ended
+    sys.exit(main())
