@@ -9,9 +9,11 @@ child process (`ich.jobs`), so none can end the sweep.
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,19 +27,53 @@ from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
 
-from ich.config import Config, Device, UserError, job_name, sweep_name, typed
-from ich.jobs import VISIBLE, Slot, cpu_slots, gpu_slots, run_in_slots, run_job, visible_gpus
+from ich import clusters
+from ich.config import Config, Device, Monitor, UserError, job_name, sweep_name, typed
+from ich.jobs import (
+    VISIBLE,
+    Slot,
+    cpu_slots,
+    gpu_slots,
+    run_in_slots,
+    run_job,
+    visible_gpus,
+    write_lost,
+)
 from ich.preflight import open_sweep
 from ich.results import FAILED, State, SweepPaths, write_json
-from ich.terminal import Board, Terminal
+from ich.terminal import Board, Terminal, console
 
 # The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
 launched: list[SweepPaths] = []
 _OURS = "hydra_plugins.ich_launcher."
+_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
-class LocalLauncher(Launcher):
+class OnceLauncher(Launcher):
+    """Runs a job once that an optimizing sweeper's sampler asks for twice in a batch."""
+
+    config: DictConfig
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        asked = [tuple(overrides) for overrides in job_overrides]
+        # A user who names a value twice is told so instead.
+        by_user = _target(self.config.hydra.sweeper) == _BASIC_SWEEPER
+        jobs = asked if by_user else list(dict.fromkeys(asked))
+        done = self.launch_jobs(jobs, initial_job_idx)
+        return done if by_user else [done[jobs.index(job)] for job in asked]
+
+    @abstractmethod
+    def launch_jobs(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Checks jobs, no two of which are the same, and runs them."""
+
+
+class LocalLauncher(OnceLauncher):
     """Checks all jobs, prepares their data, and runs them in slots on this machine.
 
     Args:
@@ -54,7 +90,7 @@ class LocalLauncher(Launcher):
     ) -> None:
         self.context, self.task, self.config = hydra_context, task_function, config
 
-    def launch(
+    def launch_jobs(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
@@ -114,7 +150,7 @@ class LocalLauncher(Launcher):
         return done
 
 
-class CheckedLauncher(Launcher):
+class CheckedLauncher(OnceLauncher):
     """Checks all jobs and prepares their data before another launcher places them."""
 
     # Its config. Not in ours: Hydra refuses to instantiate what names a plugin within a plugin.
@@ -130,18 +166,53 @@ class CheckedLauncher(Launcher):
             hydra_context=hydra_context, task_function=task_function, config=self.config
         )
 
-    def launch(
+    def launch_jobs(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         jobs = compose_jobs(self.context, self.config, job_overrides, initial_job_idx)
-        prepare([without_hydra(job) for job in jobs])
+        configs = [without_hydra(job) for job in jobs]
+        sweep = prepare(configs)
         # A job on another machine cannot know what the sweep varies, and so not what it is called.
         named = [
             [*overrides, f"name={job.name}", f"job='{job.job}'"]
             for overrides, job in zip(job_overrides, jobs, strict=True)
         ]
-        done: Sequence[JobReturn] = self.launcher.launch(named, initial_job_idx)
+        with _one_paragraph():
+            return self._launch(named, initial_job_idx, configs, sweep)
+
+    def _launch(
+        self,
+        job_overrides: Sequence[Sequence[str]],
+        initial_job_idx: int,
+        configs: Sequence[Config],
+        sweep: SweepPaths,
+    ) -> Sequence[JobReturn]:
+        target = str(self.inner._target_)
+        with ExitStack() as stack:
+            board = stack.enter_context(Board(sweep.read_record()["jobs"]))
+            follower = clusters.Follower(configs, sweep, board)
+            if clusters.is_elsewhere(target):
+                stack.enter_context(follower.following())
+            stack.enter_context(clusters.collecting(target, LostJob))
+            stack.enter_context(clusters.ending_jobs([sweep.run(c.job) for c in configs], sweep))
+            done: Sequence[JobReturn] = self.launcher.launch(job_overrides, initial_job_idx)
+            for config, job in zip(configs, done, strict=True):
+                if isinstance(job, LostJob) and not follower.has_result(config):
+                    job.record(config, sweep)
         return done
+
+
+class LostJob(JobReturn):
+    """What another launcher returns for a job whose process was lost."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason, self.status = reason, JobStatus.COMPLETED
+
+    def record(self, config: Config, sweep: SweepPaths) -> None:
+        """Gives the job its row in the table."""
+        record, run = sweep.read_record(), sweep.run(config.job)
+        write_lost(config, run, record["origins"][config.job], record["mlflow_run"], self.reason)
 
 
 class PlanLauncher(Launcher):
@@ -172,21 +243,32 @@ class PlanLauncher(Launcher):
 
 
 class CheckFirst(Callback):
-    """Wraps whatever launcher was chosen, if it is not one of ours, and plans if that is asked."""
+    """Wraps whatever launcher was chosen, if it is not one of ours, and plans if that is asked.
+
+    Exits where it refuses: of an exception in a callback, Hydra would only warn.
+    """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if clusters.is_elsewhere(_target(config.hydra.launcher)):
+            sys.exit("ich: only a sweep's jobs are given to a launcher. Add -m, for one job too.")
         if config.sweep.plan:
             self._write_nothing(config, "run")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        chosen = config.hydra.launcher
+        chosen, sweeper = config.hydra.launcher, config.hydra.sweeper
+        for target in (_target(chosen), _target(sweeper)):
+            if missing := clusters.missing_extra(target):
+                sys.exit(f"ich: {missing}")
         if config.sweep.plan:
             self._write_nothing(config, "sweep")
             PlanLauncher.inner = chosen.copy()
             with read_write(config), open_dict(config):
                 config.hydra.launcher = {"_target_": f"{_OURS}PlanLauncher"}
             return
-        if not str(chosen.get("_target_", "")).startswith(_OURS):
+        if _target(sweeper) != _BASIC_SWEEPER:  # its own results belong to the sweep's
+            with read_write(config):
+                config.hydra.sweep.dir = f"{config.sweep.output}/{config.name}"
+        if not _target(chosen).startswith(_OURS):
             CheckedLauncher.inner = chosen.copy()
             with read_write(config), open_dict(config):
                 config.hydra.launcher = {"_target_": f"{_OURS}CheckedLauncher"}
@@ -196,6 +278,10 @@ class CheckFirst(Callback):
         self._scratch = TemporaryDirectory(prefix="ich-plan-")
         with read_write(config):
             config.hydra[mode].dir = self._scratch.name
+
+
+def _target(node: DictConfig) -> str:
+    return str(node.get("_target_", ""))
 
 
 def compose_jobs(
@@ -269,7 +355,9 @@ def train(
         )
     if sweep.stopped.exists():
         return None
-    slot, origin = slot or Slot(), record["origins"][config.job]
+    slot = slot or Slot(environment=clusters.share_of_cores())
+    stop = stop or clusters.Interruption(sweep)
+    origin = record["origins"][config.job]
     before = run.state(config, origin) is State.done
     watch = board.started(config, run, slot.name) if not before else lambda: None
     try:
@@ -281,6 +369,13 @@ def train(
         write_json(sweep.stopped, {"job": config.job})
     score = result.get(f"val_{config.train.monitor.value}")
     return float(score) if isinstance(score, int | float) else None
+
+
+def board_for(config: Config) -> Board:
+    """What a job that another launcher started shows, unless the launching process shows it."""
+    jobs = SweepPaths(Path(config.sweep.output) / config.name).read_record().get("jobs", [])
+    silent = clusters.is_elsewhere(_target(HydraConfig.get().launcher))
+    return Board(jobs, Console(quiet=True) if silent else console)
 
 
 def enter() -> None:
@@ -322,7 +417,12 @@ def _job_name(*, _root_: DictConfig) -> str:
     return job_name(hydra_cfg.overrides.task, swept_keys(hydra_cfg), str(_root_.model.name))
 
 
+def _direction(*, _root_: DictConfig) -> str:
+    return "minimize" if _root_.train.monitor == Monitor.log_loss else "maximize"
+
+
 def register_resolvers() -> None:
-    """Makes `${ich.sweep_name:}` and `${ich.job_name:}` known."""
+    """Makes `${ich.sweep_name:}`, `${ich.job_name:}` and `${ich.direction:}` known."""
+    OmegaConf.register_new_resolver("ich.direction", _direction, replace=True)
     OmegaConf.register_new_resolver("ich.sweep_name", _sweep_name, replace=True)
     OmegaConf.register_new_resolver("ich.job_name", _job_name, replace=True)

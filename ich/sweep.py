@@ -24,7 +24,6 @@ from ich import launcher
 from ich.config import CONF_DIR, register, typed
 from ich.report import compare
 from ich.results import FINISHED
-from ich.terminal import Board
 from ich.tracking import close_sweep_run
 
 _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
@@ -40,7 +39,7 @@ def train_one(cfg: DictConfig) -> float | None:
         return None
     if HydraConfig.get().mode == RunMode.RUN:
         launcher.prepare([config])
-    with Board([config.job]) as board:
+    with launcher.board_for(config) as board:
         return launcher.train(config, board)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 from canaries import Canaries
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from sweeps import Folder
 
 from ich.config import CONF_DIR, Config, register, typed
 from ich.launcher import register_resolvers
@@ -42,6 +43,15 @@ def shared() -> Path:
     if not (SHARED / "rsna_mini.zip").exists():
         pytest.skip(f"no real data: {SHARED} is absent (set ICH_SHARED_DATA)")
     return SHARED
+
+
+@pytest.fixture
+def folder(tmp_path: Path, phantom: Path) -> Iterator[Folder]:
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("finds processes in /proc, which only Linux has")
+    folder = Folder(tmp_path, phantom)
+    yield folder
+    folder.kill()
 
 
 @pytest.fixture

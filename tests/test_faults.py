@@ -2,124 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
-import pandas as pd
 import pytest
+from sweeps import Folder, wait_for
 
-from ich.results import RunPaths, SweepPaths
+from ich.results import RunPaths
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-
-SABOTEUR = Path(__file__).parent / "saboteur"
-SMALL = [
-    "model=mobilenet_v2",
-    "model.pretrained=false",
-    "data.image_size=32",
-    "data.cache_size=32",
-    "data.workers=1",
-    "data.subset=0.5",
-    "train.epochs=3",
-    "train.batch_size=8",
-    "hydra.launcher.cpu_jobs=2",
-]
-
-
-class Folder:
-    """A project folder in which sweeps over the seed are run."""
-
-    def __init__(self, root: Path, phantom: Path):
-        self.root, self.data = root, f'data.root="{phantom}"'
-        self.sweep = SweepPaths(root / "multirun_reports" / "s")
-
-    def start(
-        self, seeds: int, *overrides: str, sabotage: dict[int, tuple[str, int]] | None = None
-    ) -> subprocess.Popen[str]:
-        plan = {self.job(seed): strike for seed, strike in (sabotage or {}).items()}
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(SABOTEUR),
-            "SABOTAGE": json.dumps(plan),
-            "ICH_TEST": str(self.root),  # by which its processes are found
-        }
-        swept = "seed=" + ",".join(map(str, range(seeds)))
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "ich.sweep",
-                "-m",
-                "name=s",
-                swept,
-                self.data,
-                *SMALL,
-                *overrides,
-            ],
-            cwd=self.root,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # pytest in the background of a shell (CI) ignores SIGINT, and so would its children
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
-
-    def run(self, *args: object, **kwargs: object) -> tuple[int, str]:
-        process = self.start(*args, **kwargs)  # type: ignore[arg-type]
-        output, _ = process.communicate(timeout=500)
-        return process.returncode, output
-
-    def job(self, seed: int) -> str:
-        return f"mobilenet_v2,seed={seed}"
-
-    def of(self, seed: int) -> RunPaths:
-        return self.sweep.run(self.job(seed))
-
-    def table(self) -> pd.DataFrame:
-        table = pd.read_csv(self.sweep.csv)
-        return table[table["job"].notna()].reset_index(drop=True)
-
-    def processes(self) -> list[str]:
-        """Every living process that was started, at whatever depth, by a sweep of this folder."""
-        mark = f"ICH_TEST={self.root}".encode()
-        found = []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (place / "environ").read_bytes():
-                    found.append((place / "cmdline").read_text().replace("\0", " "))
-            except OSError:
-                continue
-        return found
-
-    def digests(self, seed: int) -> dict[str, tuple[str, int]]:
-        return {
-            p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
-            for p in self.of(seed).root.iterdir()
-            if p.name not in (".lock", "tracking.json")
-        }
-
-
-@pytest.fixture
-def folder(tmp_path: Path, phantom: Path) -> Folder:
-    if not Path("/proc/self/environ").exists():
-        pytest.skip("finds processes in /proc, which only Linux has")
-    return Folder(tmp_path, phantom)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder) -> None:
@@ -153,7 +45,7 @@ def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder) -> None:
     assert "a bug in the training" in folder.of(0).log.read_text()
     assert "Traceback" in folder.of(0).log.read_text()
     assert "Traceback" not in output
-    assert folder.processes() == []
+    assert not folder.processes()
     healthy = folder.digests(7)
 
     # Again, with three more: and a database that is locked all the while.
@@ -176,7 +68,7 @@ def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder) -> None:
     assert status == 0, output
     assert set(folder.table()["status"]) == {"finished"}
     assert folder.digests(7) == healthy
-    assert folder.processes() == []
+    assert not folder.processes()
     with sqlite3.connect(folder.root / "mlflow.db") as db:
         ended = dict(db.execute("SELECT name, status FROM runs ORDER BY start_time"))
         assert ended == {"s": "FINISHED"} | {folder.job(n): "FINISHED" for n in range(8)}
@@ -197,7 +89,7 @@ def test_a_sweep_that_is_ended_ends_its_jobs_and_goes_on_later(
     output, _ = process.communicate(timeout=30)
     assert time.monotonic() - begin < 30
     assert process.returncode == status, output
-    assert folder.processes() == []
+    assert not folder.processes()
     assert folder.table()["status"].tolist() == ["killed", "killed", "not started"]
     with sqlite3.connect(folder.root / "mlflow.db") as db:
         ended = dict(db.execute("SELECT name, status FROM runs"))
@@ -213,7 +105,7 @@ def test_a_sweep_that_is_killed_leaves_no_job_alive_and_goes_on_later(folder: Fo
     wait_for(lambda: list(folder.of(0).root.glob("checkpoint-*")))
     process.kill()
     process.communicate()
-    wait_for(lambda: folder.processes() == [], 30)
+    wait_for(lambda: not folder.processes(), 30)
     status, output = folder.run(2, "train.epochs=4")
     assert status == 0, output
     assert folder.of(0).read_result()["resumed"] == 1

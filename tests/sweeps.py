@@ -1,0 +1,120 @@
+"""Sweeps as their user starts them, with faults: what the tests of faults and of clusters share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from ich.results import RunPaths, SweepPaths
+
+SABOTEUR = Path(__file__).parent / "saboteur"
+SMALL = [
+    "model=mobilenet_v2",
+    "model.pretrained=false",
+    "data.image_size=32",
+    "data.cache_size=32",
+    "data.workers=1",
+    "data.subset=0.5",
+    "train.epochs=3",
+    "train.batch_size=8",
+]
+LOCAL = ["hydra.launcher.cpu_jobs=2"]
+
+
+class Folder:
+    """A project folder in which sweeps over the seed are run."""
+
+    def __init__(self, root: Path, phantom: Path):
+        self.root, self.data, self.launcher = root, f'data.root="{phantom}"', LOCAL
+        self.sweep = SweepPaths(root / "multirun_reports" / "s")
+
+    def start(
+        self, seeds: int, *overrides: str, sabotage: dict[int, tuple[str, int]] | None = None
+    ) -> subprocess.Popen[str]:
+        plan = {self.job(seed): strike for seed, strike in (sabotage or {}).items()}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(SABOTEUR),
+            "SABOTAGE": json.dumps(plan),
+            "ICH_TEST": str(self.root),  # by which its processes are found
+        }
+        swept = "seed=" + ",".join(map(str, range(seeds)))
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "ich.sweep",
+                "-m",
+                "name=s",
+                swept,
+                self.data,
+                *SMALL,
+                *self.launcher,
+                *overrides,
+            ],
+            cwd=self.root,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # pytest in the background of a shell (CI) ignores SIGINT, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def run(self, *args: object, **kwargs: object) -> tuple[int, str]:
+        process = self.start(*args, **kwargs)  # type: ignore[arg-type]
+        output, _ = process.communicate(timeout=500)
+        return process.returncode, output
+
+    def job(self, seed: int) -> str:
+        return f"mobilenet_v2,seed={seed}"
+
+    def of(self, seed: int) -> RunPaths:
+        return self.sweep.run(self.job(seed))
+
+    def table(self) -> pd.DataFrame:
+        table = pd.read_csv(self.sweep.csv)
+        return table[table["job"].notna()].reset_index(drop=True)
+
+    def processes(self) -> dict[int, list[str]]:
+        """The command of every living process that a sweep of this folder started, by its id."""
+        mark = f"ICH_TEST={self.root}".encode()
+        found = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (place / "environ").read_bytes():
+                    words = (place / "cmdline").read_text().split("\0")
+                    found[int(place.name)] = words
+            except OSError:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """Ends what a failed test has left."""
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def digests(self, seed: int) -> dict[str, tuple[str, int]]:
+        return {
+            p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+            for p in self.of(seed).root.iterdir()
+            if p.name not in (".lock", "tracking.json")
+        }
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
