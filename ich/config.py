@@ -74,6 +74,32 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Precision(Enum):
+    """What convolutions compute in; `auto` takes what a short timing finds faster."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+    tf32 = "tf32"
+
+
+class Graph(Enum):
+    """Whether a training step is one CUDA graph; `auto` is `off` until it has run on a GPU."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Feed(Enum):
+    """Where a training's slices are kept (`ich.loader`)."""
+
+    auto = "auto"
+    resident = "resident"
+    pinned = "pinned"
+    mapped = "mapped"
+
+
 # Not as a class, for `continue` is no name in Python.
 OnFailure = Enum("OnFailure", {"continue": "continue", "stop": "stop"})
 
@@ -198,6 +224,10 @@ class TrainConfig:
     batch_size: int = MISSING
     monitor: Monitor = MISSING
     device: Device = MISSING
+    precision: Precision = Precision.auto
+    graph: Graph = Graph.auto
+    compile: bool = False
+    feed: Feed = Feed.auto
     checkpoint_minutes: float = 10.0
     threads: int | None = None
 
@@ -324,6 +354,7 @@ _INCIDENTAL = (
     "data.cache_dir",
     "data.max_quarantine",
     "train.threads",
+    "train.feed",
     "train.checkpoint_minutes",
 )
 

@@ -1,31 +1,161 @@
-"""Batches of HU slices on the device, in an order that is a function of (seed, epoch)."""
+"""Batches of HU slices on the device, in an order that is a function of (seed, epoch).
+
+Slices are kept in one of three places, which differ in speed and in nothing else: `resident` on the
+device, `pinned` in page-locked memory that the device copies from, or `mapped` from the decoded
+files, a thread reading ahead. Everything that the host tells the device about an epoch is sent
+before its first step, so that nothing waits within it.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from ich.data import Split
+from ich.config import Feed
+from ich.data import Dataset, Split
 from ich.transforms import stream_seed
+
+log = logging.getLogger(__name__)
+_AHEAD = 2  # batches that a thread reads before they are asked for
+_HOST_SHARE = (
+    0.5  # of the memory that is free, page-locked at most: the rest of the system needs it
+)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """hu: int16 [B, S, S]. target: float32 [B, L]. position: int64 [B], places in the split."""
+    """hu: int16 [B, S, S]. target: float32 [B, L]. draws: float32 [B, D], or None."""
 
     hu: torch.Tensor
     target: torch.Tensor
-    position: torch.Tensor
+    draws: torch.Tensor | None
+
+
+class Slices(Protocol):
+    """A cohort's slices, wherever they are kept."""
+
+    def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        """int16 [B, S, S] on the device for each int64 [B] of positions in the cache."""
+
+
+class Resident:
+    """All slices of a cohort on the device; a batch is one gather there."""
+
+    def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device):
+        self.place = np.full(int(rows.max()) + 1, -1, np.int64)
+        self.place[rows] = np.arange(len(rows))
+        self.device = device
+        self.hu = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, device=device)
+        for start in range(0, len(rows), 1024):  # never a second copy of everything
+            part = torch.from_numpy(hu[rows[start : start + 1024]])
+            self.hu[start : start + len(part)].copy_(part)
+
+    def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        places = torch.from_numpy(self.place[np.concatenate(rows)]).to(self.device)
+        for index in places.split([len(r) for r in rows]):
+            yield self.hu.index_select(0, index)
+
+
+class ReadAhead:
+    """Batches gathered on the host by a thread and copied to the device while it computes.
+
+    Args:
+        hu: int16 [N, S, S], mapped from a file.
+        rows: positions in it that are used.
+        device: where batches go.
+        pinned: keep the slices that are used in page-locked memory.
+    """
+
+    def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device, pinned: bool):
+        self.device, self.hu, self.place = device, hu, np.arange(len(hu))
+        if pinned:
+            kept = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, pin_memory=True)
+            self.place[rows] = np.arange(len(rows))
+            for start in range(0, len(rows), 1024):
+                part = torch.from_numpy(hu[rows[start : start + 1024]])
+                kept[start : start + len(part)].copy_(part)
+            self.hu = kept.numpy()
+            self._kept = kept
+
+    def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        with ThreadPoolExecutor(1, "read ahead") as reader:
+            ahead: list[Future[torch.Tensor]] = []
+            for number in range(len(rows) + _AHEAD):
+                if number < len(rows):
+                    ahead.append(reader.submit(self._gather, rows[number]))
+                if number >= _AHEAD:
+                    yield ahead.pop(0).result().to(self.device, non_blocking=True)
+
+    def _gather(self, row: np.ndarray) -> torch.Tensor:
+        part = torch.from_numpy(self.hu[self.place[row]])
+        return part.pin_memory() if self.device.type == "cuda" else part
+
+
+def place_slices(
+    dataset: Dataset, feed: Feed, device: torch.device, needed: int = 0
+) -> Resident | ReadAhead:
+    """Puts a cohort's slices where batches come from fastest, and logs where.
+
+    Args:
+        dataset: the cohort.
+        feed: the place; `auto` takes the device's memory if the slices fit beside the training,
+            else page-locked memory, else the files. Without a GPU it takes the files: the system
+            keeps them in memory that it can have back, and a training needs no more for more data.
+        device: where batches go.
+        needed: bytes of the device's memory that the training itself takes.
+    """
+    splits = (dataset.train, dataset.val, dataset.test)
+    rows = np.unique(np.concatenate([s.row for s in splits if s is not None]))
+    size = len(rows) * dataset.hu[:1].nbytes
+    for choice in _in_turn(feed, device, size, needed):
+        try:
+            if choice is Feed.resident:
+                found: Resident | ReadAhead = Resident(dataset.hu, rows, device)
+            else:
+                found = ReadAhead(dataset.hu, rows, device, pinned=choice is Feed.pinned)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            log.warning("slices cannot be %s (%s); the next place is tried", choice.value, reason)
+            continue
+        log.info("slices: %s, %d of %.2f GB in all", choice.value, len(rows), size / 1e9)
+        return found
+    return ReadAhead(dataset.hu, rows, device, pinned=False)
+
+
+def _in_turn(feed: Feed, device: torch.device, size: int, needed: int) -> list[Feed]:
+    """Where to try to keep slices of `size` bytes, first to last."""
+    if feed is not Feed.auto:
+        return [feed]
+    if device.type != "cuda":
+        return [Feed.mapped]
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = [Feed.resident] if size + needed < free else []
+    if size < _HOST_SHARE * _available_memory():
+        fits.append(Feed.pinned)
+    return [*fits, Feed.mapped]
+
+
+def _available_memory() -> int:
+    """Bytes of main memory that can be had without swapping (Linux), else 0."""
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 class Loader:
-    """Serves one split of a cohort from the memory-mapped cache."""
+    """Serves one split of a cohort."""
 
-    def __init__(self, hu: np.ndarray, split: Split, batch_size: int, device: torch.device):
-        self.hu, self.split, self.batch_size, self.device = hu, split, batch_size, device
+    def __init__(self, slices: Slices, split: Split, batch_size: int, device: torch.device):
+        self.slices, self.split, self.batch_size, self.device = slices, split, batch_size, device
 
     def __len__(self) -> int:
         return len(self._cut(torch.arange(len(self.split.row))))
@@ -38,21 +168,35 @@ class Loader:
             parts[-2:] = [torch.cat(parts[-2:])]
         return parts
 
-    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """All rows once, in the order of (seed, epoch), but for the first `start` batches."""
+    def epoch(
+        self, seed: int, epoch: int, draws: torch.Tensor | None = None, start: int = 0
+    ) -> Iterator[Batch]:
+        """All rows once, in the order of (seed, epoch), but for the first `start` batches.
+
+        Args:
+            seed: of the run.
+            epoch: its number.
+            draws: random numbers of the epoch, by position in the split, [N, D].
+            start: batches to leave out.
+        """
         generator = torch.Generator().manual_seed(stream_seed(seed, epoch, "order"))
-        return self._batches(torch.randperm(len(self.split.row), generator=generator), start)
+        order = torch.randperm(len(self.split.row), generator=generator)
+        return self._batches(order, draws, start)
 
     def in_order(self) -> Iterator[Batch]:
         """All rows once, in the cohort's order."""
         return self._batches(torch.arange(len(self.split.row)))
 
-    def _batches(self, order: torch.Tensor, start: int = 0) -> Iterator[Batch]:
-        target = torch.from_numpy(self.split.target)
-        for position in self._cut(order)[start:]:
-            hu = torch.from_numpy(self.hu[self.split.row[position.numpy()]])
-            yield Batch(
-                hu.to(self.device, non_blocking=True),
-                target[position].to(self.device, non_blocking=True),
-                position,
-            )
+    def _batches(
+        self, order: torch.Tensor, draws: torch.Tensor | None = None, start: int = 0
+    ) -> Iterator[Batch]:
+        parts = self._cut(order)[start:]
+        if not parts:
+            return
+        sizes = [len(part) for part in parts]
+        left = torch.cat(parts)
+        targets = torch.from_numpy(self.split.target)[left].to(self.device).split(sizes)
+        drawn = draws[left].to(self.device).split(sizes) if draws is not None else None
+        slices = self.slices.batches([self.split.row[part.numpy()] for part in parts])
+        for number, hu in enumerate(slices):
+            yield Batch(hu, targets[number], drawn[number] if drawn else None)

@@ -30,8 +30,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [B, C, H, W] -> logits [B, outputs]."""
-        return self.head(self.base.forward_features(x).mean((2, 3)))  # type: ignore[operator]
+        """float [B, C, H, W] -> float32 logits [B, outputs], whatever autocast makes of the base.
+
+        Logits in bfloat16 would have 8 bits, and most slices the same few values: no ROC curve.
+        """
+        features = self.base.forward_features(x).mean((2, 3), dtype=torch.float32)  # type: ignore[operator]
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            return self.head(features)
 
 
 @dataclass(frozen=True)

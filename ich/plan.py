@@ -6,9 +6,8 @@ estimate says what it rests on.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ import torch
 
 from ich import data
 from ich.config import Config, image_size, load
-from ich.data import Dataset, Sizes, Split
+from ich.data import Sizes
 from ich.model import Cost, check_architecture, model_cost, weights_at_hand
+from ich.precision import time_modes
 from ich.preflight import Job, check_jobs, look_up
 from ich.protocol import SPLITS, TEST, TRAIN, VAL
 from ich.results import FINISHED, RunPaths, State
 from ich.terminal import duration
-from ich.train import Progress, Trainer, device_name, pick_device
+from ich.train import device_name, pick_device
 
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
 # without the backward pass, which takes twice as long.
@@ -34,8 +34,6 @@ _START_SECONDS = 10.0  # of a job before its first step: imports, weights, openi
 _PROCESS_BYTES = 0.8e9
 _MEMORY_FACTOR = 1.25
 _THREADS = torch.get_num_threads()
-_TIMED_SECONDS = 5.0
-_TIMED_STEPS = 5
 
 Report = Callable[[str, int, int], None]
 
@@ -155,7 +153,7 @@ class Speeds:
             return None, "no earlier run"
         if kind not in self._timed:
             self._report("timing networks", len(self._timed), self._in_all)
-            self._timed[kind] = time_training(config)
+            self._timed[kind] = min(time_modes(config).values())
             self._report("timing networks", len(self._timed), self._in_all)
         return self._timed[kind], "timed now"
 
@@ -188,31 +186,6 @@ def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
             yield kind, (result["minutes"] * 60 / work, path.parent.relative_to(output).as_posix())
         except (KeyError, TypeError, ValueError, OSError):
             continue  # of another version of ich
-
-
-def time_training(config: Config) -> float:
-    """Seconds per training row: real steps on made-up slices, after one that is not counted."""
-    config = replace(config, model=replace(config.model, pretrained=False, weights=None))
-    device = pick_device(config.train.device)
-    trainer = Trainer.build(config, _made_up(config), device)
-    seconds: list[float] = []
-    while len(seconds) < 2 or (sum(seconds[1:]) < _TIMED_SECONDS and len(seconds) <= _TIMED_STEPS):
-        begin = time.perf_counter()
-        trainer.train_one_epoch(Progress(), lambda *_: None)  # one step; ends when the device has
-        seconds.append(time.perf_counter() - begin)
-    return float(np.median(seconds[1:])) / config.train.batch_size
-
-
-def _made_up(config: Config) -> Dataset:
-    """One batch of random slices, int16 HU, with random labels."""
-    batch, size = config.train.batch_size, config.data.cache_size
-    rng = np.random.default_rng(0)
-    labels = tuple(config.data.label_columns or "abcdef")
-    hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
-    target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
-    row = np.arange(batch)
-    split = Split(row.astype(str), row, target, row)
-    return Dataset(hu, labels, split, split, None, {})
 
 
 def total_seconds(plan: Plan, at_once: int = 1) -> float | None:

@@ -13,13 +13,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from ich import data, provenance
-from ich.config import Config, ModelConfig, UserError, image_size, plain, validate
+from ich import data, precision, provenance
+from ich.config import Config, ModelConfig, Precision, UserError, image_size, plain, validate
 from ich.data_report import write_data_report
 from ich.results import Origin, RunPaths, State, SweepPaths
 from ich.tracking import check_tracking, open_sweep_run
@@ -137,8 +137,39 @@ def open_sweep(
     earlier = _hold(sweep)
     for config, done in prepared:
         write_data_report(config, done, sweep.data(done.key))
+    jobs = settle_modes(jobs, sweep, report)
     _record(sweep, jobs, earlier, open_sweep_run(configs[0], sweep))
     return sweep, jobs
+
+
+def settle_modes(
+    jobs: Sequence[Job], sweep: SweepPaths, report: data.Report | None = None
+) -> list[Job]:
+    """Chooses what each kind of network computes in, and notes it with its jobs.
+
+    Jobs of one kind, also of earlier launches in this folder, compute alike: the seeds of a network
+    could not be compared otherwise.
+    """
+    modes = dict(sweep.read_record().get("modes", {}))
+    unknown = {
+        precision.kind(j.config): j.config
+        for j in jobs
+        if j.state is not State.done
+        and j.config.train.precision is Precision.auto
+        and precision.kind(j.config) not in modes
+    }
+    chosen = precision.choose(list(unknown.values())) if unknown else ()
+    for number, (kind, mode) in enumerate(chosen, start=1):
+        modes[kind] = mode
+        if report:
+            report("timing precision", number, len(unknown))
+    settled = []
+    for job in jobs:
+        origin = job.origin.copy()
+        if chosen_mode := modes.get(precision.kind(job.config)):
+            origin["mode"] = chosen_mode
+        settled.append(replace(job, origin=origin))
+    return settled
 
 
 def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: str | None) -> None:
@@ -157,6 +188,8 @@ def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: 
             "mlflow_run": parent,
             "started": before.get("started", time.strftime("%Y-%m-%d %H:%M")),
             "command": _command(),
+            "modes": sweep.read_record().get("modes", {})
+            | {precision.kind(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
             "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
             "configs": before.get("configs", {}) | {j.config.job: plain(j.config) for j in jobs},
             "provenance": before.get("provenance") or provenance.record(),

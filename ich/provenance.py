@@ -99,7 +99,7 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, memory (GiB), system, and the GPUs' names where nvidia-smi tells them."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -107,7 +107,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor(gpu: bool = False) -> str:
+    """The name of this machine's processor, or of its first GPU if asked for and there is one."""
+    if gpu and (found := _gpus()):
+        return found[0]
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

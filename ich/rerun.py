@@ -85,13 +85,13 @@ def read_original(folder: Path) -> Original:
         ) from None
     validate(config)
     origin = run.read_origin()
-    if not all(isinstance(origin.get(key), str) for key in Origin.__annotations__):
+    if not all(isinstance(origin.get(key), str) for key in ("cohort", "weights", "code")):
         raise UserError(
             f"{folder} has no {run.origin.name} that tells which data and weights the run was made "
             f"from, so nothing could be called its repetition. Give its sweep's command again with "
             f"name=NEW: this version of ich writes it."
         )
-    made_of = Origin(cohort=origin["cohort"], weights=origin["weights"], code=origin["code"])
+    made_of = Origin(**{k: origin[k] for k in Origin.__annotations__ if k in origin})  # type: ignore[typeddict-item]
     return Original(run, sweep, config, made_of, result, *_made_with(run, sweep, made_of))
 
 

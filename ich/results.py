@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,11 +29,13 @@ class State(Enum):
 
 
 class Origin(TypedDict):
-    """What a run is made from beside its config: fingerprints of data, weights and code."""
+    """What a run is made from beside its config: fingerprints of data, weights and code, and what
+    it computes in (`ich.precision.Mode`), once that is settled."""
 
     cohort: str
     weights: str
     code: str
+    mode: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ich.config import (
     OPTIMIZER_SETTINGS,
     Config,
     Device,
+    Graph,
     Monitor,
     OptimizerConfig,
     SchedulerConfig,
@@ -39,7 +40,7 @@ from ich.config import (
 )
 from ich.data import Dataset, Split, load_dataset
 from ich.jobs import hold, watch_supervisor
-from ich.loader import Batch, Loader
+from ich.loader import Batch, Loader, Slices, place_slices
 from ich.losses import Loss, build_loss
 from ich.metrics import always_negative, multilabel_metrics
 from ich.model import (
@@ -48,14 +49,18 @@ from ich.model import (
     count_parameters,
     input_spec,
     load_weights,
+    model_cost,
     save_weights,
 )
+from ich.precision import CHANNELS_LAST, Mode, resolve
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, write_json
 from ich.tracking import Journal, Mirror
-from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
+from ich.transforms import CTWindows, Resample, stream_seed
 
 log = logging.getLogger("ich.train")
 _EARLIER_PROCESS_SECONDS = 30
+_EVALUATED_AT_ONCE = 4  # training batches, on a GPU: without gradients a batch takes less memory
+_WARM_UP_STEPS = 3  # before a CUDA graph is captured, as torch asks for
 _MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4  # what an ended training waits for MLflow
 
 Tick = Callable[[str, int, int, int], None]  # phase, epoch, step, steps
@@ -81,11 +86,14 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, tick: Tick) -> dict[str, A
         torch.set_num_threads(cfg.train.threads)
     dataset = load_dataset(cfg, build=False)
     labels = dataset.labels
-    trainer = Trainer.build(cfg, dataset, device)
+    mode = settle_mode(cfg, run)
+    trainer = Trainer.build(cfg, dataset, device, mode)
     log.info(
-        "%s on %s: %d training rows, %d validation rows",
+        "%s on %s, %s, %s: %d training rows, %d validation rows",
         cfg.model.timm,
         device_name(device),
+        mode.precision,
+        mode.layout,
         len(dataset.train.row),
         len(dataset.val.row),
     )
@@ -114,9 +122,19 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, tick: Tick) -> dict[str, A
         "resumed": progress.resumed,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "precision": mode.precision,
+        "layout": mode.layout,
         "cohort": dataset.summary,
         "always_negative": always_negative(target, labels),
     }
+
+
+def settle_mode(cfg: Config, run: RunPaths) -> Mode:
+    """What this run computes in: as it began, or as its sweep chose; noted for whoever resumes."""
+    origin = run.read_origin()
+    mode = resolve(cfg, origin.get("mode"))
+    write_json(run.origin, origin | {"mode": asdict(mode)})
+    return mode
 
 
 @dataclass
@@ -287,22 +305,27 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loss: Loss
+    slices: Slices
     train_loader: Loader
-    augment: Augment
+    resample: Resample
     windows: CTWindows
-    normalize: Normalize
-    image_size: int
+    mode: Mode
+    graphed: bool
 
     @staticmethod
-    def build(cfg: Config, dataset: Dataset, device: torch.device) -> Trainer:
+    def build(cfg: Config, dataset: Dataset, device: torch.device, mode: Mode) -> Trainer:
         """Everything a training needs, seeded by `cfg.seed`."""
         torch.manual_seed(stream_seed(cfg.seed, 0, "init"))
         channels, spec = len(cfg.windows.channels), input_spec(cfg.model)
         model = build_model(cfg.model, channels, len(dataset.labels))
-        # channels_last was faster for all eight networks on CPU (and on GPUs for convolutions).
-        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        train = Loader(dataset.hu, dataset.train, cfg.train.batch_size, device)
-        optimizer = build_optimizer(cfg.optimizer, model)
+        layout = memory_format(mode)
+        model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        set_up(device, mode)
+        needed = 0 if device.type == "cpu" else training_bytes(cfg, len(dataset.labels))
+        slices = place_slices(dataset, cfg.train.feed, device, needed)
+        train = Loader(slices, dataset.train, cfg.train.batch_size, device)
+        graphed = wants_graph(cfg.train.graph, device)
+        optimizer = build_optimizer(cfg.optimizer, model, graphed)
         size = image_size(cfg)
         if size > dataset.hu.shape[-1]:
             log.warning(
@@ -319,17 +342,32 @@ class Trainer:
             optimizer=optimizer,
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
             loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
+            slices=slices,
             train_loader=train,
-            augment=Augment(cfg.augment),
-            windows=CTWindows(cfg.windows.channels, device),
-            normalize=Normalize(spec.mean, spec.std, channels, device),
-            image_size=size,
+            resample=Resample(size, cfg.augment),
+            windows=CTWindows(cfg.windows.channels, device, spec.mean, spec.std, layout),
+            mode=mode,
+            graphed=graphed,
         )
 
-    def channels(self, hu: torch.Tensor) -> torch.Tensor:
-        """float32 HU [B, 1, H, W] -> the network's input, float32 [B, C, H, W]."""
-        x = self.normalize(self.windows(hu))
-        return x.contiguous(memory_format=torch.channels_last)
+    def __post_init__(self) -> None:
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = self.model
+        if self.cfg.train.compile:
+            self._forward = torch.compile(self.model)
+        self.advance: Callable[[Batch], torch.Tensor] = self._step
+        if self.graphed:
+            self.advance = GraphedStep(self)
+
+    def logits(self, hu: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+        """int16 HU [B, S, S], and what augmentation draws for it -> float32 logits [B, L]."""
+        return self.network(self.windows(self.resample(hu, draws)))
+
+    def network(self, x: torch.Tensor) -> torch.Tensor:
+        """The network's input [B, C, H, W] -> float32 logits [B, L], in the mode's precision."""
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.mode.precision == "bf16"
+        ):
+            return self._forward(x)
 
     def train_one_epoch(
         self, progress: Progress, tick: Tick, between: Callable[[], None] = lambda: None
@@ -350,12 +388,13 @@ class Trainer:
         epoch, first = progress.epoch, progress.step + 1
         if progress.step == 0:
             progress.lr = float(self.optimizer.param_groups[0]["lr"])
-        draws = self.augment.draws(self.cfg.seed, epoch, rows)
+        draws = self.resample.draws(self.cfg.seed, epoch, rows)
         begin = time.perf_counter() - progress.epoch_seconds
         tick("training", epoch, progress.step, steps)
-        batches = self.train_loader.epoch(self.cfg.seed, epoch, progress.step)
+        batches = self.train_loader.epoch(self.cfg.seed, epoch, draws, progress.step)
         for step, batch in enumerate(batches, start=first):
-            loss = self._step(batch, draws[batch.position]) * len(batch.position)
+            loss = self.advance(batch) * len(batch.target)
+            self.scheduler.step()
             if self.device.type == "cpu":  # elsewhere looking would wait for the device
                 _require_finite([loss], epoch, step)
             progress.losses.append(loss)
@@ -378,7 +417,7 @@ class Trainer:
     def schedule(self) -> dict[str, Any]:
         """What the scheduler and the optimizer's groups hold beside tensors."""
         state = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
-        return {"scheduler": state, "lr": [g["lr"] for g in self.optimizer.param_groups]}
+        return {"scheduler": state, "lr": [float(g["lr"]) for g in self.optimizer.param_groups]}
 
     def restore(self, tensors: dict[str, torch.Tensor], schedule: dict[str, Any]) -> None:
         """Sets model, optimizer, scheduler and random state to what the other two returned.
@@ -402,21 +441,26 @@ class Trainer:
         self.model.load_state_dict(weights)
         groups = self.optimizer.state_dict()["param_groups"]
         for group, lr in zip(groups, schedule["lr"], strict=True):
-            group["lr"] = lr
+            now = group["lr"]
+            group["lr"] = torch.full_like(now, lr) if isinstance(now, torch.Tensor) else lr
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.scheduler.load_state_dict({**schedule["scheduler"], "lr_lambdas": [None]})
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
-    def _step(self, batch: Batch, draws: torch.Tensor) -> torch.Tensor:
-        hu = self.augment(resize(batch.hu, self.image_size), draws)
-        loss = self.loss(self.model(self.channels(hu)), batch.target)
+    def _step(self, batch: Batch) -> torch.Tensor:
+        loss = self.loss(self.logits(batch.hu, batch.draws), batch.target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.scheduler.step()
         return loss.detach()
+
+    def time_step(self) -> float:
+        """Seconds of one epoch, which is one step if there are no more rows than in a batch."""
+        begin = time.perf_counter()
+        self.train_one_epoch(Progress(), lambda *_: None)  # its end waits for the device
+        return time.perf_counter() - begin
 
     @torch.inference_mode()
     def evaluate(
@@ -428,10 +472,13 @@ class Trainer:
             UserError: a logit is not finite; it would score like a confident "no bleed".
         """
         self.model.eval()
-        loader = Loader(self.train_loader.hu, split, self.cfg.train.batch_size, self.device)
+        at_once = self.cfg.train.batch_size * (
+            _EVALUATED_AT_ONCE if self.device.type != "cpu" else 1
+        )
+        loader = Loader(self.slices, split, at_once, self.device)
         parts, steps = [], len(loader)
         for step, batch in enumerate(loader.in_order(), start=1):
-            parts.append(self.model(self.channels(resize(batch.hu, self.image_size))))
+            parts.append(self.logits(batch.hu))
             tick(phase, epoch, step, steps)
         logits = torch.cat(parts).float().cpu().numpy()
         if not np.isfinite(logits).all():
@@ -440,6 +487,100 @@ class Trainer:
                 f"the weights of the best epoch before it are kept."
             )
         return logits
+
+
+class GraphedStep:
+    """A training step as one CUDA graph: launched as a whole, where an eager step launches hundreds
+    of kernels one by one, and the GPU waits for the host.
+
+    Batches of another size than the first, as the last of an epoch, are taken eagerly.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch | None = None
+        self._loss = torch.zeros(())
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        if self._graph is None:
+            self._capture(batch)
+        assert self._batch is not None
+        assert self._graph is not None
+        if batch.hu.shape != self._batch.hu.shape:
+            return self._trainer._step(batch)
+        self._fill(batch)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _fill(self, batch: Batch) -> None:
+        assert self._batch is not None
+        for name in ("hu", "target", "draws"):
+            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+
+    def _capture(self, batch: Batch) -> None:
+        """Records a step. The steps that warm up and the recording leave no trace in the state."""
+        assert batch.draws is not None
+        self._batch = Batch(batch.hu.clone(), batch.target.clone(), batch.draws.clone())
+        trainer, before = self._trainer, self._copy()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                trainer._step(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = trainer._step(self._batch)
+        for name, tensor in trainer.tensors().items():
+            if not name.startswith("random/"):  # moments that did not exist before begin at 0
+                tensor.copy_(before[name]) if name in before else tensor.zero_()
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {k: v.clone() for k, v in self._trainer.tensors().items()}
+
+
+def wants_graph(choice: Graph, device: torch.device) -> bool:
+    """Whether steps are captured; `on` without a GPU falls back, and the log says so."""
+    if choice is not Graph.on:
+        return False
+    if device.type != "cuda":
+        log.warning("train.graph is on, but there is no GPU: steps are taken one by one")
+        return False
+    return True
+
+
+def memory_format(mode: Mode) -> torch.memory_format:
+    """The layout of a mode as torch names it."""
+    return torch.channels_last if mode.layout == CHANNELS_LAST else torch.contiguous_format
+
+
+def set_up(device: torch.device, mode: Mode) -> None:
+    """Makes torch's convolutions on a GPU compute in the mode's precision, by the fastest way."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
+
+
+def training_bytes(cfg: Config, outputs: int) -> int:
+    """About what a training takes of a device's memory: weights, gradients, moments, activations,
+    and as much again as a quarter of them for what a step needs on the way."""
+    size, channels = image_size(cfg), len(cfg.windows.channels)
+    cost = model_cost(cfg.model, channels, size, cfg.train.batch_size, outputs)
+    return int(1.25 * (16 * cost.params + cost.activations))
+
+
+def made_up_dataset(cfg: Config) -> Dataset:
+    """One batch of random slices, int16 HU, with random labels, for timing steps."""
+    batch, size = cfg.train.batch_size, cfg.data.cache_size
+    rng = np.random.default_rng(0)
+    labels = tuple(cfg.data.label_columns or "abcdef")
+    hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
+    target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
+    row = np.arange(batch)
+    split = Split(row.astype(str), row, target, row)
+    return Dataset(hu, labels, split, split, None, {})
 
 
 def _require_finite(losses: list[torch.Tensor], epoch: int, first_step: int) -> None:
@@ -489,8 +630,16 @@ def keep_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarr
     part.rename(run.predictions)
 
 
-def build_optimizer(cfg: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer of a config, over all parameters."""
+def build_optimizer(
+    cfg: OptimizerConfig, model: torch.nn.Module, graphed: bool = False
+) -> torch.optim.Optimizer:
+    """The torch optimizer of a config, over all parameters.
+
+    Args:
+        cfg: its name and settings.
+        model: whose parameters it moves.
+        graphed: for a captured step, whose every number lies on the device, the learning rate too.
+    """
     kind = {
         "torch.optim.Adam": torch.optim.Adam,
         "torch.optim.AdamW": torch.optim.AdamW,
@@ -500,6 +649,10 @@ def build_optimizer(cfg: OptimizerConfig, model: torch.nn.Module) -> torch.optim
     settings = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None
     }
+    if graphed:
+        settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
+        if "SGD" not in cfg._target_:  # which counts no steps
+            settings["capturable"] = True
     return kind(model.parameters(), fused=True, **settings)
 
 

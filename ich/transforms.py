@@ -1,8 +1,11 @@
-"""HU slices -> normalized channels: resize, augment, windows, normalize. Batched, on the device.
+"""HU slices -> the network's input: resampling, augmentation, windows, normalization.
 
-Geometry comes first, on one HU plane instead of one plane per window; windows follow. Random
-numbers are drawn for a whole epoch from (seed, epoch), one row per position in the epoch, so what
-happens to a slice depends on (seed, epoch, position) and on nothing else.
+Geometry comes first, on one HU plane instead of one plane per window; windows follow. Resizing,
+flips and crops of a slice are one resampling from its decoded pixels: each axis is a small matrix
+of filter weights, so a batch is two batched matrix products on whatever device it is on, without a
+branch and without a number that the host would have to wait for. Random numbers are drawn for a
+whole epoch from (seed, epoch), one row per position in the training set, so what happens to a slice
+depends on (seed, epoch, position) and on nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ich.config import AugmentConfig, WindowConfig
 
@@ -18,103 +20,107 @@ _DRAWS = 6  # horizontal flip, vertical flip, crop?, crop side, crop x, crop y
 
 
 class CTWindows:
-    """Clips HU to each window and scales it to 0..1 (report, section 3.3).
+    """Clips HU to each window, scales it to 0..1 (report, section 3.3), and normalizes it.
 
-    A window of center c and width w maps c - w/2 to 0 and c + w/2 to 1, linearly.
-    """
+    A window of center c and width w maps c - w/2 to 0 and c + w/2 to 1, linearly. From that the
+    mean is subtracted and the standard deviation divided, which a pretrained network expects; with
+    another number of windows than of means, each channel takes the average of the means.
 
-    def __init__(self, windows: Sequence[WindowConfig], device: torch.device | str = "cpu"):
-        center = torch.tensor([w.center for w in windows], device=device)
-        width = torch.tensor([w.width for w in windows], device=device)
-        self.lower = (center - width / 2).view(1, -1, 1, 1)
-        self.width = width.view(1, -1, 1, 1)
-
-    def __call__(self, hu: torch.Tensor) -> torch.Tensor:
-        """float32 HU [B, 1, H, W] -> float32 [B, C, H, W] in 0..1."""
-        return ((hu - self.lower) / self.width).clamp_(0, 1)
-
-
-class Normalize:
-    """Subtracts the mean and divides by the standard deviation the pretrained network expects.
-
-    With another number of windows than three, each channel takes the average of the three.
+    All of it is one multiplication, one addition and one clamp per channel.
     """
 
     def __init__(
         self,
-        mean: Sequence[float],
-        std: Sequence[float],
-        channels: int,
+        windows: Sequence[WindowConfig],
         device: torch.device | str = "cpu",
+        mean: Sequence[float] = (0.0,),
+        std: Sequence[float] = (1.0,),
+        memory_format: torch.memory_format = torch.channels_last,
     ):
-        self.mean = _per_channel(mean, channels, device)
-        self.std = _per_channel(std, channels, device)
+        mean_, std_ = _per_channel(mean, len(windows)), _per_channel(std, len(windows))
+        self.memory_format = memory_format
+        self.maps = [
+            (
+                torch.tensor(1 / (w.width * s), dtype=torch.float32, device=device),
+                torch.tensor(-(w.center - w.width / 2) / (w.width * s) - m / s, device=device),
+                (-m / s, (1 - m) / s),
+            )
+            for w, m, s in zip(windows, mean_, std_, strict=True)
+        ]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, C, H, W] in 0..1 -> float32 [B, C, H, W]."""
-        return (x - self.mean) / self.std
+    def __call__(self, hu: torch.Tensor) -> torch.Tensor:
+        """float32 HU [B, 1, H, W] -> float32 [B, C, H, W] in the layout asked for."""
+        shape = (hu.shape[0], len(self.maps), *hu.shape[2:])
+        x = torch.empty(shape, device=hu.device, memory_format=self.memory_format)
+        # A channel at a time: over all at once, channels_last leaves nothing to vectorize over.
+        for channel, (slope, intercept, (lowest, highest)) in enumerate(self.maps):
+            windowed = torch.addcmul(intercept, hu[:, 0], slope)
+            torch.clamp(windowed, lowest, highest, out=x[:, channel])
+        return x
 
 
-def _per_channel(
-    values: Sequence[float], channels: int, device: torch.device | str
-) -> torch.Tensor:
-    v = torch.tensor(values, device=device)
-    if len(v) != channels:
-        v = v.mean().expand(channels)
-    return v.reshape(1, -1, 1, 1)
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """The values, or as often as there are channels their mean."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-class Augment:
-    """Horizontal and vertical flips and square crops, each with its probability (section 3.5)."""
+class Resample:
+    """Slices of any size -> square images of one size, flipped and cropped (section 3.5).
 
-    def __init__(self, cfg: AugmentConfig):
-        self.cfg = cfg
+    A crop keeps a square of side `crop_min`..1 of the image, at a random place, and enlarges it to
+    the full size. The filter is a triangle, stretched where pixels are lost, as in Pillow and in
+    torch's antialiased bilinear interpolation.
+    """
+
+    def __init__(self, size: int, cfg: AugmentConfig):
+        self.size, self.cfg = size, cfg
 
     def draws(self, seed: int, epoch: int, rows: int) -> torch.Tensor:
         """Uniform numbers of one epoch, float32 [rows, 6], a function of (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(stream_seed(seed, epoch, "augment"))
         return torch.rand(rows, _DRAWS, generator=generator)
 
-    def __call__(self, hu: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """float32 HU [B, 1, H, W] and its draws [B, 6] -> float32 HU [B, 1, H, W].
+    def __call__(self, hu: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+        """int16 HU [B, S, S] and its draws [B, 6] -> float32 HU [B, 1, size, size].
 
-        A crop keeps a square of side `crop_min`..1 of the image, at a random place, and enlarges
-        it to the full size. Flips and crop are one affine map, sampled once, bilinearly.
+        Without draws the whole slice is resized, as for validation.
         """
-        moved = (
-            draws[:, :3] < draws.new_tensor([self.cfg.hflip, self.cfg.vflip, self.cfg.crop])
-        ).any(1)
-        picked = moved.nonzero().squeeze(1)
-        if not len(picked):
-            return hu
-        theta = self._theta(draws[picked]).to(hu)
-        part = hu[picked]
-        grid = F.affine_grid(theta, list(part.shape), align_corners=False)
-        out = hu.clone()
-        out[picked] = F.grid_sample(part, grid, padding_mode="border", align_corners=False)
-        return out
+        if draws is None:
+            draws = hu.new_ones((1, _DRAWS), dtype=torch.float32)  # no flip, no crop
+        rows, columns = self._weights(draws, hu.shape[-1])
+        resized: torch.Tensor = rows @ hu.to(torch.float32) @ columns.transpose(1, 2)
+        return resized.unsqueeze(1)
 
-    def _theta(self, u: torch.Tensor) -> torch.Tensor:
-        """Draws [B, 6] -> affine maps [B, 2, 3] from output to input, in -1..1 coordinates."""
+    def _weights(self, u: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws [B, 6] -> filter weights of the rows and of the columns, each [B, size, pixels]."""
         side = torch.where(
             u[:, 2] < self.cfg.crop,
             self.cfg.crop_min + (1 - self.cfg.crop_min) * u[:, 3],
             torch.ones_like(u[:, 3]),
         )
-        shift = (1 - side)[:, None] * (2 * u[:, 4:6] - 1)
-        sign = 1 - 2 * (u[:, :2] < u.new_tensor([self.cfg.hflip, self.cfg.vflip])).to(u.dtype)
-        theta = torch.zeros(len(u), 2, 3)
-        theta[:, 0, 0], theta[:, 1, 1] = sign[:, 0] * side, sign[:, 1] * side
-        theta[:, :, 2] = shift
-        return theta
+        horizontal = self._axis(side, u[:, 4], u[:, 0] < self.cfg.hflip, pixels)
+        vertical = self._axis(side, u[:, 5], u[:, 1] < self.cfg.vflip, pixels)
+        return vertical, horizontal
 
+    def _axis(
+        self, side: torch.Tensor, place: torch.Tensor, flip: torch.Tensor, pixels: int
+    ) -> torch.Tensor:
+        """Weights [B, size, pixels] of one axis, each row of them summing to 1.
 
-def resize(hu: torch.Tensor, size: int) -> torch.Tensor:
-    """int16 HU [B, S, S] -> float32 HU [B, 1, size, size], bilinear with antialiasing."""
-    x = hu.unsqueeze(1).to(torch.float32)
-    if x.shape[-1] == size:
-        return x
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        Args:
+            side: of the crop, as a share of the slice, [B].
+            place: of the crop, 0 at the beginning of the axis, 1 at its end, [B].
+            flip: whether the axis is reversed, bool [B].
+            pixels: of the slice along this axis.
+        """
+        out = torch.arange(self.size, device=side.device, dtype=torch.float32)
+        out = torch.where(flip[:, None], self.size - 1 - out, out)
+        scale = side[:, None] * (pixels / self.size)  # source pixels per output pixel
+        center = (out + 0.5) * scale + ((1 - side) * place)[:, None] * pixels - 0.5
+        source = torch.arange(pixels, device=side.device, dtype=torch.float32)
+        distance = (source - center[..., None]).abs_()
+        weights = (1 - distance / scale.clamp(min=1)[..., None]).clamp_(min=0)
+        return weights / weights.sum(-1, keepdim=True)
 
 
 def stream_seed(seed: int, epoch: int, stream: str) -> int:

@@ -21,6 +21,7 @@ SABOTEUR = Path(__file__).parent / "saboteur"
 SMALL = [
     "model=mobilenet_v2",
     "model.pretrained=false",
+    "train.precision=fp32",
     "data.image_size=32",
     "data.cache_size=32",
     "data.workers=1",

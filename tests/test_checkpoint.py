@@ -41,6 +41,7 @@ def config(composed: Compose, phantom: Path) -> Config:
     cfg = composed(
         "model=mobilenet_v2",
         "model.pretrained=false",
+        "train.precision=fp32",
         "data.image_size=32",
         "data.cache_size=32",
         "data.workers=1",

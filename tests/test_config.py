@@ -30,7 +30,7 @@ from ich.losses import build_loss
 from ich.model import build_model
 from ich.phantom import LABELS
 from ich.train import build_optimizer, build_scheduler
-from ich.transforms import Augment, CTWindows
+from ich.transforms import CTWindows, Resample
 
 Compose = Callable[..., Config]
 GROUPS = [
@@ -73,7 +73,7 @@ def test_every_option_composes_and_builds(composed: Compose, group: str, option:
     optimizer.step()
     scheduler.step()
     assert not torch.equal(before, model.weight)
-    hu = Augment(config.augment)(torch.zeros(2, 1, 8, 8), torch.rand(2, 6))
+    hu = Resample(8, config.augment)(torch.zeros(2, 8, 8, dtype=torch.int16), torch.rand(2, 6))
     assert CTWindows(config.windows.channels)(hu).shape[1] == len(config.windows.channels)
 
 

@@ -135,6 +135,7 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
             "-m",
             "model=mobilenet_v2",
             "model.pretrained=false",
+            "train.precision=fp32",
             "data.image_size=32",
             "data.cache_size=32",
             f'data.root="{phantom}"',

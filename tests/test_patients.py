@@ -192,7 +192,7 @@ def test_no_identifier_reaches_what_a_sweep_prints_or_keeps(
         [sys.executable, "-m", "ich.sweep", "-m", "name=s", "model=mobilenet_v2", "seed=0,1,2",
          f"data.root={canaries.root}", "data.cache_size=32", "data.image_size=32",
          "data.workers=1", "protocol=sound", "model.pretrained=false", "train.epochs=2",
-         "train.batch_size=8", "train.threads=1"],
+         "train.batch_size=8", "train.threads=1", "train.precision=fp32"],
         cwd=tmp_path, env={**os.environ, **env}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr

@@ -22,6 +22,7 @@ from ich.results import State, SweepPaths, write_json
 SMALL = [
     "model=mobilenet_v2",
     "model.pretrained=false",
+    "train.precision=fp32",
     "data.image_size=32",
     "data.cache_size=32",
     "data.workers=1",

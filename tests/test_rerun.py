@@ -192,6 +192,7 @@ def project(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     sweep = [
         "-m", f"model={JOB}", "model.pretrained=false", f'data.root="{phantom}"', "name=s",
+        "train.precision=fp32",
         "data.image_size=32", "data.cache_size=32", "data.workers=1", "data.subset=0.5",
         "train.epochs=2", "train.batch_size=8", "tracking=none", "hydra.launcher.cpu_jobs=64",
     ]  # fmt: skip

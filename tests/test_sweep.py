@@ -29,6 +29,7 @@ COLUMNS = [
 
 SMALL = [
     "model.pretrained=false",
+    "train.precision=fp32",
     "data.image_size=40",
     "data.cache_size=40",
     "data.subset=0.5",

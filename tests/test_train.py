@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 
 from ich.config import Config, Monitor, UserError, to_yaml
-from ich.data import Split, load_dataset
+from ich.data import load_dataset
 from ich.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
-from ich.loader import Loader
 from ich.metrics import multilabel_metrics
 from ich.model import build_model, load_weights
 from ich.phantom import LABELS
+from ich.precision import Mode
 from ich.results import Origin, RunPaths, write_json
 from ich.tracking import Journal
 from ich.train import Terminated, Trainer, fit, is_better, main
@@ -33,10 +33,12 @@ SMALL = [
     "data.cache_size=32",
     "data.workers=1",
     "tracking=none",
+    "train.precision=fp32",
     "optimizer.lr=3e-3",
 ]
 
 
+CPU, FP32 = torch.device("cpu"), Mode("fp32", "channels_last")
 PLACE = (Slot(), threading.Event())
 ORIGIN = Origin(cohort="c", weights="random", code="x")
 
@@ -78,7 +80,7 @@ def test_the_kept_weights_and_predictions_are_the_best_epochs(
     assert scores["accuracy"] == result["accuracy"] == result["val_accuracy"]
     dataset = load_dataset(config)
     assert (saved["val_image_id"] == dataset.val.image_id).all()
-    trainer = Trainer.build(config, dataset, torch.device("cpu"))
+    trainer = Trainer.build(config, dataset, CPU, FP32)
     load_weights(trainer.model, run.best)
     again = trainer.evaluate(dataset.val, 1, quiet)
     np.testing.assert_allclose(again, saved["val_logits"], atol=1e-4)
@@ -132,40 +134,6 @@ def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -
     with torch.inference_mode():
         features = model.base.forward_features(x).mean((2, 3))
     assert torch.linalg.vector_norm(features[0] - features[2]) > 1
-
-
-# Loader
-
-
-def split(rows: int) -> Split:
-    return Split(
-        np.array([f"ID_{i}" for i in range(rows)]),
-        np.arange(rows),
-        np.zeros((rows, 6), np.float32),
-        np.full(rows, -1),
-    )
-
-
-def test_an_epoch_serves_every_row_once_in_a_seeded_order() -> None:
-    hu = np.arange(10, dtype=np.int16)[:, None, None] * np.ones((1, 2, 2), np.int16)
-    loader = Loader(hu, split(10), 4, torch.device("cpu"))
-    seen = list(loader.epoch(0, 1))
-    order = torch.cat([b.position for b in seen])
-    assert sorted(order.tolist()) == list(range(10))
-    assert (torch.cat([b.hu for b in seen])[:, 0, 0] == order).all()
-    assert [len(b.position) for b in seen] == [4, 4, 2]
-    again = torch.cat([b.position for b in loader.epoch(0, 1)])
-    other = torch.cat([b.position for b in loader.epoch(0, 2)])
-    assert torch.equal(order, again)
-    assert not torch.equal(order, other)
-
-
-def test_a_last_batch_of_one_row_joins_the_one_before() -> None:
-    loader = Loader(np.zeros((9, 2, 2), np.int16), split(9), 4, torch.device("cpu"))
-    assert [len(b.position) for b in loader.in_order()] == [4, 5]
-    assert len(loader) == 2
-    alone = Loader(np.zeros((1, 2, 2), np.int16), split(1), 4, torch.device("cpu"))
-    assert [len(b.position) for b in alone.in_order()] == [1]
 
 
 # A job as a process
@@ -256,7 +224,7 @@ def test_however_a_training_ends_its_result_says_so(
 
 def test_logits_that_are_not_finite_are_never_scored(config: Config) -> None:
     dataset = load_dataset(config)
-    trainer = Trainer.build(config, dataset, torch.device("cpu"))
+    trainer = Trainer.build(config, dataset, CPU, FP32)
     torch.nn.init.constant_(trainer.model.head.bias, math.nan)
     with pytest.raises(UserError, match="logits are not finite while validating after epoch 3"):
         trainer.evaluate(dataset.val, 3, quiet)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ich.config import AugmentConfig, WindowConfig
-from ich.transforms import Augment, CTWindows, Normalize, resize, stream_seed
+from ich.transforms import CTWindows, Resample, stream_seed
 
 WINDOWS = [
     WindowConfig("brain", 40, 80),
@@ -17,56 +18,82 @@ WINDOWS = [
 NONE = AugmentConfig(hflip=0, vflip=0, crop=0, crop_min=1)
 
 
-def picture(rows: int = 4, size: int = 9) -> torch.Tensor:
-    return torch.randn(rows, 1, size, size, generator=torch.Generator().manual_seed(0)) * 100
+def slices(rows: int = 4, size: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-1024, 3072, (rows, size, size), generator=generator, dtype=torch.int16)
 
 
-def test_windows_against_a_numpy_ramp() -> None:
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_windows_against_a_numpy_ramp(layout: torch.memory_format) -> None:
     ramp = np.arange(-1024, 3072, dtype=np.int16).reshape(1, 64, 64)
-    got = CTWindows(WINDOWS)(torch.from_numpy(ramp).unsqueeze(1).float())[0].numpy()
-    for channel, window in zip(got, WINDOWS, strict=True):
+    got = CTWindows(WINDOWS, memory_format=layout)(torch.from_numpy(ramp).unsqueeze(1).float())
+    assert got.is_contiguous(memory_format=layout)
+    for channel, window in zip(got[0].numpy(), WINDOWS, strict=True):
         lower, upper = window.center - window.width / 2, window.center + window.width / 2
         want = np.interp(ramp[0].astype(np.float64), [lower, upper], [0, 1])
         np.testing.assert_allclose(channel, want, atol=1e-6)
 
 
-def test_normalize_is_per_channel_and_averages_for_other_counts() -> None:
-    x = torch.full((1, 3, 2, 2), 0.5)
-    got = Normalize((0.1, 0.2, 0.3), (1.0, 2.0, 4.0), 3)(x)
-    torch.testing.assert_close(got[0, :, 0, 0], torch.tensor([0.4, 0.15, 0.05]))
-    one = Normalize((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 1)(x[:, :1])
-    torch.testing.assert_close(one[0, 0, 0, 0], torch.tensor((0.5 - 0.2) / 2.0))
+def test_normalization_is_per_channel_and_averages_for_other_counts() -> None:
+    hu, mean, std = torch.full((1, 1, 2, 2), 60.0), (0.1, 0.2, 0.3), (1.0, 2.0, 4.0)
+    same = [WindowConfig(str(n), 40, 80) for n in range(3)]  # 60 HU is 0.75 in each
+    got = CTWindows(same, "cpu", mean, std)(hu)
+    torch.testing.assert_close(got[0, :, 0, 0], torch.tensor([0.65, 0.275, 0.1125]))
+    one = CTWindows(same[:1], "cpu", mean, (1.0, 2.0, 3.0))(hu)
+    torch.testing.assert_close(one[0, 0, 0, 0], torch.tensor((0.75 - 0.2) / 2.0))
+    # Outside the window it is what black and white are after normalization.
+    far = CTWindows(same, "cpu", mean, std)(torch.tensor([[[[-1024.0, 3071.0]]]]))
+    torch.testing.assert_close(far[0, :, 0, 0], -torch.tensor(mean) / torch.tensor(std))
+    torch.testing.assert_close(far[0, :, 0, 1], (1 - torch.tensor(mean)) / torch.tensor(std))
 
 
-@pytest.mark.parametrize(("key", "axis"), [("hflip", 3), ("vflip", 2)])
+@pytest.mark.parametrize("size", [16, 63, 64, 96, 224])
+def test_resizing_is_torchs_antialiased_interpolation(size: int) -> None:
+    hu = slices(3, 64)
+    want = F.interpolate(hu[:, None].float(), size=(size, size), mode="bilinear", antialias=True)
+    got = Resample(size, NONE)(hu)
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+    draws = torch.rand(3, 6)
+    torch.testing.assert_close(Resample(size, NONE)(hu, draws), want, atol=2e-3, rtol=0)
+
+
+def test_the_same_size_is_left_as_it_is() -> None:
+    hu = slices()
+    assert torch.equal(Resample(9, NONE)(hu)[:, 0], hu.float())
+    assert torch.equal(Resample(9, NONE)(hu, torch.rand(4, 6))[:, 0], hu.float())
+
+
+@pytest.mark.parametrize(("key", "axis"), [("hflip", 2), ("vflip", 1)])
 def test_flips_are_exact(key: str, axis: int) -> None:
-    hu = picture()
+    hu = slices()
     cfg = AugmentConfig(**{**vars(NONE), key: 1.0})
-    got = Augment(cfg)(hu, torch.rand(4, 6))
-    torch.testing.assert_close(got, hu.flip(axis), atol=1e-3, rtol=0)
+    assert torch.equal(Resample(9, cfg)(hu, torch.rand(4, 6))[:, 0], hu.flip(axis).float())
 
 
-def test_no_augmentation_returns_the_same_slices() -> None:
-    hu = picture()
-    assert torch.equal(Augment(NONE)(hu, torch.rand(4, 6)), hu)
-
-
-def test_a_crop_is_the_enlarged_square_at_its_place() -> None:
-    # A ramp in x: a crop of side s at the right edge shows s of its range, ending at its maximum.
-    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64).contiguous()
-    cfg = AugmentConfig(hflip=0, vflip=0, crop=1.0, crop_min=0.5)
-    draws = torch.tensor([[0.9, 0.9, 0.0, 0.0, 1.0, 0.5]])  # shortest side, all the way right
-    got = Augment(cfg)(ramp, draws)[0, 0, 32]
-    assert got[0] == pytest.approx(0.5, abs=0.02)
-    assert got[-1] == pytest.approx(1.0, abs=0.02)
+@pytest.mark.parametrize(("size", "pixels", "side"), [(64, 64, 0.5), (48, 100, 0.8), (90, 40, 0.9)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_the_enlarged_square_at_its_place(
+    size: int, pixels: int, side: float, flip: bool
+) -> None:
+    """A ramp in x stays a ramp, between the edges of the crop, reversed by a flip."""
+    ramp = (torch.arange(pixels) * 10).to(torch.int16).expand(1, pixels, pixels)
+    cfg = AugmentConfig(hflip=float(flip), vflip=0, crop=1.0, crop_min=side)
+    x = 0.3  # of the way from the left edge to the right
+    draws = torch.tensor([[0.5, 0.5, 0.0, 0.0, x, 0.5]])
+    got = Resample(size, cfg)(ramp, draws)[0, 0, size // 2]
+    center = (np.arange(size) + 0.5) / size
+    center = center[::-1] if flip else center
+    want = 10 * (pixels * ((1 - side) * x + side * center) - 0.5)
+    inside = slice(2, -2)  # at a slice's edge the filter is cut
+    np.testing.assert_allclose(got[inside].numpy(), want[inside], atol=1.0)  # a tenth of a pixel
 
 
 def test_augmentation_probabilities() -> None:
     cfg = AugmentConfig(hflip=0.25, vflip=0.1, crop=0.25, crop_min=0.8)
-    draws = Augment(cfg).draws(0, 1, 4000)
-    hu = torch.arange(4.0).view(1, 1, 2, 2).expand(4000, 1, 2, 2).contiguous()
+    draws = Resample(2, cfg).draws(0, 1, 4000)
+    hu = torch.arange(4, dtype=torch.int16).view(1, 2, 2).expand(4000, 2, 2)
     only_flips = AugmentConfig(hflip=0.25, vflip=0.1, crop=0, crop_min=1)
-    got = Augment(only_flips)(hu, draws)[:, 0]
+    got = Resample(2, only_flips)(hu, draws)[:, 0]
     left_right = (got[:, 0, 0] > got[:, 0, 1]).float().mean()
     up_down = (got[:, 0, 0] > got[:, 1, 0]).float().mean()
     assert left_right == pytest.approx(0.25, abs=0.03)
@@ -74,8 +101,15 @@ def test_augmentation_probabilities() -> None:
     assert (draws[:, 2] < cfg.crop).float().mean() == pytest.approx(0.25, abs=0.03)
 
 
+def test_what_happens_to_a_slice_does_not_depend_on_its_batch() -> None:
+    hu, resample = slices(8, 20), Resample(12, AugmentConfig(0.5, 0.5, 0.5, 0.7))
+    draws = resample.draws(0, 1, 8)
+    whole, order = resample(hu, draws), torch.tensor([5, 2, 7])
+    torch.testing.assert_close(resample(hu[order], draws[order]), whole[order])
+
+
 def test_draws_depend_on_seed_and_epoch_alone() -> None:
-    augment = Augment(NONE)
+    augment = Resample(8, NONE)
     assert torch.equal(augment.draws(3, 5, 10), augment.draws(3, 5, 10))
     assert not torch.equal(augment.draws(3, 5, 10), augment.draws(3, 6, 10))
     assert not torch.equal(augment.draws(3, 5, 10), augment.draws(4, 5, 10))
@@ -86,11 +120,3 @@ def test_draws_depend_on_seed_and_epoch_alone() -> None:
         for name in ("order", "augment", "init")
     }
     assert len(seeds) == 20 * 20 * 3
-
-
-def test_resize_keeps_the_mean_and_the_same_size_untouched() -> None:
-    hu = torch.randint(-1000, 1000, (2, 64, 64), dtype=torch.int16)
-    assert torch.equal(resize(hu, 64), hu.unsqueeze(1).float())
-    small = resize(hu, 16)
-    assert small.shape == (2, 1, 16, 16)
-    assert small.mean() == pytest.approx(hu.float().mean().item(), abs=5)

@@ -1,0 +1,131 @@
+"""What a training computes in: precision and memory layout, chosen per network by a short timing.
+
+bfloat16 is several times as fast for some networks on some processors and slower for others, and so
+is channels_last; only a few real steps tell. They are timed once per sweep, before its jobs start
+and in a process of its own (`python -m ich.precision`), and the choice is written down: a resumed
+or repeated run computes as it began.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ich.config import Config, Device, Precision, image_size, plain, typed
+from ich.provenance import processor
+
+log = logging.getLogger(__name__)
+_ROUNDS = 3
+# bfloat16 keeps 8 bits of a number. It must be worth that, and more than a timing's noise.
+_WORTH = 1.1
+_BATCH = 16  # images of a timed step, at most: the ratios are those of larger batches
+
+CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """precision: bf16, fp32 or tf32. layout: channels_last or contiguous. processor: timed on."""
+
+    precision: str
+    layout: str
+    processor: str = ""
+
+
+def kind(config: Config) -> str:
+    """Jobs of one kind compute alike: the same network and input, on the same sort of device."""
+    channels = len(config.windows.channels)
+    return f"{config.model.timm} {channels}x{image_size(config)} {config.train.device.value}"
+
+
+def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Times each kind among some jobs in a process of its own; yields kind and mode as they come.
+
+    A GPU's memory is free again when it ends, and the random state of this process is untouched.
+    What cannot be timed is left out: its job decides for itself.
+    """
+    command = [sys.executable, "-m", "ich.precision"]
+    text = json.dumps([plain(config) for config in configs])
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(text)
+            child.stdin.close()
+            for line in child.stdout:
+                found = json.loads(line)
+                yield found["kind"], found["mode"]
+        finally:
+            child.kill()
+
+
+def resolve(config: Config, recorded: dict[str, str] | None) -> Mode:
+    """The mode of a job that is about to train here.
+
+    Args:
+        config: the job.
+        recorded: what was chosen for it, as a dict of `Mode`; used if it was for this processor.
+    """
+    here = processor(config.train.device is not Device.cpu)
+    if config.train.precision is not Precision.auto:
+        return Mode(config.train.precision.value, CHANNELS_LAST, here)
+    if recorded and recorded["processor"] == here:
+        return Mode(**recorded)
+    return fastest(time_modes(config), here)
+
+
+def fastest(seconds: dict[tuple[str, str], float], here: str) -> Mode:
+    """The mode with the shortest step; bf16 only if it is worth its 8 bits.
+
+    Args:
+        seconds: per (precision, layout).
+        here: the processor they were measured on.
+    """
+    cost = {k: s * (_WORTH if k[0] == Precision.bf16.value else 1) for k, s in seconds.items()}
+    precision, layout = min(cost, key=cost.__getitem__)
+    return Mode(precision, layout, here)
+
+
+def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
+    """Seconds per image of a training step, by (precision, layout), timed alternately.
+
+    The steps are real ones, on made-up slices and random weights; the first is not counted.
+    """
+    from ich.train import Trainer, made_up_dataset, pick_device  # it imports this module
+
+    small = replace(
+        config,
+        model=replace(config.model, pretrained=False, weights=None),
+        train=replace(config.train, batch_size=min(config.train.batch_size, _BATCH)),
+    )
+    device, dataset = pick_device(config.train.device), made_up_dataset(small)
+    layouts = [CHANNELS_LAST] if device.type == "cuda" else [CHANNELS_LAST, CONTIGUOUS]
+    candidates = [(p.value, layout) for p in (Precision.fp32, Precision.bf16) for layout in layouts]
+    trainers = {c: Trainer.build(small, dataset, device, Mode(*c)) for c in candidates}
+    best = dict.fromkeys(candidates, float("inf"))
+    for round_ in range(rounds + 1):
+        for candidate, trainer in trainers.items():
+            seconds = trainer.time_step()
+            if round_ > 0:
+                best[candidate] = min(best[candidate], seconds / small.train.batch_size)
+    return best
+
+
+def main() -> None:
+    """Reads jobs from standard input and writes a line for each kind of them."""
+    configs: list[dict[str, Any]] = json.load(sys.stdin)
+    for values in configs:
+        config = typed(values)
+        mode = resolve(config, None)
+        print(json.dumps({"kind": kind(config), "mode": asdict(mode)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Precision: chosen by timing, written down, and never at the price of the scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ich.config import Config, Graph, Precision
+from ich.data import load_dataset
+from ich.precision import Mode, choose, fastest, kind, resolve, time_modes
+from ich.provenance import processor
+from ich.results import RunPaths
+from ich.tracking import Journal
+from ich.train import Trainer, fit, settle_mode, wants_graph
+
+CPU = torch.device("cpu")
+SMALL = [
+    "model=mobilenet_v2",
+    "model.pretrained=false",
+    "data.image_size=32",
+    "data.cache_size=32",
+    "data.workers=1",
+    "tracking=none",
+    "train.epochs=1",
+    "train.device=cpu",
+]
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+@pytest.fixture
+def config(composed: Callable[..., Config], phantom: Path) -> Config:
+    return composed(*SMALL, f'data.root="{phantom}"')
+
+
+def test_the_fastest_mode_wins_and_bf16_must_be_worth_it() -> None:
+    seconds = {("fp32", "channels_last"): 1.0, ("bf16", "channels_last"): 0.95}
+    assert fastest(seconds, "x") == Mode("fp32", "channels_last", "x")
+    seconds[("bf16", "channels_last")] = 0.5
+    assert fastest(seconds, "x") == Mode("bf16", "channels_last", "x")
+    seconds[("fp32", "contiguous")] = 0.4
+    assert fastest(seconds, "x") == Mode("fp32", "contiguous", "x")
+
+
+def test_every_candidate_is_timed_and_random_numbers_are_left_alone(config: Config) -> None:
+    seconds = time_modes(config, rounds=1)
+    assert set(seconds) == {
+        (p, x) for p in ("fp32", "bf16") for x in ("channels_last", "contiguous")
+    }
+    assert all(0 < s < 60 for s in seconds.values())
+
+
+def test_a_process_chooses_for_each_kind_and_this_one_is_untouched(config: Config) -> None:
+    other = replace(config, model=replace(config.model, name="b", timm="efficientnet_b0.ra_in1k"))
+    state = torch.get_rng_state()
+    found = dict(choose([config, other]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(found) == {kind(config), kind(other)}
+    for mode in found.values():
+        assert Mode(**mode).precision in ("fp32", "bf16")
+        assert mode["processor"] == processor()
+
+
+def test_what_was_chosen_here_is_used_again_and_elsewhere_timed_anew(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = {("bf16", "channels_last"): 1.0}
+    monkeypatch.setattr("ich.precision.time_modes", lambda _: timed)
+    here = {"precision": "fp32", "layout": "contiguous", "processor": processor()}
+    assert resolve(config, here) == Mode(**here)
+    assert resolve(config, here | {"processor": "another"}).precision == "bf16"
+    assert resolve(config, None).precision == "bf16"
+    config.train.precision = Precision.fp32
+    assert resolve(config, None) == Mode("fp32", "channels_last", processor())
+
+
+def test_a_run_computes_as_it_began(config: Config, tmp_path: Path) -> None:
+    run = RunPaths(tmp_path)
+    begun = {"precision": "bf16", "layout": "contiguous", "processor": processor()}
+    run.origin.write_text(json.dumps({"cohort": "c", "mode": begun}))
+    assert asdict(settle_mode(config, run)) == begun
+    assert run.read_origin() == {"cohort": "c", "mode": begun}
+    run.origin.unlink()
+    chosen = settle_mode(config, run)  # timed here, and noted
+    assert run.read_origin() == {"mode": asdict(chosen)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_every_mode_computes_the_same_network(config: Config, precision: str, layout: str) -> None:
+    dataset = load_dataset(config)
+    reference = Trainer.build(config, dataset, CPU, Mode("fp32", "contiguous"))
+    trainer = Trainer.build(config, dataset, CPU, Mode(precision, layout))
+    expected = reference.evaluate(dataset.val, 1, quiet)
+    got = trainer.evaluate(dataset.val, 1, quiet)
+    assert got.dtype == np.float32
+    spread = expected.std()
+    # bfloat16 keeps 8 bits; over fifty layers that is a few percent of the logits' spread.
+    assert np.abs(got - expected).max() < (0.2 * spread if precision == "bf16" else 1e-4)
+    if precision == "bf16":
+        assert not np.array_equal(got, got.astype(np.float16).astype(np.float32))
+
+
+def test_a_bf16_run_says_so_and_keeps_float32_weights(config: Config, tmp_path: Path) -> None:
+    config.train.precision = Precision.bf16
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    load_dataset(config)
+    result = fit(config, run, Journal(run.metrics), quiet)
+    assert (result["precision"], result["layout"]) == ("bf16", "channels_last")
+    dataset = load_dataset(config)
+    trainer = Trainer.build(config, dataset, CPU, Mode("bf16", "channels_last"))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_a_graph_without_a_gpu_falls_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert not wants_graph(Graph.on, CPU)
+    assert "there is no GPU: steps are taken one by one" in caplog.text
+    assert not wants_graph(Graph.auto, torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_a_graphed_step_equals_an_eager_one(
+    composed: Callable[..., Config], phantom: Path, optimizer: str
+) -> None:
+    """From the same state, over a whole epoch with its smaller last batch."""
+    small = [s for s in SMALL if not s.startswith("train.device")]
+    states = []
+    for graph in ("off", "on"):
+        config = composed(
+            *small, f'data.root="{phantom}"', "train.precision=fp32", f"train.graph={graph}",
+            f"optimizer={optimizer}", "scheduler=cosine",
+        )  # fmt: skip
+        dataset = load_dataset(config)
+        trainer = Trainer.build(
+            config, dataset, torch.device("cuda"), Mode("fp32", "channels_last")
+        )
+        trainer.time_step()
+        states.append({k: v.clone() for k, v in trainer.tensors().items()})
+    eager, graphed = states
+    assert eager.keys() == graphed.keys()
+    for name in eager:
+        if not name.startswith("random/"):
+            torch.testing.assert_close(graphed[name], eager[name], atol=1e-4, rtol=1e-3)
