@@ -51,6 +51,7 @@ _AFTER = [
     "leak_image",
     "leak_study",
     "leak_patient",
+    "precision",
 ]
 _LOWER = ["params", "minutes"]
 BASELINE = "always negative"
@@ -165,7 +166,7 @@ def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
         f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
         f"{starts}, seed {setting('seed')}. Intervals are not computed: small differences mean "
         f"nothing. Every metric is that of the epoch with the best validation "
-        f"{setting('train.monitor')}. {_either(r['device'] for r in finished)}."
+        f"{setting('train.monitor')}. {_either(_computed(r) for r in finished)}."
     )
     if "rsna" not in setting("data.source"):
         lines.append(
@@ -212,6 +213,11 @@ def _scoring(c: dict[str, Any]) -> str:
     if unknown := [k for k, v in c["leak"].items() if v is None]:
         text += f" Unknown for {' and '.join(unknown)}: data.metadata or headers would tell."
     return text
+
+
+def _computed(result: dict[str, Any]) -> str:
+    """On what, and in which precision."""
+    return ", ".join(str(result[k]) for k in ("device", "precision") if result.get(k))
 
 
 def _optimizer(cfg: Any) -> str:

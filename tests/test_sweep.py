@@ -24,7 +24,7 @@ COLUMNS = [
     *(f"auc_{k}" for k in LABELS),
     *("auc_macro", "auc_top", "params", "params_imagenet", "best_epoch", "minutes"),
     *("images_per_s", "report_accuracy", "report_auc", "scored_on", "val_accuracy", "val_auc"),
-    *("leak_image", "leak_study", "leak_patient"),
+    *("leak_image", "leak_study", "leak_patient", "precision"),
 ]
 
 SMALL = [
