@@ -27,9 +27,6 @@ from ich.tracking import Mirror
 
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-# OpenMP's threads spin while they wait, and beside another busy process they wait most of the time:
-# there a training was 2 to 13 times as fast with threads that sleep.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 _POLL_SECONDS = 0.2
 GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
@@ -239,7 +236,7 @@ def supervise(
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
-            env={**ENVIRONMENT, **os.environ, **slot.environment},
+            env={**os.environ, **slot.environment},
             start_new_session=True,
         )
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ich.config import Config, Device, Precision, image_size, plain, typed
-from ich.jobs import ENVIRONMENT
 from ich.provenance import processor
 
 log = logging.getLogger(__name__)
@@ -54,12 +52,7 @@ def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
     command = [sys.executable, "-m", "ich.precision"]
     text = json.dumps([plain(config) for config in configs])
     with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**ENVIRONMENT, **os.environ},
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
