@@ -119,7 +119,10 @@ def test_a_preempted_job_is_queued_again_and_goes_on(folder: Folder) -> None:
     assert folder.of(0).read_result()["resumed"] == 1
 
 
-def test_slurm_that_is_not_there_is_said_in_a_sentence(folder: Folder) -> None:
+def test_slurm_that_is_not_there_is_said_in_a_sentence(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder.root))  # on a Slurm site it would be found
     folder.launcher = ["hydra/launcher=ich_slurm", "tracking=none"]
     status, output = folder.run(2)
     assert status == 1
