@@ -94,7 +94,8 @@ def fastest(seconds: dict[tuple[str, str], float], here: str) -> Mode:
 
 
 def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
-    """Seconds per image of a training step, by (precision, layout), timed alternately.
+    """Seconds per image of a training step, by (precision, layout), timed alternately: of all that
+    `auto` may choose from, or of what the config asks for.
 
     The steps are real ones, on made-up slices and random weights; the first is not counted.
     """
@@ -106,8 +107,11 @@ def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], f
         train=replace(config.train, batch_size=min(config.train.batch_size, _BATCH)),
     )
     device, dataset = pick_device(config.train.device), made_up_dataset(small)
-    layouts = [CHANNELS_LAST] if device.type == "cuda" else [CHANNELS_LAST, CONTIGUOUS]
-    candidates = [(p.value, layout) for p in (Precision.fp32, Precision.bf16) for layout in layouts]
+    wanted, layouts = config.train.precision, [CHANNELS_LAST]
+    precisions = [Precision.fp32, Precision.bf16] if wanted is Precision.auto else [wanted]
+    if device.type == "cpu" and wanted is Precision.auto:  # there NCHW sometimes wins
+        layouts.append(CONTIGUOUS)
+    candidates = [(p.value, layout) for p in precisions for layout in layouts]
     trainers = {c: Trainer.build(small, dataset, device, Mode(*c)) for c in candidates}
     best = dict.fromkeys(candidates, float("inf"))
     for round_ in range(rounds + 1):

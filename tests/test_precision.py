@@ -56,6 +56,8 @@ def test_every_candidate_is_timed_and_random_numbers_are_left_alone(config: Conf
         (p, x) for p in ("fp32", "bf16") for x in ("channels_last", "contiguous")
     }
     assert all(0 < s < 60 for s in seconds.values())
+    config.train.precision = Precision.bf16
+    assert set(time_modes(config, rounds=1)) == {("bf16", "channels_last")}
 
 
 def test_a_process_chooses_for_each_kind_and_this_one_is_untouched(config: Config) -> None:
