@@ -52,9 +52,7 @@ def test_the_fastest_mode_wins_and_bf16_must_be_worth_it() -> None:
 
 def test_every_candidate_is_timed_and_random_numbers_are_left_alone(config: Config) -> None:
     seconds = time_modes(config, rounds=1)
-    assert set(seconds) == {
-        (p, x) for p in ("fp32", "bf16") for x in ("channels_last", "contiguous")
-    }
+    assert set(seconds) == {("fp32", "channels_last"), ("bf16", "channels_last")}
     assert all(0 < s < 60 for s in seconds.values())
     config.train.precision = Precision.bf16
     assert set(time_modes(config, rounds=1)) == {("bf16", "channels_last")}
