@@ -1,10 +1,10 @@
 """What a training computes in: precision and memory layout, chosen per network by a short timing.
 
-bfloat16 is several times as fast for some networks on some processors and slower for others; only a
-few real steps tell. They are timed once per sweep, before its jobs start and in a process of its own
-(`python -m ich.precision`), and the choice is written down: a resumed or repeated run computes as it
-began. The layout is channels_last, which at batch 32 was never slower for one of the eight networks;
-NCHW is what `ich.bench` compares with.
+bfloat16 is several times as fast for some networks on some processors and slower for others; only
+a few real steps tell. They are timed once per sweep, before its jobs start and in a process of its
+own (`python -m ich.precision`), and the choice is written down: a resumed or repeated run computes
+as it began. The layout is channels_last, which at batch 32 was never slower for one of the eight
+networks; NCHW is what `ich.bench` compares with.
 """
 
 from __future__ import annotations
