@@ -30,7 +30,7 @@ from ich.train import device_name, pick_device
 _EVALUATED = 1 / 3
 _START_SECONDS = 10.0  # of a job before its first step: imports, weights, opening the cache
 # Peak resident memory of a training on the CPU at 96 px, batch 32, was 0.8 GB of Python and torch,
-# and 1.20 to 1.29 times its weights, gradients, moments and kept activations (seven networks).
+# and 1.17 to 1.29 times its weights, gradients, moments and kept activations (six networks).
 _PROCESS_BYTES = 0.8e9
 _MEMORY_FACTOR = 1.25
 _THREADS = torch.get_num_threads()
