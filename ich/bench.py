@@ -1,40 +1,43 @@
 """Speed as ratios measured side by side in one run: `python -m ich.bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
-minutes, is worth writing down. Four parts: `prepare` (decoding), `input` (batches for the network),
-`step` (one training step) and `sweep` (an epoch of all eight networks). Prints a table and saves
-it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine otherwise idle.
+minutes, is worth writing down. Six parts: `prepare` (decoding), `input` (batches for the network),
+`step` (one training step), `sweep` (an epoch of all eight networks), `start` (of a job) and
+`memory` (of a training, by the size of its cohort). Prints a table and saves it, with versions and
+hardware, under multirun_reports/benchmarks/. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
-import pydicom
 import torch
-import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
-from ich import provenance
+from ich import peers, provenance
 from ich.cache import build_cache
-from ich.config import CONF_DIR, Config, image_size, register, typed
+from ich.config import CONF_DIR, Config, Precision, image_size, register, to_yaml, typed
 from ich.data import Dataset, load_dataset, open_store
 from ich.launcher import register_resolvers
-from ich.model import build_model
+from ich.model import build_model, model_cost
+from ich.peers import BATCH, Rate
 from ich.phantom import PhantomSpec, write_phantom
-from ich.precision import CHANNELS_LAST, CONTIGUOUS, Mode, fastest, time_modes
+from ich.pool import keep_memory
+from ich.precision import CHANNELS_LAST, CONTIGUOUS, Mode, fastest, resolve, time_modes
+from ich.results import RunPaths, write_json
 from ich.store import SliceStore, read_bytes
 from ich.train import Progress, Trainer, build_optimizer, device_name, pick_device
 
@@ -48,32 +51,42 @@ MODELS = (
     "efficientnet_b2",
     "efficientnet_b3",
 )
-PARTS = ("prepare", "input", "step", "sweep")
+PARTS = ("prepare", "input", "step", "sweep", "start", "memory")
 _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
 _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
-_BATCH = 32
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
+_COHORTS = (2_000, 20_000)  # rows, in `memory`
+_AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked to finish then
 _REPORT = {"train": 65_859, "val": 11_623, "epochs": 10}
 
-Rate = Callable[[], float]
 Row = dict[str, float]
 
 
-def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
-    """Times two functions alternately; each returns items per second.
+def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
+    """Times some functions in turn, several times; each returns items per second."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            rates[name].append(side())
+    return rates
 
-    Returns:
-        Medians of both, and the median, smallest and largest ratio ours / plain over the rounds.
-    """
-    pairs = [(ours(), plain()) for _ in range(rounds)]
-    ratios = [a / b for a, b in pairs]
+
+def row(ours: Sequence[float], plain: Sequence[float]) -> Row:
+    """Medians of both, and the median, smallest and largest ratio ours / plain over the rounds."""
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     return {
-        "ours": statistics.median(a for a, _ in pairs),
-        "plain": statistics.median(b for _, b in pairs),
+        "ours": statistics.median(ours),
+        "plain": statistics.median(plain),
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
     }
+
+
+def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
+    """Times two functions alternately; see `row`."""
+    rates = alternate({"ours": ours, "plain": plain}, rounds)
+    return row(rates["ours"], rates["plain"])
 
 
 def geometric_mean(rows: Sequence[Row]) -> Row:
@@ -115,7 +128,10 @@ def bench_prepare(folder: Path, rounds: int) -> dict[str, Row]:
         read = _reader(store, paths)
         read()  # all sides then read from the page cache
         for size in _SIZES:
-            ours, plain = _cache_build(store, paths, size, folder), _plain_loop(store, paths, size)
+            ours, plain = (
+                _cache_build(store, paths, size, folder),
+                peers.plain_loop(store, paths, size),
+            )
             name = f"prepare, {kind}, {size} px: cache build"
             rows[f"{name} / plain loop"] = ratio(ours, plain, rounds)
             rows[f"{name} / reading the bytes"] = ratio(ours, read, rounds)
@@ -157,50 +173,32 @@ def _reader(store: SliceStore, paths: list[str]) -> Rate:
     return rate
 
 
-def _plain_loop(store: SliceStore, paths: list[str], size: int) -> Rate:
-    """What most scripts do: pixel_array, rescale in float, resize with OpenCV."""
-    import cv2
-
-    def rate() -> float:
-        start = time.perf_counter()
-        with ExitStack() as stack:
-            archive = stack.enter_context(zipfile.ZipFile(store.root)) if store.is_zip else None
-            for path in paths:
-                file = archive.open(path) if archive else store.root / path
-                dataset = pydicom.dcmread(file)
-                slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
-                hu = dataset.pixel_array * slope + intercept
-                cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA)
-        return len(paths) / (time.perf_counter() - start)
-
-    return rate
-
-
 # Input
 
 
 def bench_input(folder: Path, sizes: Sequence[int], rounds: int, images: int) -> dict[str, Row]:
-    """Augmented, windowed, normalized batches per second, without a network.
+    """Augmented, windowed, normalized batches per second, without a network. See `ich.peers`.
 
-    The others do per image what ours does per batch, in two worker processes, with their own
-    flips and crops of the same probabilities. MONAI's and timm's begin where decoding is done: in
-    memory, and with PNGs on disk.
+    The last row is what is left: the images per second if an image's bytes were only copied.
     """
     rows = {}
     for size in sizes:
         config = job("mobilenet_v2", size, folder)
         dataset = load_dataset(config)
-        files = _files(config, images)
+        files, decoded = _files(config, images), config.data.cache_size
         ours = _ours(config, dataset)
-        peers = {
-            "plain DICOM Dataset": _dicom_loader(files, size),
-            "MONAI CacheDataset": _monai_loader(files, size),
-            "timm loader over PNGs": _timm_loader(files, size, folder),
+        others = {
+            "plain DICOM Dataset": peers.dicom_loader(files, size),
+            "MONAI CacheDataset": peers.monai_loader(files, size),
+            "timm loader over PNGs": peers.timm_loader(files, size, decoded, folder),
         }
-        for name, peer in peers.items():
+        for name, peer in others.items():
             for side in (ours, peer):
                 side()  # worker processes import, caches fill, files come into memory
             rows[f"input, {size} px: ours / {name}"] = ratio(ours, peer, rounds)
+        size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
+        copy = _copy_rate(pick_device(config.train.device), size_in + size_out)
+        rows[f"input, {size} px: copying the bytes / ours"] = ratio(copy, ours, rounds)
     return rows
 
 
@@ -226,145 +224,59 @@ def _ours(config: Config, dataset: Dataset) -> Rate:
     return rate
 
 
-def _epoch_rate(loader: Any) -> Rate:
-    """Images per second of one pass over a DataLoader, its workers' start not counted."""
-
-    def rate() -> float:
-        seen, start = 0, 0.0
-        for batch in loader:
-            x = batch["image"] if isinstance(batch, dict) else batch[0]
-            if not start:
-                start = time.perf_counter()
-                continue
-            seen += len(x)
-        return seen / (time.perf_counter() - start)
-
-    return rate
-
-
-_WINDOWS = ((40, 80), (80, 200), (40, 380))
-
-
-class DicomDataset(torch.utils.data.Dataset):
-    """What a first version looks like: decode, rescale, window, resize and flip file by file."""
-
-    def __init__(self, files: Sequence[Path], size: int):
-        self.files, self.size = files, size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        import cv2
-
-        dataset = pydicom.dcmread(self.files[index])
-        slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
-        hu = dataset.pixel_array.astype(np.float32) * slope + intercept
-        side = len(hu)
-        if np.random.rand() < 0.25:
-            side = int(len(hu) * np.random.uniform(0.8, 1))
-            y, x = np.random.randint(0, len(hu) - side + 1, 2)
-            hu = hu[y : y + side, x : x + side]
-        hu = cv2.resize(hu, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        if np.random.rand() < 0.25:
-            hu = hu[:, ::-1]
-        if np.random.rand() < 0.1:
-            hu = hu[::-1]
-        channels = [np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
-        image = (np.stack(channels) - 0.45) / 0.225
-        return torch.from_numpy(image.astype(np.float32)), torch.zeros(6)
-
-
-def _dicom_loader(files: Sequence[Path], size: int) -> Rate:
-    return _epoch_rate(
-        torch.utils.data.DataLoader(
-            DicomDataset(files, size), _BATCH, shuffle=True, num_workers=2, persistent_workers=True
-        )
-    )
-
-
-def _monai_loader(files: Sequence[Path], size: int) -> Rate:
-    """Decoded once into memory; random crop, resize, flips and windows on each access."""
-    from monai import data, transforms
-
-    def window(hu: torch.Tensor) -> torch.Tensor:
-        channels = [((hu[0] - (c - w / 2)) / w).clamp(0, 1) for c, w in _WINDOWS]
-        return (torch.stack(channels) - 0.45) / 0.225
-
-    chain = transforms.Compose(
-        [
-            transforms.LoadImaged("image", reader="PydicomReader", ensure_channel_first=True),
-            transforms.Lambdad("image", lambda x: x.as_tensor().reshape(1, *x.shape[-2:])),
-            transforms.ToDeviced("image", "cpu"),
-            transforms.RandFlipd("image", 0.25, 1),
-            transforms.RandFlipd("image", 0.1, 0),
-            transforms.RandZoomd("image", 0.25, 1.0, 1.25, mode="bilinear", keep_size=True),
-            transforms.Resized("image", (size, size), mode="bilinear", anti_aliasing=False),
-            transforms.Lambdad("image", lambda x: window(x.as_tensor())),
-        ]
-    )
-    cached = data.CacheDataset([{"image": str(f)} for f in files], chain, progress=False)
-    return _epoch_rate(data.DataLoader(cached, batch_size=_BATCH, shuffle=True, num_workers=2))
-
-
-def _timm_loader(files: Sequence[Path], size: int, folder: Path) -> Rate:
-    """PNGs with the three windows as colours, written beforehand at twice the input's side."""
-    import cv2
-    import timm.data
-
-    place = folder / f"png{size}" / "one class"
-    if not place.exists():
-        place.mkdir(parents=True)
-        for file in files:
-            dataset = pydicom.dcmread(file)
-            hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
-            hu = cv2.resize(hu, (_CACHED.get(size, size),) * 2, interpolation=cv2.INTER_AREA)
-            colours = [255 * np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
-            cv2.imwrite(str(place / f"{file.stem}.png"), np.stack(colours, -1).astype(np.uint8))
-    loader = timm.data.create_loader(
-        timm.data.create_dataset("", str(place.parent)),
-        (3, size, size),
-        _BATCH,
-        is_training=True,
-        no_aug=False,
-        scale=(0.64, 1.0),
-        ratio=(1.0, 1.0),
-        hflip=0.25,
-        vflip=0.1,
-        color_jitter=0.0,
-        num_workers=2,
-        use_prefetcher=False,
-        persistent_workers=True,
-        device=torch.device("cpu"),
-    )
-    return _epoch_rate(loader)
-
-
 # Step
 
 
 def bench_step(
     models: Sequence[str], size: int, folder: Path, seconds: float, rounds: int
-) -> dict[str, Row]:
+) -> tuple[dict[str, Row], float]:
     """Training steps of batch 32 with fused Adam: ours, in the mode `auto` picks, against float32
-    NCHW; and ours with its data against ours on one batch that is ready."""
-    faster, fed = {}, {}
+    NCHW; ours with its data against ours on one batch that is ready; on a GPU a captured step
+    against one that is launched kernel by kernel; and a matrix product's multiply-adds per second
+    against ours.
+
+    Returns:
+        The rows, and the hours that the training steps of the report's sweep would take.
+    """
+    faster, fed, graph, roof = {}, {}, {}, {}
+    hours = 0.0
     for name in models:
         config = job(name, size, folder)
         device, dataset = pick_device(config.train.device), load_dataset(config)
         mode = fastest(time_modes(config), "")
         ours = Trainer.build(config, dataset, device, mode)
         plain = Trainer.build(config, dataset, device, Mode("fp32", CONTIGUOUS))
+        sides = {
+            "ours": _resident_rate(ours, seconds),
+            "plain": _resident_rate(plain, seconds),
+            "fed": _fed_rate(ours, seconds),
+            "product": _product_rate(device, mode, min(seconds, 1.0)),
+        }
+        if device.type == "cuda":
+            captured = job(name, size, folder, "train.graph=on")
+            sides["eager"] = _advance_rate(ours, seconds)
+            sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
+        rates = alternate(sides, rounds)
         how = f"{name}, {size} px"
-        row = ratio(_resident_rate(ours, seconds), _resident_rate(plain, seconds), rounds)
-        faster[f"step, {how}: ours ({mode.precision}, {mode.layout}) / fp32 NCHW"] = row
-        row = ratio(_fed_rate(ours, seconds), _resident_rate(ours, seconds), rounds)
-        fed[f"step, {how}: ours with data / on one resident batch"] = row
-    means = {
-        f"step, {size} px, geometric mean: ours / fp32 NCHW": geometric_mean([*faster.values()]),
-        f"step, {size} px, geometric mean: with data / resident": geometric_mean([*fed.values()]),
+        chosen = f"ours ({mode.precision}, {mode.layout})"
+        faster[f"step, {how}: {chosen} / fp32 NCHW"] = row(rates["ours"], rates["plain"])
+        fed[f"step, {how}: ours with data / on one resident batch"] = row(
+            rates["fed"], rates["ours"]
+        )
+        if "graph" in rates:
+            graph[f"step, {how}: as one graph / eager"] = row(rates["graph"], rates["eager"])
+        # Backward takes two multiply-adds for each forward.
+        macs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
+        done = [rate * macs for rate in rates["ours"]]
+        roof[f"roofline, {how}, GMAC/s: a matrix product / ours"] = row(rates["product"], done)
+        hours += _REPORT["epochs"] * _REPORT["train"] / statistics.median(rates["fed"]) / 3600
+    means = {"ours / fp32 NCHW": faster, "with data / resident": fed, "graph / eager": graph}
+    summary = {
+        f"step, {size} px, geometric mean: {what}": geometric_mean([*rows.values()])
+        for what, rows in means.items()
+        if rows
     }
-    return faster | fed | means
+    return faster | fed | graph | roof | summary, hours
 
 
 def _resident_rate(trainer: Trainer, seconds: float) -> Rate:
@@ -377,18 +289,32 @@ def _resident_rate(trainer: Trainer, seconds: float) -> Rate:
         trainer.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainer.optimizer.step()
-        loss.detach()
+
+    return _repeated(trainer, step, len(x), seconds)
+
+
+def _advance_rate(trainer: Trainer, seconds: float) -> Rate:
+    """Images per second of whole steps, resampling and windows included, on one resident batch."""
+    draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
+    batch = next(trainer.train_loader.epoch(0, 1, draws))
+    return _repeated(trainer, lambda: trainer.advance(batch), len(batch.target), seconds)
+
+
+def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds: float) -> Rate:
+    device = trainer.device
+    at_a_time = _AT_A_TIME if device.type == "cuda" else 1
 
     def rate() -> float:
         trainer.model.train()
         step()
-        _wait(trainer.device)
+        _wait(device)
         start, steps = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or steps < 2:
-            step()
-            _wait(trainer.device)
-            steps += 1
-        return len(x) * steps / (time.perf_counter() - start)
+            for _ in range(at_a_time):
+                step()
+            _wait(device)
+            steps += at_a_time
+        return images * steps / (time.perf_counter() - start)
 
     return rate
 
@@ -402,12 +328,16 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
         seen, start = 0, 0.0
         for number, batch in enumerate(trainer.train_loader.epoch(0, 1, draws)):
             if number == 1:  # the first is not counted
+                _wait(trainer.device)
                 start = time.perf_counter()
             trainer.advance(batch)
-            _wait(trainer.device)
             seen += len(batch.target) if number else 0
+            if trainer.device.type == "cuda" and number % _AT_A_TIME:
+                continue
+            _wait(trainer.device)
             if number > 2 and time.perf_counter() - start > seconds:
                 break
+        _wait(trainer.device)
         return seen / (time.perf_counter() - start)
 
     return rate
@@ -418,84 +348,199 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def bench_roofline(seconds: float) -> dict[str, Row]:
-    """What the machine can do at most: multiply-adds of a matrix product, and bytes copied, per
-    second, in float32 and, as ratio, bfloat16 over float32."""
-    device = pick_device(job("mobilenet_v2", 96, Path()).train.device)
+def _product_rate(device: torch.device, mode: Mode, seconds: float) -> Rate:
+    """Multiply-adds per second, in 1e9, of a matrix product in a mode's precision."""
+    dtype = torch.bfloat16 if mode.precision == "bf16" else torch.float32
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
 
-    def product(dtype: torch.dtype) -> Rate:
-        a = torch.randn(2048, 2048, device=device, dtype=dtype)
-
-        def rate() -> float:
+    def rate() -> float:
+        torch.mm(a, a)
+        _wait(device)
+        start, products = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
             torch.mm(a, a)
             _wait(device)
-            start, n = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds:
-                torch.mm(a, a)
-                _wait(device)
-                n += 1
-            return n * 2048**3 / 1e9 / (time.perf_counter() - start)
+            products += 1
+        return products * 2048**3 / 1e9 / (time.perf_counter() - start)
 
-        return rate
+    return rate
 
-    return {
-        "roofline, GMAC/s of a matrix product: bfloat16 / float32": ratio(
-            product(torch.bfloat16), product(torch.float32), 3
-        )
-    }
+
+def _copy_rate(device: torch.device, item: int) -> Rate:
+    """Items of so many bytes copied per second."""
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.zeros_like(source)
+
+    def rate() -> float:
+        target.copy_(source)
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        _wait(device)
+        return 10 * source.nbytes / item / (time.perf_counter() - start)
+
+    return rate
 
 
 # Sweep
 
 
 def bench_sweep(
-    models: Sequence[str], size: int, folder: Path, images: int
+    models: Sequence[str], size: int, folder: Path, images: int, rounds: int
 ) -> tuple[dict[str, Row], float]:
     """Rows trained per second over an epoch of all networks, one after another: ours against the
-    plain way (pydicom in a DataLoader, float32 NCHW, eager). Also the hours that the report's sweep
-    would take at our rate on this machine."""
-    ours, plain = 0.0, 0.0
-    counts = [0, 0]
-    hours = 0.0
+    plain way (pydicom in a DataLoader, float32 NCHW, eager).
+
+    Returns:
+        The row, and the hours that the report's sweep would take, validation included.
+    """
+    trainers = []
     for name in models:
         config = job(name, size, folder, f"data.subset={images / 4000:.3f}")
-        dataset = load_dataset(config)
-        device = pick_device(config.train.device)
-        trainer = Trainer.build(config, dataset, device, fastest(time_modes(config), ""))
-        progress = Progress()
-        trainer.train_one_epoch(progress, lambda *_: None)
-        begin = time.perf_counter()
-        trainer.evaluate(dataset.val, 1, lambda *_: None)
-        evaluated = (time.perf_counter() - begin) / len(dataset.val.row)
-        trained = progress.epoch_seconds / len(dataset.train.row)
-        ours, counts[0] = ours + progress.epoch_seconds, counts[0] + len(dataset.train.row)
-        per_epoch = _REPORT["train"] * trained + _REPORT["val"] * evaluated
-        hours += _REPORT["epochs"] * per_epoch / 3600
-        seconds, rows = _plain_epoch(config, len(dataset.train.row))
-        plain, counts[1] = plain + seconds, counts[1] + rows
-    a, b = counts[0] / ours, counts[1] / plain
-    row = {"ours": a, "plain": b, "ratio": a / b, "lowest": a / b, "highest": a / b}
-    return {
-        f"sweep, an epoch of {len(models)} networks, {size} px: ours / the plain way": row
-    }, hours
+        dataset, device = load_dataset(config), pick_device(config.train.device)
+        trainers.append(Trainer.build(config, dataset, device, fastest(time_modes(config), "")))
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    hours = []
+    for _ in range(rounds):
+        ours, plain, report = zip(*(_epochs(t, dataset) for t in trainers), strict=True)
+        rows = len(models) * len(dataset.train.row)
+        rates["ours"].append(rows / sum(ours))
+        rates["plain"].append(rows / sum(plain))
+        hours.append(sum(report))
+    name = f"sweep, an epoch of {len(models)} networks, {size} px: ours / the plain way"
+    return {name: row(rates["ours"], rates["plain"])}, statistics.median(hours)
 
 
-def _plain_epoch(config: Config, rows: int) -> tuple[float, int]:
-    files = (_files(config, rows) * (1 + rows // 1000))[:rows]
-    device = pick_device(config.train.device)
-    model = build_model(config.model).to(device)
-    optimizer = build_optimizer(config.optimizer, model)
-    loader = torch.utils.data.DataLoader(
-        DicomDataset(files, image_size(config)), _BATCH, shuffle=True, num_workers=2
+def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
+    """Seconds of an epoch, ours and the plain way's, and hours of the report's training."""
+    progress, count = Progress(), len(dataset.train.row)
+    trainer.train_one_epoch(progress, lambda *_: None)
+    begin = time.perf_counter()
+    trainer.evaluate(dataset.val, 1, lambda *_: None)
+    evaluated = (time.perf_counter() - begin) / len(dataset.val.row)
+    trained = progress.epoch_seconds / count
+    per_epoch = _REPORT["train"] * trained + _REPORT["val"] * evaluated
+    config = trainer.cfg
+    files = _files(config, count)
+    model = build_model(config.model).to(trainer.device)
+    seconds = peers.plain_epoch(
+        (files * (1 + count // len(files)))[:count],
+        image_size(config),
+        trainer.device,
+        model,
+        build_optimizer(config.optimizer, model),
     )
-    start = time.perf_counter()
-    for x, target in loader:
-        loss = F.binary_cross_entropy_with_logits(model(x.to(device)), target.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    _wait(device)
-    return time.perf_counter() - start, rows
+    return progress.epoch_seconds, seconds, _REPORT["epochs"] * per_epoch / 3600
+
+
+# Jobs
+
+
+def bench_start(folder: Path, rounds: int) -> tuple[dict[str, Row], str]:
+    """Starts per second: of a job, from its process to its first step, MLflow included, against
+    importing the libraries that it needs."""
+    config = job(
+        "mobilenet_v2", 96, folder, "tracking=mlflow", f'tracking.uri="sqlite:///{folder}/m.db"'
+    )
+    load_dataset(config)
+
+    def start() -> float:
+        with _training(config, folder) as (child, run):
+            begin = time.perf_counter()
+            while not (run.progress.exists() and json.loads(run.progress.read_text())["step"]):
+                assert child.poll() is None, run.log.read_text()
+                time.sleep(0.01)
+            return 1 / (time.perf_counter() - begin)
+
+    def imports() -> float:
+        begin = time.perf_counter()
+        libraries = "import torch, timm, mlflow, pandas, omegaconf"
+        subprocess.run([sys.executable, "-c", libraries], check=True)
+        return 1 / (time.perf_counter() - begin)
+
+    for side in (start, imports):
+        side()
+    rates = alternate({"start": start, "imports": imports}, rounds)
+    seconds = [statistics.median(1 / r for r in rates[k]) for k in ("start", "imports")]
+    note = (
+        f"A job took {seconds[0]:.1f} s to its first step; importing torch, timm, MLflow, pandas "
+        f"and OmegaConf took {seconds[1]:.1f} s of them."
+    )
+    name = "start, per s: a job to its first step / importing its libraries"
+    return {name: row(rates["start"], rates["imports"])}, note
+
+
+@contextmanager
+def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RunPaths]]:
+    """A job in a process of its own, which is ended on leaving."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        run = RunPaths(Path(place) / "run")
+        run.root.mkdir()
+        run.config.write_text(to_yaml(config))
+        mode = resolve(replace(config, train=replace(config.train, precision=Precision.fp32)), None)
+        write_json(run.origin, {"mode": asdict(mode)})  # as a sweep has chosen it
+        command = [sys.executable, "-m", "ich.train", str(run.root)]
+        with run.log.open("wb") as log_file:
+            child = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
+            try:
+                yield child, run
+            finally:
+                child.kill()
+                child.wait()
+
+
+def bench_memory(folder: Path) -> tuple[dict[str, Row], str]:
+    """Peak memory of a training of its own (not of files it has mapped), with ten times the rows
+    over with the rows. The rows' files repeat the phantom's slices."""
+    peaks = [_peak_memory(_cohort(folder, rows), folder) / 1e6 for rows in _COHORTS]
+    name = f"memory, MB: {_COHORTS[1]:,} rows / {_COHORTS[0]:,} rows"
+    note = (
+        f"A training of MobileNetV2 at 64 px took {peaks[0]:,.0f} MB of its own with "
+        f"{_COHORTS[0]:,} rows and {peaks[1]:,.0f} MB with {_COHORTS[1]:,}."
+    )
+    return {name: row([peaks[1]], [peaks[0]])}, note
+
+
+def _cohort(folder: Path, rows: int) -> Config:
+    root = folder / f"cohort{rows}"
+    root.mkdir()
+    files = sorted((folder / "phantom").rglob("*.dcm"))
+    names = [f"slice{n:06d}" for n in range(rows)]
+    for n, name in enumerate(names):
+        os.link(files[n % len(files)], root / f"{name}.dcm")
+    labels = folder / f"{root.name}.csv"
+    frame = {"image_id": names, "patient_id": [n // 30 for n in range(rows)]}
+    pd.DataFrame(frame | {c: [n // 7 % 3 // 2 for n in range(rows)] for c in "ab"}).to_csv(
+        labels, index=False
+    )
+    config = job(
+        "mobilenet_v2",
+        64,
+        folder,
+        "data=folder",
+        f'data.root="{root}"',
+        f'data.labels="{labels}"',
+        "protocol.oversample=null",
+        "train.epochs=1",
+        "tracking=none",
+    )
+    load_dataset(config)
+    return config
+
+
+def _peak_memory(config: Config, folder: Path) -> int:
+    """Bytes of anonymous memory of a training at its highest, looked at twenty times a second."""
+    peak = 0
+    with _training(config, folder) as (child, run):
+        status = Path(f"/proc/{child.pid}/status")
+        while child.poll() is None:
+            for line in status.read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    peak = max(peak, 1024 * int(line.split()[1]))
+            time.sleep(0.05)
+        assert child.returncode == 0, run.log.read_text()
+    return peak
 
 
 # Report
@@ -532,8 +577,17 @@ def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str
         ratios = [f"{row[k]:.3g}" for k in ("ratio", "lowest", "highest")]
         lines.append(f"| {' | '.join([name, *rates, *ratios])} |")
     path = out / f"{stem}.md"
-    path.write_text("\n".join([*lines, "", *notes]) + "\n")
+    path.write_text("\n".join([*lines, "", "\n\n".join(notes)]) + "\n")
     return path
+
+
+def _projection(hours: float, models: Sequence[str], size: int, what: str) -> str:
+    networks = "eight networks" if len(models) == len(MODELS) else ", ".join(models)
+    return (
+        f"The report's sweep ({networks}, {_REPORT['epochs']} epochs, {_REPORT['train']:,} "
+        f"training and {_REPORT['val']:,} validation rows) at {size} px would take {hours:.1f} "
+        f"hours at these rates, {what}."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -556,6 +610,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, row in found.items():  # a long run is watched
             print(f"{name}: {row['ratio']:.3g}", file=sys.stderr, flush=True)
 
+    keep_memory()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_phantom(folder / "phantom", PhantomSpec(patients=args.patients, seed=0, size=512))
@@ -564,17 +619,22 @@ def main(argv: list[str] | None = None) -> int:
         if "input" in args.parts:
             add(bench_input(folder, args.image_size, args.rounds, args.images))
         for size in args.image_size if "step" in args.parts else ():
-            add(bench_step(args.models, size, folder, args.seconds, args.rounds))
-        if "step" in args.parts:
-            add(bench_roofline(args.seconds))
-        if "sweep" in args.parts:
-            found, hours = bench_sweep(args.models, args.image_size[0], folder, args.images)
+            found, hours = bench_step(args.models, size, folder, args.seconds, args.rounds)
             add(found)
-            notes.append(
-                f"The report's sweep (8 networks, {_REPORT['epochs']} epochs, {_REPORT['train']:,} "
-                f"training and {_REPORT['val']:,} validation rows) at {args.image_size[0]} px "
-                f"would take {hours * len(MODELS) / len(args.models):.1f} hours at these rates."
-            )
+            notes.append(_projection(hours, args.models, size, "its training steps alone"))
+        if "sweep" in args.parts:
+            size = args.image_size[0]
+            found, hours = bench_sweep(args.models, size, folder, args.images, args.rounds)
+            add(found)
+            notes.append(_projection(hours, args.models, size, "validation included"))
+        for part, measure in (
+            ("start", lambda: bench_start(folder, args.rounds)),
+            ("memory", lambda: bench_memory(folder)),
+        ):
+            if part in args.parts:
+                found, note = measure()
+                add(found)
+                notes.append(note)
     settings = " ".join(sys.argv[1:] if argv is None else argv) or "defaults"
     path = write_report(rows, args.out, settings, notes)
     print(path.read_text())

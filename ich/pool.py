@@ -18,6 +18,7 @@ from typing import TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _AHEAD = 2  # jobs given to each worker: one it does, one it need not wait for
 
 
@@ -40,6 +41,19 @@ def return_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; musl has none
         if trim is not None:
             trim(0)
+
+
+def keep_memory() -> None:
+    """Lets the C allocator keep large blocks that are freed, for the rest of this process.
+
+    glibc gives them back at once, and every step of a training has its pages zeroed and mapped
+    again: 7 percent of a step of MobileNetV2 on a CPU, and a third of what a batch takes to make.
+    """
+    if sys.platform == "linux":
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is not None:
+            for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+                set_option(option, 2**30)
 
 
 def run_parallel(

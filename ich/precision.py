@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ich.config import Config, Device, Precision, image_size, plain, typed
+from ich.pool import keep_memory
 from ich.provenance import processor
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], f
 
 def main() -> None:
     """Reads jobs from standard input and writes a line for each kind of them."""
+    keep_memory()  # as the trainings do
     configs: list[dict[str, Any]] = json.load(sys.stdin)
     for values in configs:
         config = typed(values)

@@ -52,6 +52,7 @@ from ich.model import (
     model_cost,
     save_weights,
 )
+from ich.pool import keep_memory
 from ich.precision import CHANNELS_LAST, Mode, resolve
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, write_json
 from ich.tracking import Journal, Mirror
@@ -146,6 +147,10 @@ class Best:
     logits: np.ndarray
 
 
+def _no_losses() -> torch.Tensor:
+    return torch.zeros(0)
+
+
 @dataclass
 class Progress:
     """Where a training is: `step` steps of `epoch` are done. All of it is in a checkpoint.
@@ -158,7 +163,7 @@ class Progress:
     epoch: int = 1
     step: int = 0
     lr: float = math.nan
-    losses: list[torch.Tensor] = field(default_factory=list)
+    losses: torch.Tensor = field(default_factory=_no_losses)
     train_seconds: float = 0.0
     epoch_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -168,7 +173,8 @@ class Progress:
 
     def next_epoch(self) -> None:
         self.train_seconds += self.epoch_seconds
-        self.epoch, self.step, self.losses, self.epoch_seconds = self.epoch + 1, 0, [], 0.0
+        self.epoch, self.step, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.losses = _no_losses()
 
 
 def train_epochs(
@@ -235,8 +241,8 @@ class Keeper:
         p = self._progress
         p.wall_seconds = self._earlier + time.monotonic() - self._begin
         tensors = {f"state/{k}": v for k, v in self._trainer.tensors().items()}
-        if p.losses:
-            tensors["losses"] = torch.stack(p.losses)
+        if p.step:
+            tensors["losses"] = p.losses[: p.step]
         # The best weights too: those on disk may be of an epoch that this state has not reached.
         if p.best is not None:
             weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
@@ -277,7 +283,7 @@ class Keeper:
         progress.resumed += 1
         trainer.restore(found.group("state"), facts["schedule"])
         if "losses" in found.tensors:
-            progress.losses = list(found.tensors["losses"].to(trainer.device).unbind())
+            progress.losses = found.tensors["losses"]
         if facts["best"]:
             progress.best = Best(**facts["best"], logits=found.tensors["best/logits"].numpy())
             part = run.best.with_suffix(".part")
@@ -389,6 +395,10 @@ class Trainer:
         if progress.step == 0:
             progress.lr = float(self.optimizer.param_groups[0]["lr"])
         draws = self.resample.draws(self.cfg.seed, epoch, rows)
+        # One tensor: so many small ones, each where it was made, would scatter the free memory.
+        losses = torch.zeros(steps, device=self.device)
+        losses[: progress.step] = progress.losses[: progress.step]
+        progress.losses = losses
         begin = time.perf_counter() - progress.epoch_seconds
         tick("training", epoch, progress.step, steps)
         batches = self.train_loader.epoch(self.cfg.seed, epoch, draws, progress.step)
@@ -396,13 +406,13 @@ class Trainer:
             loss = self.advance(batch) * len(batch.target)
             self.scheduler.step()
             if self.device.type == "cpu":  # elsewhere looking would wait for the device
-                _require_finite([loss], epoch, step)
-            progress.losses.append(loss)
+                _require_finite(loss[None], epoch, step)
+            progress.losses[step - 1] = loss
             progress.step, progress.epoch_seconds = step, time.perf_counter() - begin
             tick("training", epoch, step, steps)
             between()
         _require_finite(progress.losses, epoch, 1)
-        return float(torch.stack(progress.losses).sum()) / rows
+        return float(progress.losses.sum()) / rows
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a step changes and that is a tensor, by name; no copies."""
@@ -583,8 +593,8 @@ def made_up_dataset(cfg: Config) -> Dataset:
     return Dataset(hu, labels, split, split, None, {})
 
 
-def _require_finite(losses: list[torch.Tensor], epoch: int, first_step: int) -> None:
-    bad = ~torch.isfinite(torch.stack(losses))
+def _require_finite(losses: torch.Tensor, epoch: int, first_step: int) -> None:
+    bad = ~torch.isfinite(losses)
     if bad.any():
         step = first_step + int(bad.int().argmax())
         raise UserError(
@@ -734,6 +744,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--watched-by", type=int, help="process without which this one ends")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    keep_memory()
     run = RunPaths(args.run_dir)
     cfg = load(run.config)
     stop = Stop(ProgressFile(run.progress, cfg.train.epochs))

@@ -1,0 +1,181 @@
+"""What people would otherwise use, for `ich.bench` to compare with: plain loops over pydicom, a
+`DataLoader` with a pydicom `Dataset`, MONAI's `CacheDataset` and timm's loader over PNGs.
+
+The loaders do per image what ours does per batch, in two worker processes, with flips and crops of
+the same probabilities. MONAI's and timm's begin where decoding is done: in memory, and with PNGs on
+disk. They come with the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import torch
+import torch.nn.functional as F
+
+from ich.store import SliceStore
+
+Rate = Callable[[], float]  # a timing: items per second
+
+BATCH = 32
+_WINDOWS = ((40, 80), (80, 200), (40, 380))
+
+
+def plain_loop(store: SliceStore, paths: list[str], size: int) -> Rate:
+    """What most scripts do: pixel_array, rescale in float, resize with OpenCV."""
+    import cv2
+
+    def rate() -> float:
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(store.root)) if store.is_zip else None
+            for path in paths:
+                file = archive.open(path) if archive else store.root / path
+                dataset = pydicom.dcmread(file)
+                slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+                hu = dataset.pixel_array * slope + intercept
+                cv2.resize(hu, (size, size), interpolation=cv2.INTER_AREA)
+        return len(paths) / (time.perf_counter() - start)
+
+    return rate
+
+
+def _epoch_rate(loader: Any) -> Rate:
+    """Images per second of one pass over a DataLoader, its workers' start not counted."""
+
+    def rate() -> float:
+        seen, start = 0, 0.0
+        for batch in loader:
+            x = batch["image"] if isinstance(batch, dict) else batch[0]
+            if not start:
+                start = time.perf_counter()
+                continue
+            seen += len(x)
+        return seen / (time.perf_counter() - start)
+
+    return rate
+
+
+class DicomDataset(torch.utils.data.Dataset):
+    """What a first version looks like: decode, rescale, window, resize and flip file by file."""
+
+    def __init__(self, files: Sequence[Path], size: int):
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import cv2
+
+        dataset = pydicom.dcmread(self.files[index])
+        slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
+        hu = dataset.pixel_array.astype(np.float32) * slope + intercept
+        side = len(hu)
+        if np.random.rand() < 0.25:
+            side = int(len(hu) * np.random.uniform(0.8, 1))
+            y, x = np.random.randint(0, len(hu) - side + 1, 2)
+            hu = hu[y : y + side, x : x + side]
+        hu = cv2.resize(hu, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        if np.random.rand() < 0.25:
+            hu = hu[:, ::-1]
+        if np.random.rand() < 0.1:
+            hu = hu[::-1]
+        channels = [np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
+        image = (np.stack(channels) - 0.45) / 0.225
+        return torch.from_numpy(image.astype(np.float32)), torch.zeros(6)
+
+
+def dicom_loader(files: Sequence[Path], size: int) -> Rate:
+    return _epoch_rate(
+        torch.utils.data.DataLoader(
+            DicomDataset(files, size), BATCH, shuffle=True, num_workers=2, persistent_workers=True
+        )
+    )
+
+
+def monai_loader(files: Sequence[Path], size: int) -> Rate:
+    """Decoded once into memory; random crop, resize, flips and windows on each access."""
+    from monai import data, transforms
+
+    def window(hu: torch.Tensor) -> torch.Tensor:
+        channels = [((hu[0] - (c - w / 2)) / w).clamp(0, 1) for c, w in _WINDOWS]
+        return (torch.stack(channels) - 0.45) / 0.225
+
+    chain = transforms.Compose(
+        [
+            transforms.LoadImaged("image", reader="PydicomReader", ensure_channel_first=True),
+            transforms.Lambdad("image", lambda x: x.as_tensor().reshape(1, *x.shape[-2:])),
+            transforms.ToDeviced("image", "cpu"),
+            transforms.RandFlipd("image", 0.25, 1),
+            transforms.RandFlipd("image", 0.1, 0),
+            transforms.RandZoomd("image", 0.25, 1.0, 1.25, mode="bilinear", keep_size=True),
+            transforms.Resized("image", (size, size), mode="bilinear", anti_aliasing=False),
+            transforms.Lambdad("image", lambda x: window(x.as_tensor())),
+        ]
+    )
+    cached = data.CacheDataset([{"image": str(f)} for f in files], chain, progress=False)
+    return _epoch_rate(data.DataLoader(cached, batch_size=BATCH, shuffle=True, num_workers=2))
+
+
+def timm_loader(files: Sequence[Path], size: int, decoded: int, folder: Path) -> Rate:
+    """PNGs of `decoded` pixels with the three windows as colours, written beforehand."""
+    import cv2
+    import timm.data
+
+    place = folder / f"png{size}" / "one class"
+    if not place.exists():
+        place.mkdir(parents=True)
+        for file in files:
+            dataset = pydicom.dcmread(file)
+            hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
+            hu = cv2.resize(hu, (decoded, decoded), interpolation=cv2.INTER_AREA)
+            colours = [255 * np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
+            cv2.imwrite(str(place / f"{file.stem}.png"), np.stack(colours, -1).astype(np.uint8))
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", str(place.parent)),
+        (3, size, size),
+        BATCH,
+        is_training=True,
+        no_aug=False,
+        scale=(0.64, 1.0),
+        ratio=(1.0, 1.0),
+        hflip=0.25,
+        vflip=0.1,
+        color_jitter=0.0,
+        num_workers=2,
+        use_prefetcher=False,
+        persistent_workers=True,
+        device=torch.device("cpu"),
+    )
+    return _epoch_rate(loader)
+
+
+def plain_epoch(
+    files: Sequence[Path],
+    size: int,
+    device: torch.device,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """Seconds of a training epoch in float32 NCHW, step by step."""
+    loader = torch.utils.data.DataLoader(
+        DicomDataset(files, size), BATCH, shuffle=True, num_workers=2
+    )
+    model.train()
+    start = time.perf_counter()
+    for x, target in loader:
+        loss = F.binary_cross_entropy_with_logits(model(x.to(device)), target.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
