@@ -36,13 +36,15 @@ class Split:
     """One side of the cohort.
 
     image_id: str [N]. row: int64 [N], positions in the cache. target: float32 [N, L].
-    patient: int64 [N], the same number for the same patient throughout the cohort, -1 if unknown.
+    patient, study: int64 [N], the same number for the same one throughout the cohort, -1 if
+    unknown.
     """
 
     image_id: np.ndarray
     row: np.ndarray
     target: np.ndarray
     patient: np.ndarray
+    study: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,7 @@ def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) 
     done = prepare(cfg, report, build)
     done.require_rows()
     cohort, cache = done.cohort, done.cache
-    codes, _ = pd.factorize(cohort.rows["patient"])
-    rows = cohort.rows.assign(patient=np.where(cohort.rows["patient"] == "", -1, codes))
+    rows = cohort.rows.assign(**{key: _numbers(cohort.rows[key]) for key in KEYS})
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
     summary = {**done.summary(), "protocol": cfg.protocol.name.value}
     return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
@@ -333,6 +334,15 @@ def cohort_key(cfg: AnyConfig) -> str:
     return "not made yet" if store is None else _cohort_key(cfg, store)
 
 
+def is_prepared(cfg: AnyConfig) -> bool:
+    """Whether the config's cohort has been made and is still that of the data set; makes nothing.
+
+    Raises:
+        UserError: the data set is not there.
+    """
+    return (Path(cfg.data.cache_dir) / f"cohort-{cohort_key(cfg)}.json").exists()
+
+
 def _store_as_it_is(cfg: DataConfig) -> SliceStore | None:
     """The data set's files, and None for a phantom that has not been made; it is not made here."""
     if cfg.root is None and cfg.source is Source.phantom:
@@ -369,10 +379,17 @@ def _cohort_key(cfg: AnyConfig, store: SliceStore | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
+def _numbers(keys: pd.Series) -> np.ndarray:
+    """Keys that name nobody -> numbers that mean nothing outside the cohort, -1 for no key."""
+    codes, _ = pd.factorize(keys)
+    return np.where(keys == "", -1, codes)
+
+
 def _split(rows: pd.DataFrame, labels: tuple[str, ...], cache: Cache) -> Split:
     return Split(
         image_id=rows["image_id"].to_numpy(dtype=str),
         row=rows["image_id"].map(cache.row).to_numpy(dtype=np.int64),
         target=rows[list(labels)].to_numpy(dtype=np.float32),
         patient=rows["patient"].to_numpy(dtype=np.int64),
+        study=rows["study"].to_numpy(dtype=np.int64),
     )

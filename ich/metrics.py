@@ -1,7 +1,8 @@
 """Metrics of multi-label predictions: pure functions of logits and targets, numpy, float64.
 
-Rule for what is undefined: the AUC of a label whose targets are all alike is NaN, is left out of
-the macro average, and shows as an empty cell.
+Rule for what is undefined: what needs both classes (AUC, average precision, F1, sensitivity at a
+specificity) is NaN for a label whose targets are all alike, is left out of the mean over labels,
+and shows as an empty cell.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import rankdata
+
+ANY = "any"  # the RSNA set's name for the label that one of the others is positive
 
 
 def multilabel_metrics(
@@ -40,8 +43,7 @@ def multilabel_metrics(
 
 def log_loss(logits: np.ndarray, target: np.ndarray) -> float:
     """Mean binary cross-entropy, from logits, so that no probability has to be clipped."""
-    with np.errstate(invalid="ignore"):  # NaN logits have a NaN loss, and that is no news
-        return float(np.mean(np.logaddexp(0, logits) - logits * target))
+    return float(np.mean(log_losses(logits, target)))
 
 
 def auc(score: np.ndarray, target: np.ndarray) -> float:
@@ -66,3 +68,153 @@ def always_negative(target: np.ndarray, labels: Sequence[str]) -> dict[str, floa
     """Accuracy and AUC of answering "no bleed" to everything: what any network has to beat."""
     constant = multilabel_metrics(np.full(target.shape, -1.0), target, labels)
     return {k: v for k, v in constant.items() if k != "log_loss"}
+
+
+def all_metrics(logits: np.ndarray, target: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    """Every metric of the comparison, for final predictions.
+
+    Args:
+        logits: float [N, L]. target: 0 or 1 [N, L]. labels: the L names.
+
+    Returns:
+        Those of `multilabel_metrics` and
+        `exact_match` (share of the N rows whose L decisions are all right),
+        `log_loss_weighted` (the RSNA 2019 competition's: `any` counts twice; absent without it),
+        `brier` and `ece` over the N x L probabilities, `ap_macro`, and per label
+        `accuracy_<label>`, `ap_<label>`, `f1_<label>` (at its best threshold) and that
+        `threshold_<label>`, `sensitivity_at_90_<label>` and `_95_` (at that specificity in
+        percent), `specificity_at_90_<label>` and `_95_` (at that sensitivity).
+        What a label with one class cannot have is NaN, and left out of means.
+    """
+    logits, target = logits.astype(np.float64), target.astype(np.float64)
+    probability = sigmoid(logits)
+    right = (logits > 0) == (target > 0.5)
+    found = multilabel_metrics(logits, target, labels)
+    found |= {
+        "exact_match": float(right.all(axis=1).mean()) if len(right) else float("nan"),
+        "brier": float(np.mean((probability - target) ** 2)),
+        "ece": calibration_error(probability.ravel(), target.ravel()),
+    }
+    if ANY in labels:
+        weights = np.array([2.0 if k == ANY else 1.0 for k in labels])
+        found["log_loss_weighted"] = float(log_losses(logits, target).mean(0) @ weights) / float(
+            weights.sum()
+        )
+    ap = []
+    for i, k in enumerate(labels):
+        score, truth = logits[:, i], target[:, i]
+        f1, threshold = best_f1(score, truth)
+        ap.append(average_precision(score, truth))
+        found |= {
+            f"accuracy_{k}": float(right[:, i].mean()),
+            f"ap_{k}": ap[-1],
+            f"f1_{k}": f1,
+            f"threshold_{k}": float(sigmoid(np.array(threshold))),
+        }
+        for percent in (90, 95):
+            sensitivity, specificity = operating_points(score, truth, percent / 100)
+            found[f"sensitivity_at_{percent}_{k}"] = sensitivity
+            found[f"specificity_at_{percent}_{k}"] = specificity
+    defined = [v for v in ap if not np.isnan(v)]
+    found["ap_macro"] = float(np.mean(defined)) if defined else float("nan")
+    return found
+
+
+def per_study(
+    logits: np.ndarray, target: np.ndarray, study: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slices -> studies: of each label the highest logit, and whether any slice is positive.
+
+    Args:
+        logits: float [N, L]. target: 0 or 1 [N, L].
+        study: int [N], the same number for slices of the same study; slices of -1, whose study is
+            unknown, are left out.
+
+    Returns:
+        logits [S, L], target [S, L], and for each study the first of its rows [S].
+    """
+    known = np.flatnonzero(study >= 0)
+    numbers, first, place = np.unique(study[known], return_index=True, return_inverse=True)
+    shape = (len(numbers), logits.shape[1])
+    highest = np.full(shape, -np.inf)
+    positive = np.zeros(shape, target.dtype)
+    np.maximum.at(highest, place, logits[known])
+    np.maximum.at(positive, place, target[known])
+    return highest, positive, known[first]
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, float64, without overflow."""
+    with np.errstate(invalid="ignore"):
+        return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
+
+
+def log_losses(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Binary cross-entropy of each decision, of the shape of the logits."""
+    with np.errstate(invalid="ignore"):  # NaN logits have a NaN loss, and that is no news
+        return np.asarray(np.logaddexp(0, logits) - logits * target)
+
+
+def _thresholds(score: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Each distinct score, highest first, and the positives and negatives at or above it."""
+    order = np.argsort(-score, kind="stable")
+    ranked, positive = score[order], target[order] > 0.5
+    last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of equal scores
+    found = np.cumsum(positive)[last]
+    return ranked[last], found, last + 1 - found
+
+
+def average_precision(score: np.ndarray, target: np.ndarray) -> float:
+    """Mean precision over the positives, as scikit-learn's: no interpolation.
+
+    Args:
+        score: float [N]. target: 0 or 1 [N].
+
+    Returns:
+        The average precision, or NaN without a positive or a negative, or with a NaN score.
+    """
+    if _is_undefined(score, target):
+        return float("nan")
+    _, hits, misses = _thresholds(score, target)
+    return float(np.sum(np.diff(hits, prepend=0) * hits / (hits + misses)) / hits[-1])
+
+
+def best_f1(score: np.ndarray, target: np.ndarray) -> tuple[float, float]:
+    """The highest F1 that any threshold reaches, and that threshold: positive is what scores at
+    least so much. The highest of equally good ones; NaN where `average_precision` is."""
+    if _is_undefined(score, target):
+        return float("nan"), float("nan")
+    values, hits, misses = _thresholds(score, target)
+    f1 = 2 * hits / (hits + misses + hits[-1])
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(values[best])
+
+
+def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tuple[float, float]:
+    """The best sensitivity at a specificity of at least `least`, and the reverse, over all
+    thresholds; no interpolation between them. NaN where `average_precision` is."""
+    if _is_undefined(score, target):
+        return float("nan"), float("nan")
+    _, hits, misses = _thresholds(score, target)
+    sensitivity = np.append(0, hits) / hits[-1]
+    specificity = 1 - np.append(0, misses) / misses[-1]
+    few = 1e-12  # 1 - 0.05 is not 0.95
+    return (
+        float(sensitivity[specificity >= least - few].max()),
+        float(specificity[sensitivity >= least - few].max()),
+    )
+
+
+def calibration_error(probability: np.ndarray, target: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): over bins of equal width, the
+    mean distance of a bin's mean probability from its share of positives, weighted by its size."""
+    if not len(probability) or np.isnan(probability).any():
+        return float("nan")
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    gap = np.bincount(place, probability - target, minlength=bins)
+    return float(np.abs(gap).sum() / len(probability))
+
+
+def _is_undefined(score: np.ndarray, target: np.ndarray) -> bool:
+    positive = target > 0.5
+    return not positive.any() or bool(positive.all()) or bool(np.isnan(score).any())

@@ -1,15 +1,21 @@
-"""A page of text, tables and pictures, written once and shown as HTML and as Markdown."""
+"""A page of text, tables and pictures, written once and shown as HTML and as Markdown.
+
+A page opens from a disk, anywhere: nothing in it is fetched, and its policy forbids it to. A script
+is there only for a `Ranking`, whose columns sort and whose lines open; the policy names its hash.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -50,7 +56,47 @@ class Picture:
     caption: str
 
 
-Block = Text | Bullets | Grid | Picture
+@dataclass(frozen=True)
+class Link:
+    """A paragraph that leads to another file of the same folder."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of a ranking. value: what it is sorted by. below: a second, smaller line."""
+
+    text: str
+    value: float | None = None
+    below: str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a ranking. parts: rows behind a click, `opens` is its text. is_last: stays below
+    the others, however they are sorted."""
+
+    name: str
+    cells: Sequence[Cell]
+    note: str = ""
+    parts: Sequence[Line] = field(default_factory=list)
+    opens: str = ""
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A table that sorts by any column, and whose lines may open into parts."""
+
+    caption: str
+    columns: Sequence[str]
+    lines: Sequence[Line]
+
+
+Block = Text | Bullets | Grid | Picture | Link | Ranking
 Section = tuple[str, list[Block]]
 
 
@@ -109,16 +155,56 @@ th,td{padding:.3rem .75rem;border-bottom:1px solid var(--line);text-align:right}
 thead th{background:var(--card);vertical-align:bottom}
 td.text,th[scope=row],th.text{text-align:left}th[scope=row]{font-weight:600}
 th[scope=row]{overflow-wrap:break-word}td.text{min-width:12rem}
+.ranking th button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer;
+text-align:inherit}
+.ranking thead button::after{content:" \\2195";color:var(--soft)}
+.ranking th[aria-sort=descending] button::after{content:" \\2193"}
+.ranking th[aria-sort=ascending] button::after{content:" \\2191"}
+.ranking small{display:block;color:var(--soft);font-weight:400;white-space:nowrap}
+.ranking td.best{font-weight:700}.ranking tr.part th{padding-left:1.75rem;font-weight:400}
+.ranking tbody.last{color:var(--soft)}
+.ranking th button.opens{display:block;color:var(--soft);font-weight:400;font-size:.85em;
+text-decoration:underline}
 summary{cursor:pointer;color:var(--soft);padding:.25rem 0}
 @media print{:root{--ink:#000;--soft:#444;--page:#fff;--line:#bbb;--card:#eee}
 figure,tr{break-inside:avoid}.scroll{overflow:visible}
 .scroll img{min-width:0!important}body{font-size:11px}th,td{padding:.2rem .4rem}}
 """
+_SCRIPT = """
+for (const table of document.querySelectorAll("table.ranking")) {
+  const heads = [...table.querySelectorAll("thead th")];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") === (column ? "descending" : "ascending");
+    const falling = column ? !up : up;
+    heads.forEach((other) => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+    const key = (body) => body.rows[0].cells[column].dataset.value ?? "";
+    const bodies = [...table.tBodies].filter((body) => !body.classList.contains("last"));
+    bodies.sort((a, b) => {
+      const x = key(a), y = key(b);
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = column ? x - y : x.localeCompare(y);
+      return falling ? -order : order;
+    });
+    const last = [...table.tBodies].filter((body) => body.classList.contains("last"));
+    table.append(...bodies, ...last);
+  }));
+  for (const button of table.querySelectorAll("button.opens")) {
+    const parts = [...button.closest("tbody").querySelectorAll("tr.part")];
+    const show = (open) => {
+      button.setAttribute("aria-expanded", open);
+      parts.forEach((part) => { part.hidden = !open; });
+    };
+    button.addEventListener("click", () => show(button.getAttribute("aria-expanded") !== "true"));
+    show(false);
+  }
+}
+"""
 _PHONE = 560  # CSS pixels below which a picture scrolls rather than shrinks
 
 
 def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
-    """One page without a script or a link to anything: it opens from a disk, anywhere."""
+    """One page that opens from a disk, anywhere."""
     known = "".join(
         f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()
     )
@@ -127,6 +213,11 @@ def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
         inside = "\n".join(_block_html(b) for b in blocks)
         body.append(f"<section>\n<h2>{html.escape(heading)}</h2>\n{inside}\n</section>")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    script = ""
+    if any(isinstance(b, Ranking) for _, blocks in sections for b in blocks):
+        digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{digest}'"
+        script = f"<script>{_SCRIPT}</script>\n"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -134,7 +225,7 @@ def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{html.escape(title)}</h1>\n<dl>{known}</dl>\n"
         + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
+        + f"\n</main>\n{script}</body>\n</html>\n"
     )
 
 
@@ -159,6 +250,43 @@ def _block_html(block: Block) -> str:
                 return f"<details><summary>{html.escape(block.caption)}</summary>{table}</details>"
             caption = html.escape(block.caption)
             return f"<figure><figcaption>{caption}</figcaption>{table}</figure>"
+        case Link(text, target):
+            return f'<p><a href="{html.escape(quote(target))}">{html.escape(text)}</a></p>'
+        case Ranking():
+            return _ranking_html(block)
+
+
+def _ranking_html(ranking: Ranking) -> str:
+    head = "".join(
+        f'<th scope="col"{"" if n else chr(32) + "class=text"}><button type="button">'
+        f"{html.escape(c)}</button></th>"
+        for n, c in enumerate(ranking.columns)
+    )
+    bodies = []
+    for line in ranking.lines:
+        rows = [_line_html(line, ""), *(_line_html(part, ' class="part"') for part in line.parts)]
+        kind = ' class="last"' if line.is_last else ""
+        bodies.append(f"<tbody{kind}>" + "\n".join(rows) + "</tbody>")
+    caption = html.escape(ranking.caption)
+    return (
+        f'<figure><figcaption>{caption}</figcaption><div class="scroll" tabindex="0" role="group" '
+        f'aria-label="table"><table class="ranking"><thead><tr>{head}</tr></thead>\n'
+        + "\n".join(bodies)
+        + "</table></div></figure>"
+    )
+
+
+def _line_html(line: Line, kind: str) -> str:
+    opens = f'<button type="button" class="opens">{html.escape(line.opens)}</button>'
+    note = f"<small>{html.escape(line.note)}</small>" if line.note else ""
+    name = html.escape(line.name)
+    cells_ = [f'<th scope="row" data-value="{name}">{name}{note}{opens if line.parts else ""}</th>']
+    for cell in line.cells:
+        below = f"<small>{html.escape(cell.below)}</small>" if cell.below else ""
+        value = "" if cell.value is None else f' data-value="{cell.value!r}"'
+        best = ' class="best"' if cell.is_best else ""
+        cells_.append(f"<td{best}{value}>{html.escape(cell.text)}{below}</td>")
+    return f"<tr{kind}>{''.join(cells_)}</tr>"
 
 
 def _table_html(grid: Grid) -> str:
@@ -212,6 +340,24 @@ def _block_markdown(block: Block) -> list[str]:
             rows = [[_plain(c) for c in row] for row in cells(block.frame)]
             table = [f"| {' | '.join(row)} |" for row in [columns, rule, *rows]]
             return [_plain(block.caption), "", *table]
+        case Link(text, target):
+            return [f"[{_plain(text)}]({quote(target)})"]
+        case Ranking():
+            return [_plain(block.caption), "", *_ranking_markdown(block)]
+
+
+def _ranking_markdown(ranking: Ranking) -> list[str]:
+    rule = "| --- |" + " ---: |" * (len(ranking.columns) - 1)
+    lines = [f"| {' | '.join(_plain(c) for c in ranking.columns)} |", rule]
+    for line in ranking.lines:
+        for row, name in ((line, line.name), *((p, f"- {p.name}") for p in line.parts)):
+            note = f" ({_plain(row.note)})" if row.note else ""
+            texts = []
+            for cell in row.cells:
+                text = _plain(" ".join(t for t in (cell.text, cell.below) if t))
+                texts.append(f"**{text}**" if cell.is_best and text else text)
+            lines.append(f"| {' | '.join([_plain(name) + note, *texts])} |")
+    return lines
 
 
 def _plain(text: str) -> str:

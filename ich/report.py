@@ -1,37 +1,30 @@
-"""Finished runs -> the comparison table: CSV, Markdown, terminal, figures. From the files alone.
+"""Finished runs -> the comparison: table (CSV, Markdown, LaTeX, terminal), figures and report.html.
 
-`python -m ich.report multirun_reports/<name>` makes it again.
+`python -m ich.report multirun_reports/<name>` makes it again, from the files alone; several folders
+and `-o DIR` compare several sweeps.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 from rich.measure import Measurement
 from rich.table import Table
 
+from ich.comparison import BY, COMPARED, Comparison, Group, load_comparison, place_of
 from ich.config import UserError
-from ich.results import FINISHED, RunPaths, SweepPaths
+from ich.findings import REPORT_TABLE_2
+from ich.report_page import describe, write_page
+from ich.results import FINISHED, SweepPaths
 from ich.terminal import console
+from ich.uncertainty import RESAMPLES
 
-# The report's Table 2: accuracy and AUC per network, best of 10 epochs on its validation set.
-REPORT_TABLE_2 = {
-    "vgg16": (0.9704, 0.9619),
-    "resnet50": (0.9713, 0.9730),
-    "inception_v3": (0.9727, 0.9761),
-    "mobilenet_v2": (0.9700, 0.9714),
-    "xception": (0.9728, 0.9769),
-    "efficientnet_b0": (0.9711, 0.9733),
-    "efficientnet_b2": (0.9728, 0.9756),
-    "efficientnet_b3": (0.9729, 0.9790),
-}
+log = logging.getLogger(__name__)
 
 # Other people's scripts rely on these names and their order; auc_<label> follows auc.
 _BEFORE = ["job", "model", "status", "reason", "accuracy", "auc"]
@@ -52,14 +45,44 @@ _AFTER = [
     "leak_study",
     "leak_patient",
     "precision",
+    # Per run, from its predictions:
+    "seed",
+    "exact_match",
+    "ap_macro",
+    "log_loss",
+    "log_loss_weighted",
+    "brier",
+    "ece",
+    "study_auc",
+    # Per setting, over its seeds:
+    "seeds",
+    "auc_sd",
+    "accuracy_sd",
+    *(f"{m}_{k}" for m in COMPARED for k in ("low", "high", "minus_best_low", "minus_best_high")),
+    "told_from_best",
 ]
+_FROM_PREDICTIONS = ("exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece")
 _LOWER = ["params", "minutes"]
 BASELINE = "always negative"
+SAME = "\u2248"
+_MARKS = (
+    f"Intervals are 95 %, by bootstrap over patients, or over images where those are unknown. "
+    f"{SAME}: not distinguishable from the best, since the interval of the difference holds zero."
+)
+_SAME_IN_A_SETTING = (
+    "model",
+    "status",
+    "params",
+    "params_imagenet",
+    "report_accuracy",
+    "report_auc",
+)
 
 # Heading, source column, format: what people read. The CSV holds all columns, unrounded.
 _SHOWN: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", "{:.4f}"),
     ("AUC", "auc", "{:.4f}"),
+    ("95 % interval", "auc_low", "{:.3f} to {:.3f}"),
     ("AUC any", "auc_any", "{:.4f}"),  # where there is such a label
     ("AUC macro", "auc_macro", "{:.4f}"),
     ("trained M", "params", "{:.2f}"),
@@ -82,31 +105,50 @@ _OPTIONAL = [
 ]
 
 
-def compare(sweep: SweepPaths) -> pd.DataFrame:
-    """Writes `comparison.csv`, `comparison.md` and the figures, and prints the table.
+def compare(
+    *sweeps: SweepPaths,
+    out: Path | None = None,
+    resamples: int = RESAMPLES,
+    page: bool = True,
+) -> pd.DataFrame:
+    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, figures and `report.html`, and
+    prints the table.
+
+    Args:
+        sweeps: their folders.
+        out: where to; the sweep's own folder if there is one sweep.
+        resamples: of the bootstrap; 0 for no intervals.
+        page: also figures and `report.html`.
 
     Returns:
-        The table as written: one row per job of the latest launch, then "always negative".
+        The table as written: one row per job of the latest launch, then rows without a job, of
+        settings with several seeds and of "always negative".
 
     Raises:
-        UserError: the folder holds no sweep.
+        UserError: a folder holds no sweep, or there are several and no `out`.
     """
-    record = sweep.read_record()
-    if not record:
-        raise UserError(
-            f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a sweep, "
-            f"as in python -m ich.report multirun_reports/demo."
-        )
-    results = sweep.read_results()
-    table = build_table(results)
-    part = sweep.csv.with_suffix(".part")
-    table.to_csv(part, index=False)
-    part.rename(sweep.csv)
-    heading = describe(sweep, results)
-    figures = draw_figures(sweep, results)
-    sweep.markdown.write_text(_markdown(record, heading, table, figures))
-    _print(sweep, record, heading, table)
+    place = place_of(sweeps, out)
+    comparison = load_comparison(sweeps, resamples)
+    table = build_table([r.result | {"job": r.name} for r in comparison.runs], comparison)
+    place.root.mkdir(parents=True, exist_ok=True)
+    heading = describe(comparison)
+    _write(place.csv, table.to_csv(index=False))
+    _write(place.metrics, metrics_table(comparison).to_csv(index=False))
+    _write(place.latex, _latex(comparison, heading))
+    _write(place.markdown, _markdown(comparison, heading, table, page))
+    _print(place, comparison.name, heading, table)
+    if page:
+        try:
+            write_page(comparison, place, heading)
+        except Exception:  # the tables are written, and a sweep's status is that of its jobs
+            log.exception("report.html could not be made; the tables are whole")
     return table
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def columns(results: list[dict[str, Any]]) -> list[str]:
@@ -115,9 +157,19 @@ def columns(results: list[dict[str, Any]]) -> list[str]:
     return [*_BEFORE, *(f"auc_{k}" for k in labels), *_AFTER]
 
 
-def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
+def build_table(
+    results: list[dict[str, Any]], comparison: Comparison | None = None
+) -> pd.DataFrame:
     """One row per result, in order, in `columns`; what a job does not have is empty."""
     rows = [_row(result) for result in results]
+    if comparison:
+        for row, run in zip(rows, comparison.runs, strict=True):
+            if run.predictions is not None:
+                row |= {k: run.predictions.metrics.get(k) for k in _FROM_PREDICTIONS}
+                row |= {"seed": run.seed, "study_auc": run.predictions.study_metrics.get(BY)}
+            if group := comparison.group_of(run):
+                row |= _uncertainty(group)
+        rows += [_mean_row(g, rows, comparison) for g in comparison.groups if len(g.runs) > 1]
     # One row per set of validation rows: a sweep over the cohort has several.
     seen: list[dict[str, float]] = []
     for result in results:
@@ -126,8 +178,64 @@ def build_table(results: list[dict[str, Any]]) -> pd.DataFrame:
             where = f"the rows of {result['job']}" if len(seen) > 1 else ""
             rows.append({"model": BASELINE, "reason": where, **result["always_negative"]})
     table = pd.DataFrame(rows, columns=columns(results))
-    whole = ["params", "params_imagenet", "best_epoch"]
+    whole = ["params", "params_imagenet", "best_epoch", "seed", "seeds"]
     return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+def _uncertainty(group: Group) -> dict[str, Any]:
+    """Columns that all runs of a setting share."""
+    found: dict[str, Any] = {"seeds": len(group.runs)}
+    for metric in COMPARED:
+        interval = group.interval(metric)
+        found |= {f"{metric}_sd": group.spread(metric)}
+        found |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        if metric in group.difference:
+            low, high = group.difference[metric].low, group.difference[metric].high
+            found |= {f"{metric}_minus_best_low": low, f"{metric}_minus_best_high": high}
+    told = group.is_told_from_best
+    found["told_from_best"] = "best" if group.is_best else {True: "yes", False: "no"}.get(told)  # type: ignore[arg-type]
+    return found
+
+
+def _mean_row(group: Group, rows: list[dict[str, Any]], comparison: Comparison) -> dict[str, Any]:
+    """The mean over the seeds of a setting."""
+    members = [row for row, run in zip(rows, comparison.runs, strict=False) if run in group.runs]
+    means = pd.DataFrame(members).select_dtypes("number").mean()
+    numbers = {str(k): v for k, v in means.items()}
+    same = {k: members[0].get(k) for k in (*_SAME_IN_A_SETTING, "scored_on", "precision")}
+    reason = f"mean of {len(group.runs)} seeds of {group.setting}"
+    return {**numbers, **same, "reason": reason, "seed": None, "best_epoch": None}
+
+
+def metrics_table(comparison: Comparison) -> pd.DataFrame:
+    """Every metric of every setting: `setting, seeds, rows, level, metric, value, sd, low, high`.
+
+    `rows` tells which were scored on the same rows, `level` is slice or study, `value` the mean
+    over seeds and `sd` its standard deviation; `low` and `high` are the 95 % interval.
+    """
+    lines = []
+    for rows in comparison.sets:
+        for group in rows.groups:
+            for level in ("slice", "study"):
+                study = level == "study"
+                known = group.predictions.study_metrics if study else group.predictions.metrics
+                for metric in known:
+                    interval = group.interval(f"study_{metric}" if study else metric)
+                    lines.append(
+                        {
+                            "setting": group.setting,
+                            "seeds": len(group.runs),
+                            "rows": rows.rows,
+                            "level": level,
+                            "metric": metric,
+                            "value": group.mean(metric, study),
+                            "sd": float("nan") if study else group.spread(metric),
+                            "low": interval.low,
+                            "high": interval.high,
+                        }
+                    )
+    names = ["setting", "seeds", "rows", "level", "metric", "value", "sd", "low", "high"]
+    return pd.DataFrame(lines, columns=names)
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -142,100 +250,6 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "scored_on": cohort.get("scored"),
         **{f"leak_{k}": v for k, v in cohort.get("leak", {}).items()},
     }
-
-
-def describe(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[str]:
-    """What the table's reader must know: the cohort, the protocol, and what it does not show."""
-    finished = [r for r in results if r["status"] == FINISHED]
-    if not finished:
-        return ["No job has finished."]
-    configs = [OmegaConf.load(sweep.run(r["job"]).config) for r in finished]
-
-    def setting(key: str) -> str:
-        return _either(OmegaConf.select(c, key) for c in configs)
-
-    distinct = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in finished}
-    cohorts = list(distinct.values())
-    lines = [
-        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {_cohort(c)}. {_scoring(c)}"
-        for c in cohorts
-    ]
-    starts = _either(_start(c) for c in configs)
-    lines.append(
-        f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
-        f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
-        f"{starts}, seed {setting('seed')}. Intervals are not computed: small differences mean "
-        f"nothing. Every metric is that of the epoch with the best validation "
-        f"{setting('train.monitor')}. {_either(_computed(r) for r in finished)}."
-    )
-    if "rsna" not in setting("data.source"):
-        lines.append(
-            "The report's columns are its own results on the RSNA set, for orientation; "
-            "nothing here compares with them."
-        )
-    return lines
-
-
-def _either(values: Iterable[Any]) -> str:
-    """The value that all share, or all the values there are."""
-    return " or ".join(dict.fromkeys(str(v) for v in values))
-
-
-_STEPS = {
-    "oversampled": "rows after oversampling",
-    "undersampled": "after undersampling negatives",
-    "subset": "in the subset",
-    "train": "for training",
-    "val": "for validation",
-    "test": "for testing",
-}
-
-
-def _cohort(c: dict[str, Any]) -> str:
-    parts = [f"{c['images']:,} images"]
-    parts += [f"{c[step]:,} {text}" for step, text in _STEPS.items() if step in c]
-    if c["quarantined"]:
-        parts.append(f"{c['quarantined']} undecodable and left out")
-    return ", ".join(parts)
-
-
-def _scoring(c: dict[str, Any]) -> str:
-    """Which rows chose and which scored, and how many of those were seen before."""
-    if c["scored"] == "val":
-        text = "Selected and scored on the same validation rows: there is no test set. "
-    else:
-        text = "Epochs were chosen on the validation rows, and scored on the test rows. "
-    known = {k: v for k, v in c["leak"].items() if v is not None}
-    if known and not any(known.values()):
-        return f"{text}No {' and no '.join(known)} of the scored rows stands in another set."
-    shares = ", ".join(f"{v:.1%} the {k}" for k, v in known.items())
-    text += f"Of the scored rows, these share with the training rows: {shares}."
-    if unknown := [k for k, v in c["leak"].items() if v is None]:
-        text += f" Unknown for {' and '.join(unknown)}: data.metadata or headers would tell."
-    return text
-
-
-def _computed(result: dict[str, Any]) -> str:
-    """On what, and in which precision."""
-    return ", ".join(str(result[k]) for k in ("device", "precision") if result.get(k))
-
-
-def _optimizer(cfg: Any) -> str:
-    name = str(OmegaConf.select(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
-    return f"{name} {float(OmegaConf.select(cfg, 'optimizer.lr')):g}"
-
-
-def _pixels(cfg: Any) -> str:
-    size = OmegaConf.select(cfg, "data.image_size")
-    return f"{size} px" if size else "each model's own image size"
-
-
-def _start(cfg: Any) -> str:
-    if OmegaConf.select(cfg, "model.weights"):
-        return "weights from a local file"
-    if OmegaConf.select(cfg, "model.pretrained"):
-        return "ImageNet weights"
-    return "random initialization (no pretrained weights)"
 
 
 def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
@@ -262,7 +276,7 @@ def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
     for i, row in table.iterrows():
         cells = [str(row["job"] if isinstance(row["job"], str) else row["model"])]
         for _, column, form in _shown(table):
-            text = _format(row[column], column, form)
+            text = _format(row, column, form)
             cells.append(mark.format(text) if (i, column) in best and text else text)
         status = row["status"] if isinstance(row["status"], str) else ""
         reason = row["reason"] if isinstance(row["reason"], str) else ""
@@ -271,17 +285,19 @@ def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
     return rows
 
 
-def _format(value: Any, column: str, form: str) -> str:
-    if pd.isna(value):
+def _format(row: pd.Series, column: str, form: str) -> str:
+    if pd.isna(row[column]):
         return ""
-    return form.format(float(value) / (1e6 if column.startswith("params") else 1))
+    if column.endswith("_low"):
+        text = form.format(row[column], row[column.replace("_low", "_high")])
+        told = row["told_from_best"]
+        return f"{text} {SAME}" if told == "no" else text
+    return form.format(float(row[column]) / (1e6 if column.startswith("params") else 1))
 
 
-def _markdown(
-    record: dict[str, Any], heading: list[str], table: pd.DataFrame, figures: list[Path]
-) -> str:
+def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, page: bool) -> str:
     names = ["job", *(name for name, _, _ in _shown(table)), "status"]
-    lines = [f"# {record['name']}", ""]
+    lines = [f"# {comparison.name}", ""]
     for text in heading:
         lines += [text, ""]
     lines += ["| " + " | ".join(names) + " |", "| --- |" + " ---: |" * (len(names) - 2) + " --- |"]
@@ -289,21 +305,66 @@ def _markdown(
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     lines += [
         "",
-        "Best in each column in bold. AUC is micro-averaged over the labels. The report's own "
-        "figures come from its Table 2.",
+        f"Best in each column in bold. AUC is micro-averaged over the labels. {_MARKS}",
         "",
     ]
-    for key in record.get("cohorts", []):
-        lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)", ""]
-    lines += [f"![{f.stem.replace('_', ' ')}](figures/{f.name})" for f in figures]
-    lines += ["", f"Launched {record['started']} with `{record['command']}`."]
+    for key in dict.fromkeys(k for r in comparison.records for k in r.get("cohorts", [])):
+        if len(comparison.records) == 1:
+            lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
+            lines += [""]
+    if page and comparison.finished:
+        lines += [
+            "[Everything else: intervals, curves, calibration, hardest cases](report.html)",
+            "",
+            "![learning curves](figures/learning_curves.png)",
+            "![AUC by size](figures/auc_by_size.png)",
+            "",
+        ]
+    lines += [f"Launched {r['started']} with `{r['command']}`." for r in comparison.records]
     return "\n".join(lines) + "\n"
 
 
-def _print(
-    sweep: SweepPaths, record: dict[str, Any], heading: list[str], table: pd.DataFrame
-) -> None:
-    console.print(f"\n[bold]{record['name']}[/bold]")
+def _latex(comparison: Comparison, heading: list[str]) -> str:
+    """A booktabs table like the report's Table 2, one row per setting."""
+    lines = [
+        *(f"% {text}" for text in heading),
+        "% needs \\usepackage{booktabs}",
+        "\\begin{tabular}{lrrr}",
+        "\\toprule",
+        "Model & Top-1 Acc. & AUC score (95\\,\\% interval) & \\#Params \\\\",
+        "\\midrule",
+    ]
+    for rows in comparison.sets:
+        for group in rows.groups:
+            interval = group.interval(BY)
+            between = (
+                f" ({interval.low:.3f}--{interval.high:.3f})"
+                if interval.low == interval.low
+                else ""
+            )
+            same = "$^{\\approx}$" if group.is_told_from_best is False else ""
+            score = f"{group.mean(BY):.4f}"
+            score = f"\\textbf{{{score}}}" if group.is_best else score
+            params = group.runs[0].result["params"] / 1e6
+            cells = [_escaped(group.setting), f"{group.mean('accuracy'):.4f}"]
+            cells += [f"{score}{between}{same}", f"{params:.1f} M"]
+            lines.append(" & ".join(cells) + " \\\\")
+        baseline = rows.baseline
+        lines += [
+            "\\midrule",
+            f"{BASELINE} & {baseline['accuracy']:.4f} & {baseline[BY]:.4f} & \\\\",
+        ]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    for character in "_%&#$":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _print(place: SweepPaths, name: str, heading: list[str], table: pd.DataFrame) -> None:
+    console.print(f"\n[bold]{name}[/bold]")
     for text in heading:
         console.print(text, markup=False, soft_wrap=not console.is_terminal)
     cells = _cells(table, "[bold green]{}[/bold green]")
@@ -317,10 +378,12 @@ def _print(
         dropped = _OPTIONAL[: len(dropped) + 1]
         out = _terminal_table(cells, shown, dropped)
     console.print(out)
-    console.print(f"\nTable and figures: {sweep.markdown.parent}/  (comparison.csv, comparison.md)")
+    if (table["told_from_best"] == "no").any():
+        console.print(_MARKS, markup=False)
+    console.print(f"\nTables, figures, report.html: {place.root}/")
     console.print(
-        "Next: make ui compares the runs in MLflow; "
-        f"python -m ich.report {sweep.root} rebuilds this table."
+        "Next: open report.html; make ui compares the runs in MLflow; "
+        f"python -m ich.report {place.root} rebuilds this."
     )
 
 
@@ -338,86 +401,21 @@ def _terminal_table(
     return out
 
 
-def draw_figures(sweep: SweepPaths, results: list[dict[str, Any]]) -> list[Path]:
-    """Learning curves, and AUC against trained parameters, as PNG; none without a finished job."""
-    finished = [r for r in results if r["status"] == FINISHED]
-    if not finished:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    sweep.figures.mkdir(exist_ok=True)
-    return [_learning_curves(sweep, finished), _auc_by_size(sweep, finished)]
-
-
-def _learning_curves(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
-    panels = [
-        ("train/loss", "training loss"),
-        ("val/accuracy", "validation accuracy"),
-        ("val/auc", "validation AUC (micro)"),
-    ]
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        for n, result in enumerate(finished):
-            journal = RunPaths(sweep.root / result["job"]).read_metrics()
-            points = [(line["step"], line[key]) for line in journal if line[key] is not None]
-            style = "-o" if n < 10 else "--s"
-            axis.plot(*zip(*points, strict=True), style, ms=3, label=result["job"])
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-    if finished[0]["cohort"]["scored"] == "val":  # the panels show validation
-        baseline = finished[0]["always_negative"]["accuracy"]
-        axes[1].axhline(baseline, color="grey", ls=":", label="always negative")
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    return _save(figure, sweep.figures / "learning_curves.png")
-
-
-def _auc_by_size(sweep: SweepPaths, finished: list[dict[str, Any]]) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for n, result in enumerate(sorted(finished, key=lambda r: int(r["params"]))):
-        score = result.get("auc_any", result["auc"])
-        if score is None:
-            continue
-        x, y = result["params"] / 1e6, score
-        axis.scatter(x, y, s=40)
-        axis.annotate(
-            result["job"],
-            (x, y),
-            textcoords="offset points",
-            xytext=(6, 5 if n % 2 else -11),
-            fontsize=8,
-        )
-    axis.set(
-        xlabel="trained parameters, millions",
-        ylabel="AUC of any" if "auc_any" in finished[0] else "AUC (micro)",
-        title=f"{sweep.root.name}: AUC against size",
-    )
-    axis.margins(x=0.2, y=0.15)
-    axis.grid(alpha=0.3)
-    return _save(figure, sweep.figures / "auc_by_size.png")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Rebuilds the table of one sweep."""
+    """Rebuilds the report of one sweep, or makes one of several."""
     parser = argparse.ArgumentParser(prog="python -m ich.report", description=__doc__)
-    parser.add_argument("sweep", type=Path, help="the sweep's folder, multirun_reports/<name>")
+    parser.add_argument(
+        "sweeps", type=Path, nargs="+", help="folders of sweeps, multirun_reports/<name>"
+    )
+    parser.add_argument("-o", "--out", type=Path, help="folder of the report; of several needed")
+    parser.add_argument(
+        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals"
+    )
     args = parser.parse_args(argv)
     try:
-        compare(SweepPaths(args.sweep))
+        if args.resamples < 0:
+            raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
+        compare(*map(SweepPaths, args.sweeps), out=args.out, resamples=args.resamples)
     except UserError as error:
         print(f"ich: {error}", file=sys.stderr)
         return 2

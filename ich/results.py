@@ -203,6 +203,19 @@ class SweepPaths:
         return self.root / "comparison.md"
 
     @property
+    def latex(self) -> Path:
+        return self.root / "comparison.tex"
+
+    @property
+    def metrics(self) -> Path:
+        """Every metric of every setting, one per line."""
+        return self.root / "metrics.csv"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 

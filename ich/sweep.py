@@ -7,7 +7,7 @@ their slices are decoded to int16 HU. Each job then trains in a process of its o
 windows as channels, flips and crops, an ImageNet network with one linear layer of an output per
 label, binary cross-entropy, Adam; the weights of the epoch with the best validation accuracy are
 kept, and scored. Every run is logged to MLflow under its sweep. In the end, whatever became of
-single jobs, there is a comparison table (`ich.report`).
+single jobs, there is a comparison with intervals (`ich.report`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ich.config import CONF_DIR, register, typed
 from ich.report import compare
 from ich.results import FINISHED
 from ich.tracking import close_sweep_run
+from ich.uncertainty import RESAMPLES
 
 _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 
@@ -48,7 +49,7 @@ def close(interrupted: bool) -> bool:
     all_ok = True
     for sweep in launcher.launched:
         ok = all(r["status"] == FINISHED for r in sweep.read_results())
-        compare(sweep)
+        compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
         close_sweep_run(sweep, status, _PATIENCE_INTERRUPTED if interrupted else None)
         all_ok &= ok

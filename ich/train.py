@@ -589,7 +589,7 @@ def made_up_dataset(cfg: Config) -> Dataset:
     hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
     target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
     row = np.arange(batch)
-    split = Split(row.astype(str), row, target, row)
+    split = Split(row.astype(str), row, target, row, row)
     return Dataset(hu, labels, split, split, None, {})
 
 
@@ -622,9 +622,10 @@ def keep_best(
 
 
 def keep_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarray]) -> None:
-    """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_target`, `_logits`.
+    """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_study`, `_target`,
+    `_logits`.
 
-    Patients are numbers that mean nothing outside the file; -1 is unknown.
+    Patients and studies are numbers that mean nothing outside the file; -1 is unknown.
     """
     arrays: dict[str, Any] = {"labels": np.array(dataset.labels)}
     for name, values in logits.items():
@@ -632,6 +633,7 @@ def keep_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarr
         arrays |= {
             f"{name}_image_id": split.image_id,
             f"{name}_patient": split.patient,
+            f"{name}_study": split.study,
             f"{name}_target": split.target,
             f"{name}_logits": values,
         }

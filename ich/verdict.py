@@ -20,6 +20,8 @@ from ich.results import FINISHED, RunPaths
 _NO_METRIC = ("step", "time", "train/images_per_s")
 # Settings, counts and choices: no rounding turns one into another.
 _EXACT = ("train/lr", "best_epoch", "epochs", "params", "params_imagenet")
+# Arrays whose values mean nothing outside their file.
+_NUMBERS = ("_patient", "_study")
 T = TypeVar("T")
 
 
@@ -226,9 +228,9 @@ def _predictions(a: RunPaths, b: RunPaths) -> Part:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of `predictions.npz` but the patients' numbers, which mean nothing outside it."""
+    """All arrays of `predictions.npz` but the numbers of patients and studies."""
     with path.open("rb") as handle, np.load(handle) as file:  # numpy leaves a bad file open
-        return {name: file[name] for name in file.files if not name.endswith("_patient")}
+        return {name: file[name] for name in file.files if not name.endswith(_NUMBERS)}
 
 
 def _facts(name: str, x: np.ndarray, y: np.ndarray) -> tuple[int, list[Difference]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,9 @@ from ich.config import (
     CONF_DIR,
     Config,
     Monitor,
+    ProtocolName,
     UserError,
+    identity,
     job_name,
     load,
     register,
@@ -87,8 +91,32 @@ def test_every_model_config_builds_and_runs(composed: Compose, model: str) -> No
         assert network(torch.zeros(1, 3, size, size)).shape == (1, len(LABELS))
 
 
-@pytest.mark.parametrize("experiment", [f.stem for f in (CONF_DIR / "experiment").glob("*.yaml")])
-def test_every_experiment_is_a_sweep_over_the_reports_eight_models(experiment: str) -> None:
+EXPERIMENTS = sorted(f.stem for f in (CONF_DIR / "experiment").glob("*.yaml"))
+ABLATIONS = [e for e in EXPERIMENTS if e.startswith("ablation_")]
+
+
+@pytest.mark.parametrize("experiment", ABLATIONS)
+def test_every_job_of_an_ablation_composes(experiment: str, composed: Compose) -> None:
+    register()
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
+    params = {k: str(v).split(",") for k, v in cfg.hydra.sweeper.params.items()}
+    assert params["seed"] == ["0", "1", "2"]
+    assert len([v for k, v in params.items() if k != "seed" and len(v) > 1]) >= 1
+    jobs = set()
+    for values in itertools.product(*params.values()):
+        overrides = [f"{k}={v}" for k, v in zip(params, values, strict=True)]
+        config = composed(f"experiment={experiment}", *overrides)
+        validate(config)
+        jobs.add(str(identity(config)))
+    assert len(jobs) == math.prod(len(v) for v in params.values())
+    if experiment != "ablation_protocol":  # its point is that the scored rows differ
+        assert config.protocol.name is ProtocolName.sound
+
+
+@pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - set(ABLATIONS)))
+def test_every_other_experiment_is_a_sweep_over_the_reports_eight_models(experiment: str) -> None:
     register()
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

@@ -19,7 +19,13 @@ DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 def split(rows: np.ndarray) -> Split:
     target = np.stack([rows, -rows], axis=1).astype(np.float32)
-    return Split(np.array([f"ID_{i}" for i in rows]), rows, target, np.full(len(rows), -1))
+    return Split(
+        np.array([f"ID_{i}" for i in rows]),
+        rows,
+        target,
+        np.full(len(rows), -1),
+        np.full(len(rows), -1),
+    )
 
 
 def hu_of(rows: int, side: int = 3) -> np.ndarray:

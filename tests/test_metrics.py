@@ -7,12 +7,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
 from sklearn.metrics import log_loss as sk_log_loss
 
 from ich.config import LossConfig, LossName
 from ich.losses import build_loss, focal_loss
-from ich.metrics import always_negative, auc, multilabel_metrics
+from ich.metrics import (
+    all_metrics,
+    always_negative,
+    auc,
+    calibration_error,
+    multilabel_metrics,
+    per_study,
+)
 from ich.phantom import LABELS
 
 
@@ -64,6 +77,60 @@ def test_always_negative_scores_the_share_of_negatives() -> None:
     got = always_negative(target, LABELS)
     assert got["accuracy"] == pytest.approx(1 - target.mean())
     assert got["auc"] == 0.5
+
+
+def test_every_metric_against_scikit_learn_and_by_hand() -> None:
+    for ties in (False, True):
+        logits, target = predictions(rows=80, ties=ties)
+        got = all_metrics(logits, target, LABELS)
+        probability = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        assert got["exact_match"] == accuracy_score(target, probability > 0.5)
+        assert got["brier"] == pytest.approx(np.mean((probability - target) ** 2))
+        assert got["ap_macro"] == pytest.approx(average_precision_score(target, logits))
+        weights = [2 if k == "any" else 1 for k in LABELS]
+        each = [sk_log_loss(target[:, i], probability[:, i]) for i in range(len(LABELS))]
+        assert got["log_loss_weighted"] == pytest.approx(np.average(each, weights=weights))
+        for i, label in enumerate(LABELS):
+            truth, score = target[:, i], logits[:, i]
+            assert got[f"ap_{label}"] == pytest.approx(average_precision_score(truth, score))
+            assert got[f"accuracy_{label}"] == accuracy_score(truth, score > 0)
+            cuts = np.unique(score)
+            assert got[f"f1_{label}"] == pytest.approx(
+                max(f1_score(truth, score >= cut) for cut in cuts)
+            )
+            cut = got[f"threshold_{label}"]
+            assert f1_score(truth, probability[:, i] >= cut - 1e-9) == pytest.approx(
+                got[f"f1_{label}"]
+            )
+            false, true, _ = roc_curve(truth, score, drop_intermediate=False)
+            assert got[f"sensitivity_at_90_{label}"] == true[1 - false >= 0.9].max()
+            assert got[f"specificity_at_95_{label}"] == (1 - false)[true >= 0.95].max()
+
+
+def test_calibration_error_by_hand() -> None:
+    # Bins of a fifth: 0.1 and 0.15 with one positive of two; 0.9 with none.
+    got = calibration_error(np.array([0.1, 0.15, 0.9]), np.array([1, 0, 0]), bins=5)
+    assert got == pytest.approx((abs(0.25 - 1) + 0.9) / 3)
+    assert calibration_error(np.array([1.0, 0.0]), np.array([1, 0])) == 0
+
+
+def test_one_class_has_no_average_precision_and_no_operating_point() -> None:
+    logits, target = predictions()
+    target[:, 1] = 1
+    got = all_metrics(logits, target, LABELS)
+    for metric in ("ap", "f1", "threshold", "sensitivity_at_90", "specificity_at_95"):
+        assert math.isnan(got[f"{metric}_{LABELS[1]}"])
+    rest = [got[f"ap_{k}"] for k in LABELS if k != LABELS[1]]
+    assert got["ap_macro"] == pytest.approx(np.mean(rest))
+
+
+def test_a_study_is_as_positive_as_its_most_positive_slice() -> None:
+    logits = np.array([[0.0, 5.0], [2.0, 1.0], [9.0, 9.0], [-1.0, -2.0]])
+    target = np.array([[0, 1], [0, 0], [1, 1], [1, 0]])
+    highest, positive, first = per_study(logits, target, np.array([7, 7, -1, 3]))
+    assert highest.tolist() == [[-1, -2], [2, 5]]
+    assert positive.tolist() == [[1, 0], [0, 1]]
+    assert first.tolist() == [3, 0]
 
 
 def test_losses_by_hand() -> None:

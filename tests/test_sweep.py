@@ -25,6 +25,11 @@ COLUMNS = [
     *("auc_macro", "auc_top", "params", "params_imagenet", "best_epoch", "minutes"),
     *("images_per_s", "report_accuracy", "report_auc", "scored_on", "val_accuracy", "val_auc"),
     *("leak_image", "leak_study", "leak_patient", "precision"),
+    *("seed", "exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece"),
+    *("study_auc", "seeds", "auc_sd", "accuracy_sd"),
+    *("auc_low", "auc_high", "auc_minus_best_low", "auc_minus_best_high"),
+    *("accuracy_low", "accuracy_high", "accuracy_minus_best_low", "accuracy_minus_best_high"),
+    "told_from_best",
 ]
 
 SMALL = [
@@ -104,7 +109,7 @@ def test_the_terminal_shows_epochs_the_table_and_what_next(sweep: tuple[Path, st
     assert "mobilenet_v2 epoch 1/1: loss" in output
     assert "broken failed" in output
     assert "always negative" in output
-    assert "Next: make ui" in output
+    assert "Next: open report.html; make ui" in output
 
 
 def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None:

@@ -1,0 +1,214 @@
+"""95 % intervals by bootstrap over patients, of metrics and of their differences between runs.
+
+Slices of a patient resemble each other, so patients are drawn, not slices: with all their slices,
+with replacement, as many as there are (Efron and Tibshirani 1993, chapter 8; percentile intervals).
+Runs that were scored on the same rows are drawn with the same patients, which makes their
+differences far less uncertain than their scores.
+
+A resample is never made: what it scores is computed from how often each patient was drawn. For an
+AUC, the counts of negatives between one positive score and the next are summed with these weights,
+which is one sparse matrix product for all resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from ich.metrics import ANY, log_losses, sigmoid
+
+RESAMPLES = 2000
+_AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches
+_DEFINED = 0.95  # of the resamples, at least, for an interval
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Predictions of one run on the rows it was scored on.
+
+    labels: the L names. target: 0 or 1 [N, L]. logits: float [N, L].
+    group: int64 [N], 0..G-1: what is drawn as one, a patient, or an image where patients are
+    unknown.
+    """
+
+    labels: tuple[str, ...]
+    target: np.ndarray
+    logits: np.ndarray
+    group: np.ndarray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of a bootstrap distribution, the values that 2.5 % lie below and above; NaN if undefined."""
+
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: np.ndarray) -> Interval:
+        """Of one value per resample [R]; undefined if more than 5 % of them are."""
+        defined = values[np.isfinite(values)]
+        if len(defined) < _DEFINED * len(values) or not len(defined):
+            return Interval(float("nan"), float("nan"))
+        low, high = np.quantile(defined, [0.025, 0.975])
+        return Interval(float(low), float(high))
+
+    @property
+    def holds_zero(self) -> bool:
+        """Whether a difference with this interval may be none; also where it is undefined."""
+        return not (self.low > 0 or self.high < 0)
+
+
+def draw_counts(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
+    """How often each group stands in each resample, float32 [G, R]; each column sums to G."""
+    rng = np.random.default_rng(seed)
+    counts = np.empty((groups, resamples), np.float32)
+    for r in range(resamples):
+        counts[:, r] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+    return counts
+
+
+def bootstrap(scored: Scored, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of every resample.
+
+    Args:
+        scored: G groups.
+        counts: of `draw_counts`, [G, R].
+
+    Returns:
+        float64 [R] each: `accuracy`, `exact_match`, `log_loss`, `log_loss_weighted` (with a label
+        `any`), `brier`, `auc` (micro), `auc_macro`, `ap_macro`, and per label `accuracy_<label>`,
+        `auc_<label>`, `ap_<label>`. NaN where a resample has one class only.
+    """
+    means = _Means.of(scored)
+    ranks = {
+        label: _Ranks.of(scored.logits[:, i], scored.target[:, i], scored.group)
+        for i, label in enumerate(scored.labels)
+    }
+    rows = np.repeat(scored.group, len(scored.labels))
+    pooled = _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows)
+    parts = []
+    for start in range(0, counts.shape[1], _AT_ONCE):
+        drawn = np.ascontiguousarray(counts[:, start : start + _AT_ONCE])
+        part = means.score(drawn) | {"auc": pooled.score(drawn, with_precision=False)[0]}
+        for label, rank in ranks.items():
+            part[f"auc_{label}"], part[f"ap_{label}"] = rank.score(drawn)
+        parts.append(part)
+    found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    for kind in ("auc", "ap"):
+        # A label without positives at all is left out, as in the metric itself; one that a
+        # resample happens to lack leaves that resample undefined.
+        each = [found[f"{kind}_{k}"] for k in scored.labels]
+        usable = [v for v in each if np.isfinite(v).any()]
+        nothing = np.full(counts.shape[1], np.nan)
+        found[f"{kind}_macro"] = np.mean(usable, axis=0) if usable else nothing
+    return found
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Metrics that are means over rows: their sums over each group, [M, G], and its rows [G]."""
+
+    names: list[str]
+    sums: np.ndarray
+    size: np.ndarray
+
+    @staticmethod
+    def of(scored: Scored) -> _Means:
+        target, logits = scored.target.astype(np.float64), scored.logits.astype(np.float64)
+        right = ((logits > 0) == (target > 0.5)).astype(np.float64)
+        losses = log_losses(logits, target)
+        rows = {
+            "accuracy": right.mean(1),
+            "exact_match": right.all(1).astype(np.float64),
+            "log_loss": losses.mean(1),
+            "brier": ((sigmoid(logits) - target) ** 2).mean(1),
+            **{f"accuracy_{k}": right[:, i] for i, k in enumerate(scored.labels)},
+        }
+        if ANY in scored.labels:
+            weights = np.array([2.0 if k == ANY else 1.0 for k in scored.labels])
+            rows["log_loss_weighted"] = losses @ weights / weights.sum()
+        sums = np.stack([np.bincount(scored.group, v) for v in rows.values()])
+        return _Means(list(rows), sums, np.bincount(scored.group).astype(np.float64))
+
+    def score(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        drawn = counts.astype(np.float64)
+        return dict(zip(self.names, self.sums @ drawn / (self.size @ drawn), strict=True))
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """Rows counted by score and group.
+
+    hits: positives, [K, G], at their K distinct scores, lowest first. misses: negatives,
+    [2 K + 1, G], between two of these scores (even places) or on one (odd places). Both None where
+    there is one class only.
+    """
+
+    hits: sparse.csr_array | None
+    misses: sparse.csr_array | None
+
+    @staticmethod
+    def of(score: np.ndarray, target: np.ndarray, group: np.ndarray) -> _Ranks:
+        positive = target > 0.5
+        if not positive.any() or positive.all() or np.isnan(score).any():
+            return _Ranks(None, None)
+        levels, at = np.unique(score[positive], return_inverse=True)
+        negative, groups = score[~positive], int(group.max()) + 1
+        place = sum(np.searchsorted(levels, negative, side) for side in ("left", "right"))
+        return _Ranks(
+            _counted(at, group[positive], (len(levels), groups)),
+            _counted(np.asarray(place), group[~positive], (2 * len(levels) + 1, groups)),
+        )
+
+    def score(
+        self, counts: np.ndarray, with_precision: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """AUC (ties count half) and average precision of each resample, float64 [R] each.
+
+        Args:
+            counts: [G, R].
+            with_precision: else the average precision is NaN, and half of the time is saved.
+        """
+        nothing = np.full(counts.shape[1], np.nan)
+        if self.hits is None or self.misses is None:
+            return nothing, nothing
+        # Whole numbers below 2**24: float32 is exact in the product, and twice as fast.
+        hits = np.asarray(self.hits @ counts, np.float64)
+        misses = np.asarray(self.misses @ counts, np.float64)
+        below = np.cumsum(misses, axis=0)
+        positives, negatives = hits.sum(0), below[-1]
+        ahead = below[0:-1:2] + 0.5 * misses[1::2]  # of each score: negatives below, and half on it
+        with np.errstate(invalid="ignore", divide="ignore"):
+            area = np.einsum("kr,kr->r", hits, ahead) / (positives * negatives)
+            if not with_precision:
+                return area, nothing
+            found = positives - np.cumsum(hits, axis=0) + hits  # positives at or above each score
+            wrong = negatives - below[0:-1:2]  # negatives at or above it
+            precision = (hits * np.nan_to_num(found / (found + wrong))).sum(0) / positives
+        precision[negatives == 0] = np.nan
+        return area, precision
+
+
+def _counted(place: np.ndarray, group: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    return sparse.csr_array((np.ones(len(place), np.float32), (place, group)), shape=shape)
+
+
+def group_rows(patient: np.ndarray, image_id: Sequence[str]) -> tuple[np.ndarray, str]:
+    """What is drawn as one.
+
+    Args:
+        patient: int [N], the same number for the same patient, -1 if unknown.
+        image_id: [N]; copies of an image share it.
+
+    Returns:
+        int64 [N], 0..G-1, and its name: "patients", or "images" where no patient is known. A row
+        of unknown patient among known ones is its image alone.
+    """
+    _, image = np.unique(np.asarray(image_id), return_inverse=True)
+    known = np.asarray(patient) >= 0
+    _, group = np.unique(np.where(known, patient, -1 - image), return_inverse=True)
+    return group.astype(np.int64), "patients" if known.any() else "images"

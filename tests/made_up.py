@@ -1,0 +1,123 @@
+"""Finished sweeps that nobody trained: their predictions are drawn, their files are real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ich.config import Config, plain, to_yaml
+from ich.metrics import always_negative, multilabel_metrics
+from ich.phantom import LABELS
+from ich.results import RunPaths, SweepPaths
+
+MILLIONS = {"vgg16": 14.72, "resnet50": 23.52, "mobilenet_v2": 2.23, "xception": 20.82}
+
+
+def cohort(seed: int = 0, patients: int = 60, slices: int = 12) -> dict[str, np.ndarray]:
+    """Targets of `patients` studies, each with its own bleeds."""
+    rng = np.random.default_rng(seed)
+    bleeds = rng.random((patients, 1, len(LABELS))) < 0.35
+    target = (bleeds & (rng.random((patients, slices, len(LABELS))) < 0.5)).astype(np.float32)
+    target[..., LABELS.index("any")] = np.delete(target, LABELS.index("any"), -1).max(-1)
+    rows = patients * slices
+    return {
+        "image_id": np.array([f"ID_{seed}_{n:05d}" for n in range(rows)]),
+        "target": target.reshape(rows, -1),
+        "patient": np.repeat(np.arange(patients), slices),
+        "study": np.repeat(np.arange(patients), slices),
+    }
+
+
+def write_sweep(
+    root: Path,
+    jobs: Mapping[str, float],
+    composed: Callable[..., Config],
+    rows: Mapping[str, dict[str, np.ndarray]] | None = None,
+    failed: Sequence[str] = (),
+) -> SweepPaths:
+    """Writes a sweep's folder.
+
+    Args:
+        root: its folder.
+        jobs: per job, how far its logits lie apart for positives and negatives, in their noise.
+        composed: the fixture.
+        rows: per job, of `cohort`, where it is not the common one.
+        failed: jobs that did not finish.
+    """
+    sweep = SweepPaths(root)
+    common = cohort()
+    configs = {}
+    for number, (job, signal) in enumerate(jobs.items()):
+        run = sweep.run(job)
+        run.root.mkdir(parents=True)
+        model, *parts = job.split(",")
+        config = composed(f"model={model}", *parts, "model.pretrained=false", f"job='{job}'")
+        run.config.write_text(to_yaml(config))
+        configs[job] = plain(config)
+        if job in failed:
+            run.write_result({"status": "failed", "reason": "ended by SIGKILL", "job": job})
+            continue
+        _write_run(run, model, job, (rows or {}).get(job, common), signal, number)
+    record: dict[str, Any] = {
+        "name": root.name,
+        "jobs": list(jobs),
+        "started": "2026-11-25 12:00",
+        "command": "python -m ich.sweep -m ...",
+        "configs": configs,
+        "cohorts": [],
+    }
+    sweep.write_record(record)
+    return sweep
+
+
+def _write_run(
+    run: RunPaths, model: str, job: str, rows: dict[str, np.ndarray], signal: float, seed: int
+) -> None:
+    rng = np.random.default_rng(100 + seed)
+    target = rows["target"]
+    # Networks err on the same patients: most of the noise is the slices' own.
+    shared = np.random.default_rng(7).normal(size=target.shape)
+    logits = signal * (target - 0.6) + 0.9 * shared + 0.4 * rng.normal(size=target.shape)
+    logits = logits.astype(np.float32)
+    arrays = {f"val_{k}": v for k, v in rows.items()} | {"val_logits": logits}
+    np.savez_compressed(run.predictions, labels=np.array(LABELS), **arrays)
+    scores = multilabel_metrics(logits, target, LABELS)
+    leak = {"image": 0.1, "study": 0.9, "patient": 0.9}
+    run.write_result(
+        {
+            "job": job,
+            "model": model,
+            "status": "finished",
+            "reason": "",
+            **scores,
+            **{f"val_{k}": v for k, v in scores.items()},
+            "auc_top": scores["auc"],
+            "best_epoch": 2,
+            "labels": list(LABELS),
+            "params": int(1e6 * MILLIONS.get(model, 5)),
+            "params_imagenet": int(1e6 * MILLIONS.get(model, 5)) + 1000,
+            "minutes": 1.0 + seed,
+            "images_per_s": 100.0 / (1 + seed),
+            "device": "CPU, 2 threads",
+            "precision": "fp32",
+            "always_negative": always_negative(target, LABELS),
+            "cohort": {
+                "protocol": "report",
+                "images": len(target),
+                "train": 10,
+                "val": len(target),
+                "quarantined": 0,
+                "scored": "val",
+                "leak": leak,
+            },
+        }
+    )
+    lines = [
+        {"step": n, "train/loss": 1 / n, "val/accuracy": scores["accuracy"], "val/auc": 0.4 * n}
+        for n in (1, 2)
+    ]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

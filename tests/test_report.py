@@ -1,0 +1,272 @@
+"""The comparison: what its tables say about runs whose truth is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up import cohort, write_sweep
+
+from ich.comparison import BY, effects, load_comparison
+from ich.config import Config, UserError
+from ich.figures import hardest, pareto_front
+from ich.findings import FAILS, FINDINGS, HOLDS, REPORT_TABLE_2, UNKNOWN, imagenet_trend, judge
+from ich.page import Cell, Line, Ranking, to_html, to_markdown
+from ich.report import compare, main
+from ich.results import SweepPaths
+
+Compose = Callable[..., Config]
+EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)
+
+
+@pytest.fixture
+def three(tmp_path: Path, composed: Compose) -> SweepPaths:
+    """Two networks that are equally good, and one that is much worse."""
+    jobs = {"xception": 2.0, "resnet50": 2.0, "vgg16": 0.8}
+    return write_sweep(tmp_path / "three", jobs, composed)
+
+
+def test_what_can_be_told_apart_is_and_what_cannot_is_marked(three: SweepPaths) -> None:
+    table = compare(three, page=False)
+    told = dict(zip(table["job"], table["told_from_best"], strict=True))
+    best, same = (
+        ("xception", "resnet50") if told["xception"] == "best" else ("resnet50", "xception")
+    )
+    assert told[best] == "best"
+    assert told[same] == "no"
+    assert told["vgg16"] == "yes"
+    worse = table[table["job"] == "vgg16"].iloc[0]
+    assert worse["auc_minus_best_low"] < worse["auc_minus_best_high"] < 0
+    row = table[table["job"] == best].iloc[0]
+    assert row["auc_low"] < row["auc"] < row["auc_high"]
+    text = three.markdown.read_text()
+    assert f"to {table[table['job'] == same].iloc[0]['auc_high']:.3f} ≈" in text
+    assert "2,000 bootstrap resamples of 60 patients (720 scored rows of 720 images)" in text
+    assert "One seed per setting" in text
+
+
+def test_without_resamples_nothing_is_called_distinguishable(three: SweepPaths) -> None:
+    table = compare(three, resamples=0, page=False)
+    assert table["auc_low"].isna().all()
+    assert set(table["told_from_best"].dropna()) == {"best"}
+    assert "small differences mean nothing" in three.markdown.read_text()
+
+
+def test_seeds_of_a_setting_are_one_group_with_mean_and_spread(
+    tmp_path: Path, composed: Compose
+) -> None:
+    jobs = {f"{m},seed={s}": 1.5 for m in ("xception", "vgg16") for s in (0, 1, 2)}
+    sweep = write_sweep(tmp_path / "seeds", jobs, composed)
+    table = compare(sweep, page=False)
+    runs = table[table["job"].str.startswith("xception", na=False)]
+    assert runs["seed"].tolist() == [0, 1, 2]
+    assert runs["seeds"].tolist() == [3] * 3
+    mean = table[table["reason"] == "mean of 3 seeds of xception"].iloc[0]
+    assert pd.isna(mean["job"])
+    assert mean["auc"] == pytest.approx(runs["auc"].mean())
+    assert mean["auc_sd"] == pytest.approx(runs["auc"].std())
+    assert mean["model"] == "xception"
+    every = pd.read_csv(sweep.metrics).set_index(["setting", "level", "metric"])
+    assert every.loc[("xception", "slice", "auc"), "value"] == pytest.approx(mean["auc"])
+    study = every.loc[("vgg16", "study", "auc_any")]
+    assert study["low"] < study["value"] < study["high"]
+    assert "intervals cover patients and seeds" in sweep.markdown.read_text()
+
+
+def test_runs_on_other_rows_are_not_paired(tmp_path: Path, composed: Compose) -> None:
+    jobs = {"xception": 2.0, "vgg16": 0.5}
+    sweep = write_sweep(tmp_path / "two", jobs, composed, rows={"vgg16": cohort(seed=1)})
+    comparison = load_comparison([sweep], 50)
+    assert len(comparison.sets) == 2
+    assert all(not g.difference and g.is_best for g in comparison.groups)
+    compare(sweep)
+    text = sweep.markdown.read_text()
+    assert "2 different sets of rows" in text
+    assert "unpaired" in text
+
+
+def test_unknown_patients_are_said(tmp_path: Path, composed: Compose) -> None:
+    unknown = cohort() | {"patient": np.full(720, -1), "study": np.full(720, -1)}
+    sweep = write_sweep(tmp_path / "x", {"xception": 2.0}, composed, rows={"xception": unknown})
+    compare(sweep, page=False, resamples=50)
+    assert "720 images: patients are unknown" in sweep.markdown.read_text()
+
+
+def test_damaged_predictions_cost_their_interval_and_nothing_else(three: SweepPaths) -> None:
+    three.run("vgg16").predictions.write_bytes(b"PK\3\4 cut off")
+    table = compare(three, page=False, resamples=50).set_index("job")
+    assert table.loc["vgg16", "auc"] > 0.5
+    assert pd.isna(table.loc["vgg16", "auc_low"])
+    assert table.loc["xception", "auc_low"] > 0.5
+
+
+def test_a_sweep_over_settings_says_what_each_is_worth(tmp_path: Path, composed: Compose) -> None:
+    worth = {"bce": 1.6, "focal": 1.6, "weighted_bce": 0.9}
+    jobs = {f"{m},loss={k}": v for m in ("xception", "vgg16") for k, v in worth.items()}
+    comparison = load_comparison([write_sweep(tmp_path / "loss", jobs, composed)], 500)
+    assert set(comparison.factors()) == {"model", "loss"}
+    found = {(e.factor, e.level): e for e in effects(comparison)}
+    assert found[("loss", "focal")].interval.holds_zero
+    worse = found[("loss", "weighted_bce")]
+    assert worse.against == "bce"
+    assert worse.pairs == 2
+    assert worse.interval.high < 0
+    assert found[("model", "vgg16")].pairs == 3
+
+
+def test_several_sweeps_make_one_report_and_need_a_folder(
+    three: SweepPaths, tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_sweep(tmp_path / "other", {"mobilenet_v2": 2.0}, composed)
+    with pytest.raises(UserError, match=r"2 sweeps are compared, and -o DIR is not given"):
+        compare(three, other)
+    out = tmp_path / "both"
+    arguments = [str(three.root), str(other.root), "-o", str(out), "--resamples", "200"]
+    assert main(arguments) == 0
+    table = pd.read_csv(out / "comparison.csv")
+    assert table["job"].tolist()[:4] == [
+        "three/xception", "three/resnet50", "three/vgg16", "other/mobilenet_v2",
+    ]  # fmt: skip
+    assert table["told_from_best"].notna().sum() == 4  # the same rows: paired
+    assert "Comparison: three + other" in (out / "report.html").read_text()
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no sweep" in capsys.readouterr().err
+    assert main([str(three.root), "--resamples", "-1"]) == 2
+
+
+def test_the_page_holds_every_section_and_fetches_nothing(
+    tmp_path: Path, composed: Compose
+) -> None:
+    jobs = EIGHT | {"vgg16": 0.8, "resnet50": 1.0}
+    sweep = write_sweep(tmp_path / "a & <b>", jobs, composed, failed=["mobilenet_v2"])
+    compare(sweep, resamples=200)
+    text = sweep.page.read_text()
+    for section in (
+        "What was compared", "Ranking", "What can be told apart", "Every metric",
+        "Against the report", "Figures", "Hardest cases", "Not finished", "Configuration",
+        "Provenance",
+    ):  # fmt: skip
+        assert f"<h2>{section}</h2>" in text, section
+    assert "http" not in text.split("</style>")[1].replace("http-equiv", "")
+    assert str(tmp_path) not in text
+    assert "a &amp; &lt;b&gt;" in text
+    assert "always negative" in text
+    assert "needs mobilenet_v2" in text  # a finding about a job that failed
+    assert "ended by SIGKILL" in text
+    for stem in ("learning_curves", "auc_by_size", "auc_by_minutes", "roc", "precision_recall",
+                 "calibration", "confusion"):  # fmt: skip
+        assert (sweep.figures / f"{stem}.png").stat().st_size > 5_000, stem
+        assert (sweep.figures / f"{stem}.svg").read_text().count("<path") > 3, stem
+    latex = sweep.latex.read_text()
+    assert latex.count("\\\\") >= 9
+    assert "\\toprule" in latex
+    assert "efficientnet\\_b3" in latex
+
+
+def test_a_page_that_cannot_be_made_costs_no_table(
+    three: SweepPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no figure today")
+
+    monkeypatch.setattr("ich.report_page.figures.draw_all", broken)
+    compare(three, resamples=0)
+    assert three.csv.exists()
+    assert "no figure today" in caplog.text
+
+
+def test_a_finished_sweep_is_rebuilt_alike(three: SweepPaths) -> None:
+    compare(three)
+    files = [three.csv, three.markdown, three.latex, three.metrics, three.page]
+    files += sorted(three.figures.iterdir())
+    before = [f.read_bytes() for f in files]
+    time.sleep(1.1)
+    compare(three)
+    assert [f.name for f, b in zip(files, before, strict=True) if f.read_bytes() != b] == []
+
+
+def replicates(**means: float) -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(0).normal(size=500) * 0.01
+    own = np.random.default_rng(1)
+    return {k: m + noise + own.normal(size=500) * 0.0005 for k, m in means.items()}
+
+
+def test_the_reports_own_table_contradicts_one_of_its_findings() -> None:
+    theirs = {m: {v.finding.text: v.theirs for v in judge(m, {})} for m in ("accuracy", "auc")}
+    assert theirs["auc"]["VGG16 is the worst"] == HOLDS
+    assert theirs["accuracy"]["VGG16 is the worst"] == FAILS  # MobileNetV2 is
+    assert theirs["accuracy"]["EfficientNet-B3 is the best"] == HOLDS
+    assert len(FINDINGS) == 7
+
+
+def test_findings_hold_fail_or_cannot_be_told() -> None:
+    scores = {k: auc for k, (_, auc) in REPORT_TABLE_2.items()}
+    verdicts = {v.finding.text: v for v in judge("auc", replicates(**scores))}
+    assert verdicts["VGG16 is the worst"].ours == HOLDS
+    assert verdicts["ResNet50 and EfficientNet-B0 are similar"].ours == HOLDS
+    # 0.9733 < 0.9756 < 0.9790: told apart by noise of 0.0007.
+    assert verdicts["EfficientNets improve with size: B0 < B2 < B3"].ours == HOLDS
+    close = judge("auc", replicates(**scores | {"efficientnet_b2": 0.9788}))
+    told = {v.finding.text: v for v in close}
+    assert told["EfficientNets improve with size: B0 < B2 < B3"].ours == UNKNOWN
+    assert (
+        "efficientnet_b3 - efficientnet_b2"
+        in told["EfficientNets improve with size: B0 < B2 < B3"].why
+    )
+    swapped = judge("auc", replicates(**scores | {"vgg16": 0.99}))
+    assert {v.finding.text: v.ours for v in swapped}["VGG16 is the worst"] == FAILS
+    few = judge("auc", replicates(vgg16=0.9, mobilenet_v2=0.95))
+    told = {v.finding.text: v for v in few}
+    assert told["MobileNetV2 beats VGG16"].ours == HOLDS
+    assert told["Xception beats InceptionV3"].why == "needs inception_v3, xception"
+
+
+def test_the_imagenet_trend_of_the_reports_own_numbers() -> None:
+    """Spearman by hand: ranks of its Table 1 against its Table 2."""
+    scores = {k: auc for k, (_, auc) in REPORT_TABLE_2.items()}
+    trend = imagenet_trend("auc", scores, replicates(**scores))
+    assert trend is not None
+    assert trend.correlation == pytest.approx(trend.theirs)
+    # Differences of ranks: b3 0, b2 -1, xception 1, inception 0... with a tie of the two lowest.
+    assert 0.9 < trend.theirs < 1
+    assert trend.interval.low <= trend.correlation <= trend.interval.high
+    assert imagenet_trend("auc", {"vgg16": 1.0}, replicates(vgg16=1.0)) is None
+
+
+def test_the_hardest_cases_are_the_most_confident_mistakes(three: SweepPaths) -> None:
+    (rows,) = load_comparison([three], 0).sets
+    run = rows.groups[0].runs[0]
+    label, missed, alarms = hardest(run)
+    assert label == "any"
+    assert run.predictions is not None
+    scored = run.predictions.scored
+    i = scored.labels.index("any")
+    positive = scored.target[:, i] > 0.5
+    lowest = run.predictions.image_id[positive][scored.logits[positive, i].argmin()]
+    assert missed[0].image_id == lowest
+    assert alarms[0].truth == "none"
+    assert len({c.image_id for c in (*missed, *alarms)}) == 8
+
+
+def test_the_pareto_front() -> None:
+    points = [(1.0, 0.5), (2.0, 0.4), (2.0, 0.7), (3.0, 0.7), (4.0, 0.9)]
+    assert pareto_front(points) == [(1.0, 0.5), (2.0, 0.7), (4.0, 0.9)]
+
+
+def test_a_ranking_shows_seeds_in_html_and_markdown() -> None:
+    part = Line("seed 0", [Cell("0.9", 0.9)])
+    ranking = Ranking("r", ["setting", "AUC"], [Line("x|y", [Cell("0.9", 0.9)], "", [part], "1")])
+    page = to_html("t", {}, [("s", [ranking])])
+    assert 'class="part"' in page
+    assert "script-src 'sha256-" in page
+    assert "| - seed 0 | 0.9 |" in to_markdown("t", {}, [("s", [ranking])])
+
+
+def test_the_best_is_by_auc(three: SweepPaths) -> None:
+    (rows,) = load_comparison([three], 0).sets
+    assert rows.best is not None
+    assert rows.best.mean(BY) == max(g.mean(BY) for g in rows.groups)
