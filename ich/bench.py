@@ -1,10 +1,11 @@
 """Speed as ratios measured side by side in one run: `python -m ich.bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
-minutes, is worth writing down. Six parts: `prepare` (decoding), `input` (batches for the network),
+minutes, is worth writing down. Seven parts: `prepare` (decoding), `input` (batches for the network),
 `step` (one training step), `sweep` (an epoch of all eight networks), `start` (of a job) and
-`memory` (of a training, by the size of its cohort). Prints a table and saves it, with versions and
-hardware, under multirun_reports/benchmarks/. Keep the machine otherwise idle.
+`memory` (of a training, by the size of its cohort) and `intervals` (of a comparison). Prints a table
+and saves it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine
+otherwise idle.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from hydra import compose, initialize_config_dir
@@ -35,11 +38,12 @@ from ich.launcher import register_resolvers
 from ich.model import build_model, model_cost
 from ich.peers import BATCH, Rate
 from ich.phantom import PhantomSpec, write_phantom
-from ich.pool import keep_memory
+from ich.pool import available_cores, keep_memory
 from ich.precision import CHANNELS_LAST, CONTIGUOUS, Mode, fastest, resolve, time_modes
 from ich.results import RunPaths, write_json
 from ich.store import SliceStore, read_bytes
 from ich.train import Progress, Trainer, build_optimizer, device_name, pick_device
+from ich.uncertainty import RESAMPLES, Scored, bootstrap, draw_counts, group_rows
 
 MODELS = (
     "vgg16",
@@ -51,7 +55,7 @@ MODELS = (
     "efficientnet_b2",
     "efficientnet_b3",
 )
-PARTS = ("prepare", "input", "step", "sweep", "start", "memory")
+PARTS = ("prepare", "input", "step", "sweep", "start", "memory", "intervals")
 _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
 _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
@@ -543,6 +547,40 @@ def _peak_memory(config: Config, folder: Path) -> int:
     return peak
 
 
+# Intervals
+
+
+def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
+    """Bootstrap resamples per second of a run of the report's size (11,623 rows, six labels, some
+    7,000 patients): ours, all metrics, against drawing rows and scikit-learn's AUCs alone. Also the
+    seconds that eight such runs take."""
+    rng = np.random.default_rng(0)
+    rates_of_labels = [0.033, 0.054, 0.037, 0.053, 0.069, 0.17]
+    target = (rng.random((_REPORT["val"], 6)) < rates_of_labels).astype(np.float32)
+    logits = (rng.normal(size=target.shape) + 3 * target).astype(np.float32)
+    group, _ = group_rows(rng.integers(0, 7_000, len(target)), target[:, 0])
+    scored = Scored((*"abcde", "any"), target, logits, group)
+    counts = draw_counts(int(group.max()) + 1, RESAMPLES)
+
+    def ours() -> float:
+        begin = time.perf_counter()
+        bootstrap(scored, counts)
+        return RESAMPLES / (time.perf_counter() - begin)
+
+    rates = alternate({"ours": ours, "plain": lambda: peers.plain_bootstrap(scored)}, rounds)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(available_cores()) as threads:
+        list(threads.map(lambda _: bootstrap(scored, counts), range(8)))
+    seconds = time.perf_counter() - begin
+    note = (
+        f"{RESAMPLES:,} resamples of eight runs of {_REPORT['val']:,} rows and six labels took "
+        f"{seconds:.1f} s."
+    )
+    return {
+        "intervals, resamples per s: ours / scikit-learn": row(rates["ours"], rates["plain"])
+    }, note
+
+
 # Report
 
 
@@ -630,6 +668,7 @@ def main(argv: list[str] | None = None) -> int:
         for part, measure in (
             ("start", lambda: bench_start(folder, args.rounds)),
             ("memory", lambda: bench_memory(folder)),
+            ("intervals", lambda: bench_intervals(args.rounds)),
         ):
             if part in args.parts:
                 found, note = measure()

@@ -22,6 +22,7 @@ _POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes
 _BINS = 10  # of a reliability diagram
 _HARDEST = 4  # cases of each kind
 _LEGEND_ROWS = 18  # lines of a legend; more settings than that are not told apart by colour anyway
+_FIRST = "Of several seeds, the first."
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -83,20 +84,21 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
         "roc",
         lambda c: _curves(c, _roc_points, "1 - specificity", "sensitivity"),
         "receiver operating characteristic of each label",
-        "Receiver operating characteristic per label.",
+        f"Receiver operating characteristic per label. {_FIRST}",
     )
     yield Figure(
         "precision_recall",
         lambda c: _curves(c, _precision_recall_points, "recall", "precision"),
         "precision against recall of each label",
-        "Precision and recall per label. Dotted: the share of positives, which chance reaches.",
+        f"Precision and recall per label. Dotted: the share of positives, which chance reaches. "
+        f"{_FIRST}",
     )
     yield Figure(
         "calibration",
         _calibration,
         "share of positives against predicted probability",
         f"Calibration: in {_BINS} bins of predicted probability, all labels pooled, the share "
-        f"that is positive. On the diagonal a probability means what it says.",
+        f"that is positive. On the diagonal a probability means what it says. {_FIRST}",
     )
     best = next((s.best for s in comparison.sets if s.best), None)
     if best:

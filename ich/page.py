@@ -162,6 +162,7 @@ text-align:inherit}
 .ranking th[aria-sort=ascending] button::after{content:" \\2191"}
 .ranking small{display:block;color:var(--soft);font-weight:400;white-space:nowrap}
 .ranking td.best{font-weight:700}.ranking tr.part th{padding-left:1.75rem;font-weight:400}
+.ranking tbody th{position:sticky;left:0;background:var(--page)}
 .ranking tbody.last{color:var(--soft)}
 .ranking th button.opens{display:block;color:var(--soft);font-weight:400;font-size:.85em;
 text-decoration:underline}
@@ -310,7 +311,7 @@ def _table_html(grid: Grid) -> str:
 def _is_number(frame: pd.DataFrame) -> list[bool]:
     """Which columns are set flush right: numbers, and texts that begin like one."""
     return [
-        all(re.match(r"[\d.,]*($|[\d ])", c) for c in column)
+        all(re.match(r"[+-]?[\d.,]*($|[\d ])", c) for c in column)
         for column in zip(*cells(frame), strict=True)
     ] or [False] * frame.shape[1]
 

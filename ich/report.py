@@ -22,6 +22,7 @@ from ich.findings import REPORT_TABLE_2
 from ich.report_page import describe, write_page
 from ich.results import FINISHED, SweepPaths
 from ich.terminal import console
+from ich.tracking import promote
 from ich.uncertainty import RESAMPLES
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,8 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
 
 
 def _shown(table: pd.DataFrame) -> list[tuple[str, str, str]]:
-    return [shown for shown in _SHOWN if shown[1] in table]
+    there = [shown for shown in _SHOWN if shown[1] in table]
+    return [s for s in there if not s[1].endswith("_low") or table[s[1]].notna().any()]
 
 
 def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
@@ -411,11 +413,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals"
     )
+    parser.add_argument(
+        "--promote",
+        action="store_true",
+        help="make the best run of this sweep the registered model's alias `best`",
+    )
     args = parser.parse_args(argv)
     try:
+        if args.promote and len(args.sweeps) > 1:
+            raise UserError(f"--promote takes one sweep, and {len(args.sweeps)} are given.")
         if args.resamples < 0:
             raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
         compare(*map(SweepPaths, args.sweeps), out=args.out, resamples=args.resamples)
+        if args.promote:
+            print(promote(SweepPaths(args.sweeps[0])))
     except UserError as error:
         print(f"ich: {error}", file=sys.stderr)
         return 2

@@ -54,7 +54,9 @@ def write_page(comparison: Comparison, place: SweepPaths, heading: Sequence[str]
         heading: of `describe`.
     """
     pictures = figures.draw_all(comparison, place.figures)
-    sections: list[Section] = [("What was compared", [Bullets(heading)])]
+    sections: list[Section] = [
+        ("What was compared", [Bullets([text.replace("`", "") for text in heading])])
+    ]
     if comparison.groups:
         sections += [
             ("Ranking", _ranking(comparison)),

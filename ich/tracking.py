@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ich.cache import lock
+from ich.comparison import BY, COMPARED, load_comparison
 from ich.config import Config, TrackingConfig, UserError, flatten, load, typed
 from ich.results import FAILED, FINISHED, KILLED, RunPaths, SweepPaths
 
@@ -35,6 +37,7 @@ _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and tha
 _PARAM_LIMIT = 6000  # of MLflow, characters
 _CUT = " ... cut here, whole in config.yaml"
 _TRY_AGAIN_SECONDS = 20
+MODEL, BEST = "ich", "best"  # in MLflow's registry: the model's name, and the alias of its best
 
 
 class Journal:
@@ -102,7 +105,9 @@ class RunMirror:
             store.reopen(run_id)
         else:
             self._steps = set()
-            run_id = store.open_run(self._config.job, _tags(self._config), self._parent)
+            cohort = {"ich.cohort": str(self._run.read_origin().get("cohort", "unknown"))}
+            tags = _tags(self._config) | cohort
+            run_id = store.open_run(self._config.job, tags, self._parent)
             self._run.write_tracking(known | {"mlflow_run": run_id})
             store.log_params(run_id, flatten(self._config))
             store.log_artifact(run_id, self._run.config)
@@ -264,6 +269,42 @@ class MlflowStore:
         else:
             self.client.log_artifact(run_id, str(path))
 
+    def register(self, run_id: str, tags: dict[str, str]) -> str:
+        """The version of the model `ich` that is this run's artifacts; made once."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(
+                MODEL, description="Best runs of sweeps. An alias names the sweep."
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = self.client.search_model_versions(f"name = '{MODEL}' and run_id = '{run_id}'")
+        if found:
+            version = str(found[0].version)
+            for key, value in tags.items():
+                self.client.set_model_version_tag(MODEL, version, key, value)
+            return version
+        source = self.client.get_run(run_id).info.artifact_uri
+        made = self.client.create_model_version(MODEL, source, run_id, tags=tags)
+        return str(made.version)
+
+    def alias(self, name: str, version: str) -> None:
+        """Names a version of the model `ich`; another that had the name loses it."""
+        self.client.set_registered_model_alias(MODEL, name, version)
+
+    def tags_of_alias(self, name: str) -> dict[str, str]:
+        """The tags of the version that has this alias; none if there is no such alias."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return dict(self.client.get_model_version_by_alias(MODEL, name).tags)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return {}
+            raise
+
     def end(self, run_id: str, status: str) -> None:
         """Ends a run with an MLflow status: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
@@ -360,9 +401,13 @@ def main() -> None:
             _catch_up(store, sweep.run(job), parent)
         store.end_running_children(parent, "KILLED")
         data_reports = [sweep.data(key) for key in record.get("cohorts", [])]
-        for path in (sweep.csv, sweep.markdown, sweep.record, sweep.figures, *data_reports):
+        tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)
+        for path in (*tables, sweep.record, sweep.figures, *data_reports):
             if path.exists():
                 store.log_artifact(parent, path)
+        store.tag(parent, "ich.cohort", ", ".join(record.get("cohorts", [])))
+        if status != KILLED and (said := register_best(store, sweep, parent)):
+            print(f"MLflow: {said}")
         store.end(parent, status)
     except Exception as error:
         log.warning(
@@ -370,6 +415,95 @@ def main() -> None:
             "them to MLflow once it can",
             _in_a_line(error),
         )
+
+
+def register_best(
+    store: MlflowStore, sweep: SweepPaths, parent: str | None, promote: bool = False
+) -> str:
+    """Registers the best run of a sweep as a version of the model `ich`.
+
+    The sweep's name becomes that version's alias. The alias `best` moves to it if there is none
+    yet, or if it scores higher than the present one on the very same rows; runs that were scored on
+    other rows are not comparable, and only `promote` moves it to them.
+
+    Args:
+        store: of the sweep's jobs.
+        sweep: its folder; only files are read.
+        parent: the sweep's MLflow run, which gets the best run's scores and tags.
+        promote: move `best` in any case.
+
+    Returns:
+        What was done, in a sentence; empty if no run has a score.
+    """
+    comparison = load_comparison([sweep], resamples=0)
+    rows = max(comparison.sets, key=lambda s: len(s.groups), default=None)
+    if rows is None or rows.best is None:
+        return ""
+    run = max(rows.best.runs, key=lambda r: r.result[f"val_{BY}"] or 0.0)
+    run_id = run.paths.read_tracking().get("mlflow_run")
+    if not isinstance(run_id, str) or run.predictions is None:
+        return ""
+    score = run.predictions.metrics[BY]
+    tags = {
+        "ich.sweep": str(comparison.records[0]["name"]),
+        "ich.job": run.name,
+        "ich.rows": rows.rows,
+        "ich.auc": f"{score:.6f}",
+    }
+    version = store.register(run_id, tags)
+    store.alias(alias_of(tags["ich.sweep"]), version)
+    if parent:
+        store.tag(parent, "ich.best_job", run.name)
+        if not store.logged_steps(parent, f"best/{BY}"):
+            kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED}
+            store.log_metrics(parent, dict(kept), 0, time.time())
+    now = store.tags_of_alias(BEST)
+    same = now.get("ich.rows") == rows.rows
+    if not (promote or not now or (same and score >= float(now.get("ich.auc", "inf")))):
+        why = "scores higher on the same rows" if same else "was scored on other rows"
+        return (
+            f"{run.name} is version {version} of the model {MODEL}. The alias {BEST} stays with "
+            f"{now.get('ich.sweep')}/{now.get('ich.job')}, which {why}; python -m ich.report "
+            f"{sweep.root} --promote moves it."
+        )
+    store.alias(BEST, version)
+    return f"{run.name} is version {version} of the model {MODEL}, and its alias {BEST}."
+
+
+def promote(sweep: SweepPaths) -> str:
+    """Moves the alias `best` to the best run of a sweep; says what was done.
+
+    Raises:
+        UserError: the sweep is not in MLflow, or MLflow cannot be used.
+    """
+    record = sweep.read_record()
+    configs = [typed(c) for c in record["configs"].values()]
+    if not all(c.tracking.mlflow for c in configs):
+        raise UserError(
+            f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "
+            f"promote. Give its command again with tracking=mlflow."
+        )
+    try:
+        store = MlflowStore(configs[0].tracking)
+        said = register_best(store, sweep, record.get("mlflow_run"), promote=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"MLflow cannot be used: {_in_a_line(error)}") from None
+    if not said:
+        raise UserError(
+            f"no run of {sweep.root} has finished with a score and a copy in MLflow, so there is "
+            f"nothing to promote. Give the sweep's command again to finish it."
+        )
+    return said
+
+
+def alias_of(name: str) -> str:
+    """A sweep's name as an alias: MLflow takes letters, digits, `_` and `-`, and keeps `latest` and
+    `v1`, `v2`, ... to itself."""
+    alias = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    reserved = alias.lower() in ("latest", BEST) or re.fullmatch(r"[vV]\d+", alias)
+    return f"sweep-{alias}" if reserved else alias
 
 
 def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:

@@ -55,7 +55,8 @@ def write_sweep(
         run = sweep.run(job)
         run.root.mkdir(parents=True)
         model, *parts = job.split(",")
-        config = composed(f"model={model}", *parts, "model.pretrained=false", f"job='{job}'")
+        own = ("model.pretrained=false", f"job='{job}'", f"name='{root.name}'")
+        config = composed(f"model={model}", *parts, *own)
         run.config.write_text(to_yaml(config))
         configs[job] = plain(config)
         if job in failed:
@@ -117,7 +118,14 @@ def _write_run(
         }
     )
     lines = [
-        {"step": n, "train/loss": 1 / n, "val/accuracy": scores["accuracy"], "val/auc": 0.4 * n}
+        {
+            "step": n,
+            "time": 1e9 + n,
+            "train/lr": 1e-4,
+            "train/loss": 1 / n,
+            "val/accuracy": scores["accuracy"],
+            "val/auc": 0.4 * n,
+        }
         for n in (1, 2)
     ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up import cohort, write_sweep
+from mlflow import MlflowClient
 
 from ich.comparison import BY, effects, load_comparison
 from ich.config import Config, UserError
@@ -18,6 +19,7 @@ from ich.findings import FAILS, FINDINGS, HOLDS, REPORT_TABLE_2, UNKNOWN, imagen
 from ich.page import Cell, Line, Ranking, to_html, to_markdown
 from ich.report import compare, main
 from ich.results import SweepPaths
+from ich.tracking import alias_of, close_sweep_run, promote
 
 Compose = Callable[..., Config]
 EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)
@@ -270,3 +272,68 @@ def test_the_best_is_by_auc(three: SweepPaths) -> None:
     (rows,) = load_comparison([three], 0).sets
     assert rows.best is not None
     assert rows.best.mean(BY) == max(g.mean(BY) for g in rows.groups)
+
+
+# MLflow
+
+
+def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
+    tmp_path: Path,
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def close(name: str, signal: float, **rows: dict[str, np.ndarray]) -> SweepPaths:
+        sweep = write_sweep(tmp_path / name, {"xception": signal, "vgg16": 0.5}, composed, rows)
+        compare(sweep, resamples=0)
+        close_sweep_run(sweep, "FINISHED")
+        return sweep
+
+    def alias(name: str) -> str:
+        return str(client.get_model_version_by_alias("ich", name).tags["ich.sweep"])
+
+    first = close("first", 1.5)
+    assert alias("best") == alias("first") == "first"
+    close("worse", 1.0)
+    assert alias("best") == "first"
+    assert alias("worse") == "worse"
+    close("better.one", 2.0)
+    assert alias("best") == alias("better-one") == "better.one"
+    elsewhere = {k: cohort(seed=3) for k in ("xception", "vgg16")}
+    other = close("other", 3.0, **elsewhere)
+    assert alias("best") == "better.one"  # higher, but on other rows
+    assert main([str(other.root), "--resamples", "0", "--promote"]) == 0
+    assert "is version 4 of the model ich, and its alias best" in capsys.readouterr().out
+    assert alias("best") == "other"
+    close_sweep_run(first, "FINISHED")  # again, as after the same command
+    assert len(client.search_model_versions("name = 'ich'")) == 4
+    version = client.get_model_version_by_alias("ich", "other")
+    assert version.tags["ich.job"] == "xception"
+    parent = client.get_run(str(other.read_record()["mlflow_run"]))
+    assert parent.data.tags["ich.best_job"] == "xception"
+    assert parent.data.metrics["best/auc"] > 0.9
+    kept = {f.path for f in client.list_artifacts(parent.info.run_id)}
+    assert {"report.html", "comparison.tex", "metrics.csv", "figures"} <= kept
+
+
+def test_nothing_is_promoted_that_mlflow_does_not_have(
+    three: SweepPaths, tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = three.read_record()
+    for config in record["configs"].values():
+        config["tracking"]["mlflow"] = False
+    three.write_record(record)
+    with pytest.raises(UserError, match=r"was trained with tracking=none"):
+        promote(three)
+    assert main([str(three.root), str(three.root), "-o", str(tmp_path / "o"), "--promote"]) == 2
+    assert "--promote takes one sweep, and 2 are given" in capsys.readouterr().err
+
+
+def test_names_of_sweeps_become_aliases_that_mlflow_takes() -> None:
+    assert alias_of("demo-1a2b") == "demo-1a2b"
+    assert alias_of("my sweep.2") == "my-sweep-2"
+    assert alias_of("v3") == "sweep-v3"
+    assert alias_of("best") == "sweep-best"
