@@ -1,10 +1,10 @@
 """Speed as ratios measured side by side in one run: `python -m ich.bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
-minutes, is worth writing down. Seven parts: `prepare` (decoding), `input` (batches for the network),
-`step` (one training step), `sweep` (an epoch of all eight networks), `start` (of a job) and
-`memory` (of a training, by the size of its cohort) and `intervals` (of a comparison). Prints a table
-and saves it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine
+minutes, is worth writing down. Seven parts: `prepare` (decoding), `input` (batches for the
+network), `step` (one training step), `sweep` (an epoch of all eight networks), `start` (of a job),
+`memory` (of a training, by the size of its cohort) and `intervals` (of a comparison). Prints a
+table and saves it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine
 otherwise idle.
 """
 

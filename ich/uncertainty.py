@@ -12,7 +12,6 @@ which is one sparse matrix product for all resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -197,18 +196,18 @@ def _counted(place: np.ndarray, group: np.ndarray, shape: tuple[int, int]) -> sp
     return sparse.csr_array((np.ones(len(place), np.float32), (place, group)), shape=shape)
 
 
-def group_rows(patient: np.ndarray, image_id: Sequence[str]) -> tuple[np.ndarray, str]:
+def group_rows(patient: np.ndarray, image_id: np.ndarray) -> tuple[np.ndarray, str]:
     """What is drawn as one.
 
     Args:
         patient: int [N], the same number for the same patient, -1 if unknown.
-        image_id: [N]; copies of an image share it.
+        image_id: of any type, [N]; copies of an image share it.
 
     Returns:
         int64 [N], 0..G-1, and its name: "patients", or "images" where no patient is known. A row
         of unknown patient among known ones is its image alone.
     """
-    _, image = np.unique(np.asarray(image_id), return_inverse=True)
-    known = np.asarray(patient) >= 0
+    _, image = np.unique(image_id, return_inverse=True)
+    known = patient >= 0
     _, group = np.unique(np.where(known, patient, -1 - image), return_inverse=True)
     return group.astype(np.int64), "patients" if known.any() else "images"
