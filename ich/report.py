@@ -56,6 +56,7 @@ _AFTER = [
     "ece",
     "study_auc",
     # Per setting, over its seeds:
+    "setting",
     "seeds",
     "auc_sd",
     "accuracy_sd",
@@ -71,19 +72,17 @@ _MARKS = (
     f"{SAME}: not distinguishable from the best, since the interval of the difference holds zero."
 )
 _SAME_IN_A_SETTING = (
-    "model",
-    "status",
-    "params",
-    "params_imagenet",
-    "report_accuracy",
-    "report_auc",
+    *("model", "status", "params", "params_imagenet", "report_accuracy", "report_auc"),
+    *("scored_on", "precision", "setting", "told_from_best"),
 )
+_IF_ANY = ("auc_low", "auc_sd")  # columns that are shown only if there is something in them
 
 # Heading, source column, format: what people read. The CSV holds all columns, unrounded.
 _SHOWN: list[tuple[str, str, str]] = [
     ("accuracy", "accuracy", "{:.4f}"),
     ("AUC", "auc", "{:.4f}"),
     ("95 % interval", "auc_low", "{:.3f} to {:.3f}"),
+    ("sd of seeds", "auc_sd", "{:.4f}"),
     ("AUC any", "auc_any", "{:.4f}"),  # where there is such a label
     ("AUC macro", "auc_macro", "{:.4f}"),
     ("trained M", "params", "{:.2f}"),
@@ -185,7 +184,7 @@ def build_table(
 
 def _uncertainty(group: Group) -> dict[str, Any]:
     """Columns that all runs of a setting share."""
-    found: dict[str, Any] = {"seeds": len(group.runs)}
+    found: dict[str, Any] = {"setting": group.setting, "seeds": len(group.runs)}
     for metric in COMPARED:
         interval = group.interval(metric)
         found |= {f"{metric}_sd": group.spread(metric)}
@@ -203,8 +202,8 @@ def _mean_row(group: Group, rows: list[dict[str, Any]], comparison: Comparison) 
     members = [row for row, run in zip(rows, comparison.runs, strict=False) if run in group.runs]
     means = pd.DataFrame(members).select_dtypes("number").mean()
     numbers = {str(k): v for k, v in means.items()}
-    same = {k: members[0].get(k) for k in (*_SAME_IN_A_SETTING, "scored_on", "precision")}
-    reason = f"mean of {len(group.runs)} seeds of {group.setting}"
+    same = {k: members[0].get(k) for k in _SAME_IN_A_SETTING}
+    reason = f"mean of {len(group.runs)} seeds"
     return {**numbers, **same, "reason": reason, "seed": None, "best_epoch": None}
 
 
@@ -270,18 +269,22 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
 
 def _shown(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     there = [shown for shown in _SHOWN if shown[1] in table]
-    return [s for s in there if not s[1].endswith("_low") or table[s[1]].notna().any()]
+    return [s for s in there if s[1] not in _IF_ANY or table[s[1]].notna().any()]
 
 
 def _cells(table: pd.DataFrame, mark: str) -> list[list[str]]:
+    """Rows as text; of a setting with several seeds, the mean alone."""
+    table = table[~(table["job"].notna() & (table["seeds"].fillna(1) > 1))]
     best, rows = best_cells(table), []
     for i, row in table.iterrows():
-        cells = [str(row["job"] if isinstance(row["job"], str) else row["model"])]
+        several = row["seeds"] > 1 if pd.notna(row["seeds"]) else False
+        name = row["job"] if isinstance(row["job"], str) else row["model"]
+        cells = [f"{row['setting']} ({row['seeds']} seeds)" if several else str(name)]
         for _, column, form in _shown(table):
             text = _format(row, column, form)
             cells.append(mark.format(text) if (i, column) in best and text else text)
         status = row["status"] if isinstance(row["status"], str) else ""
-        reason = row["reason"] if isinstance(row["reason"], str) else ""
+        reason = row["reason"] if isinstance(row["reason"], str) and not several else ""
         cells.append(": ".join(text for text in (status, reason) if text))
         rows.append(cells)
     return rows

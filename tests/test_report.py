@@ -67,7 +67,9 @@ def test_seeds_of_a_setting_are_one_group_with_mean_and_spread(
     runs = table[table["job"].str.startswith("xception", na=False)]
     assert runs["seed"].tolist() == [0, 1, 2]
     assert runs["seeds"].tolist() == [3] * 3
-    mean = table[table["reason"] == "mean of 3 seeds of xception"].iloc[0]
+    means = table[table["reason"] == "mean of 3 seeds"]
+    assert means["setting"].tolist() == ["xception", "vgg16"]
+    mean = means.iloc[0]
     assert pd.isna(mean["job"])
     assert mean["auc"] == pytest.approx(runs["auc"].mean())
     assert mean["auc_sd"] == pytest.approx(runs["auc"].std())
@@ -76,7 +78,10 @@ def test_seeds_of_a_setting_are_one_group_with_mean_and_spread(
     assert every.loc[("xception", "slice", "auc"), "value"] == pytest.approx(mean["auc"])
     study = every.loc[("vgg16", "study", "auc_any")]
     assert study["low"] < study["value"] < study["high"]
-    assert "intervals cover patients and seeds" in sweep.markdown.read_text()
+    text = sweep.markdown.read_text()
+    assert "intervals cover patients and seeds" in text
+    assert "| xception (3 seeds) |" in text
+    assert "xception,seed=0" not in text
 
 
 def test_runs_on_other_rows_are_not_paired(tmp_path: Path, composed: Compose) -> None:
