@@ -9,6 +9,7 @@ networks; NCHW is what `ich.bench` compares with.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import subprocess
@@ -39,9 +40,10 @@ class Mode:
 
 
 def kind(config: Config) -> str:
-    """Jobs of one kind compute alike: the same network and input, on the same sort of device."""
-    channels = len(config.windows.channels)
-    return f"{config.model.timm} {channels}x{image_size(config)} {config.train.device.value}"
+    """Jobs of one kind compute alike: the same network, input and batch, on one sort of device."""
+    channels, batch = len(config.windows.channels), config.train.batch_size
+    shape = f"{batch}x{channels}x{image_size(config)}"
+    return f"{config.model.timm} {shape} {config.train.device.value}"
 
 
 def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -58,8 +60,9 @@ def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(text)
-            child.stdin.close()
+            for give in (lambda: child.stdin.write(text), child.stdin.close):
+                with contextlib.suppress(BrokenPipeError):  # it died, and says no more
+                    give()
             for line in child.stdout:
                 found = json.loads(line)
                 yield found["kind"], found["mode"]

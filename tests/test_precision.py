@@ -69,6 +69,18 @@ def test_a_process_chooses_for_each_kind_and_this_one_is_untouched(config: Confi
         assert mode["processor"] == processor()
 
 
+def test_jobs_of_other_batches_are_timed_apart(config: Config) -> None:
+    other = replace(config, train=replace(config.train, batch_size=7))
+    assert kind(other) != kind(config)
+
+
+def test_a_timing_that_dies_leaves_the_choice_to_the_job(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ich.precision.sys.executable", "/bin/false")
+    assert dict(choose([config] * 300)) == {}  # more than a pipe holds
+
+
 def test_what_was_chosen_here_is_used_again_and_elsewhere_timed_anew(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
