@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +25,15 @@ from ich.config import UserError
 from ich.metrics import all_metrics, multilabel_metrics, per_study
 from ich.pool import available_cores
 from ich.results import FINISHED, RunPaths, SweepPaths
-from ich.uncertainty import RESAMPLES, Interval, Scored, bootstrap, draw_counts, group_rows
+from ich.uncertainty import (
+    FEWEST_GROUPS,
+    RESAMPLES,
+    Interval,
+    Scored,
+    bootstrap,
+    draw_counts,
+    group_rows,
+)
 
 BY = "auc"  # what runs are ranked by: micro-averaged over the labels
 COMPARED = ("auc", "accuracy")  # the report's two metrics, whose differences have intervals
@@ -50,7 +59,7 @@ class Predictions:
     @cached_property
     def rows(self) -> str:
         """A fingerprint of what was scored: runs that share it can be compared pairwise."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self.scored.labels).encode())
         for array in (self.scored.target, self.scored.group, self.image_id.astype("U")):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:12]
@@ -164,6 +173,11 @@ class RowSet:
     baseline: dict[str, float]
 
     @property
+    def name(self) -> str:
+        """What these rows are called where there are others: by the first run scored on them."""
+        return self.groups[0].runs[0].name
+
+    @property
     def best(self) -> Group | None:
         return next((g for g in self.groups if g.is_best), None)
 
@@ -215,6 +229,12 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
     Raises:
         UserError: a folder holds no sweep.
     """
+    names = [s.root.resolve().name for s in sweeps]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(
+            f"the sweeps to compare have folders of one name, {twice[0]!r}: their runs could not "
+            f"be told apart. Give each sweep once, and rename a folder if two are called alike."
+        )
     records, runs = [], []
     for sweep in sweeps:
         record = sweep.read_record()
@@ -224,10 +244,10 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
                 f"sweep, as in python -m ich.report multirun_reports/demo."
             )
         records.append(record)
-        prefix = f"{sweep.root.name}/" if len(sweeps) > 1 else ""
+        prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
         runs += [_load_run(sweep, r, prefix) for r in sweep.read_results()]
-    names = [str(r["name"]) for r in records]
-    return Comparison(" + ".join(names), runs, _sets(runs, resamples), resamples, records)
+    title = " + ".join(str(r["name"]) for r in records)
+    return Comparison(title, runs, _sets(runs, resamples), resamples, records)
 
 
 def _load_run(sweep: SweepPaths, result: dict[str, Any], prefix: str) -> Run:
@@ -243,8 +263,12 @@ def read_predictions(run: RunPaths) -> Predictions | None:
     try:
         with run.predictions.open("rb") as handle, np.load(handle) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return _predictions(arrays)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
+
+
+def _predictions(arrays: Mapping[str, np.ndarray]) -> Predictions:
     split = "test" if "test_logits" in arrays else "val"
     image_id = arrays[f"{split}_image_id"]
     group, drawn = group_rows(arrays[f"{split}_patient"], image_id)
@@ -273,7 +297,7 @@ def _sets(runs: Sequence[Run], resamples: int) -> list[RowSet]:
     sets = []
     for rows, settings in by_rows.items():
         groups = [Group(setting, members) for setting, members in settings.items()]
-        if resamples:
+        if resamples and int(groups[0].predictions.scored.group.max()) + 1 >= FEWEST_GROUPS:
             _resample(groups, resamples)
         _find_best(groups)
         scored = groups[0].predictions.scored
@@ -296,9 +320,19 @@ def _resample(groups: Sequence[Group], resamples: int) -> None:
         rng = np.random.default_rng(number)
         seeds = rng.integers(0, len(each), (len(each), resamples))
         at = np.arange(resamples)
-        g.replicates = {
-            metric: np.stack([e[metric] for e in each])[seeds, at].mean(0) for metric in each[0]
-        }
+        common = [m for m in each[0] if all(m in e for e in each)]  # not all may know studies
+        g.replicates = {m: _over_seeds(np.stack([e[m] for e in each]), seeds, at) for m in common}
+
+
+def _over_seeds(values: np.ndarray, seeds: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Means over the seeds drawn for each resample, [S, R] -> [R].
+
+    n drawn out of n vary too little, by (n - 1) / n: their distance from the mean of all is
+    stretched accordingly.
+    """
+    mean, drawn = values.mean(0), values[seeds, at].mean(0)
+    n = len(values)
+    return mean if n == 1 else mean + (drawn - mean) * np.sqrt(n / (n - 1))
 
 
 def _replicates(found: Predictions, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -348,7 +382,10 @@ def _effects_of(factor: str, groups: Sequence[Group], metric: str) -> Iterator[E
     levels: dict[str, dict[str, Group]] = {}
     for group in groups:
         level, rest = _split_setting(group, factor)
-        levels.setdefault(level, {})[rest] = group
+        if level:
+            levels.setdefault(level, {})[rest] = group
+    if len(levels) < 2:
+        return
     first, *others = levels
     for level in others:
         pairs = [(levels[level][k], levels[first][k]) for k in levels[level] if k in levels[first]]
@@ -363,12 +400,13 @@ def _effects_of(factor: str, groups: Sequence[Group], metric: str) -> Iterator[E
 
 
 def _split_setting(group: Group, factor: str) -> tuple[str, str]:
-    """A setting's level of a factor, and the setting without it."""
+    """A setting's level of a factor (empty if it has none), and the setting without it."""
     model, *parts = group.setting.split(",")
     if factor == "model":
-        return group.runs[0].model, ",".join(parts)
+        sweep = model.rpartition("/")[0]
+        return group.runs[0].model, ",".join([sweep, *parts])
     mine = [p for p in parts if p.startswith(f"{factor}=")]
-    level = mine[0].partition("=")[2] if mine else "(none)"
+    level = mine[0].partition("=")[2] if mine else ""
     return level, ",".join([model, *(p for p in parts if p not in mine)])
 
 

@@ -78,7 +78,8 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
             partial(_cost, key=axis, title=x),
             f"AUC against {x}",
             f"AUC (micro) against {x}, with 95 % intervals where they were computed. The line "
-            f"joins the Pareto front: nothing else is both cheaper and better.",
+            f"joins the Pareto front, where all were scored on the same rows: nothing else is "
+            f"both cheaper and better.",
         )
     yield Figure(
         "roc",
@@ -204,8 +205,8 @@ def _cost(comparison: Comparison, key: str, title: str) -> Any:
             fontsize=8,
         )
         points.append((x, y))
-    front = pareto_front(points)
-    axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1) if front else None
+    if len(comparison.sets) == 1 and (front := pareto_front(points)):
+        axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
     axis.set(xlabel=title, ylabel="AUC (micro)")
     axis.margins(x=0.2, y=0.12)
     return figure
@@ -262,9 +263,13 @@ def _curves(
         axis.set(title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         for number, group in enumerate(comparison.groups):
             scored = group.predictions.scored
-            if i >= len(scored.labels) or not 0 < scored.target[:, i].sum() < len(scored.target):
+            if label not in scored.labels:
                 continue
-            x, y = points(scored.logits[:, i], scored.target[:, i])
+            at = scored.labels.index(label)
+            score, truth = scored.logits[:, at], scored.target[:, at]
+            if not 0 < truth.sum() < len(truth) or not np.isfinite(score).all():
+                continue
+            x, y = points(score, truth)
             kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
             axis.plot(x[kept], y[kept], lw=1.1, label=group.setting, **_colour(number))
         target = comparison.groups[0].predictions.scored.target[:, i]
@@ -276,7 +281,11 @@ def _curves(
         axis.set_xlabel(xlabel)
     for axis in axes[:, 0]:
         axis.set_ylabel(ylabel)
-    _legend(figure, *axes.flat[0].get_legend_handles_labels())
+    shown: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, names = axis.get_legend_handles_labels()
+        shown = dict(zip(names, handles, strict=True)) | shown
+    _legend(figure, list(shown.values()), list(shown))
     return figure
 
 
@@ -285,7 +294,8 @@ def _calibration(comparison: Comparison) -> Any:
     axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
     for number, group in enumerate(comparison.groups):
         scored = group.predictions.scored
-        probability, target = sigmoid(scored.logits).ravel(), scored.target.ravel()
+        known = np.isfinite(scored.logits)
+        probability, target = sigmoid(scored.logits[known]), scored.target[known]
         place = np.minimum((probability * _BINS).astype(int), _BINS - 1)
         size = np.bincount(place, minlength=_BINS)
         there = size > 0
@@ -372,13 +382,13 @@ def draw_hardest(run: Run, folder: Path) -> Picture | str:
     import matplotlib
 
     label, missed, alarms = hardest(run)
-    config = load(run.paths.config)
     try:
+        config = load(run.paths.config)
         slices = _slices(config, [case.image_id for case in (*missed, *alarms)])
     except (UserError, OSError, KeyError) as error:
         log.warning("the hardest cases are not drawn: %s", error)
-        slices = {}
-    if not slices:
+        config, slices = None, {}
+    if not slices or config is None:
         return "The decoded slices of this cohort are not at hand here: nothing is shown."
     matplotlib.use("Agg")
     with matplotlib.rc_context(_STYLE):

@@ -19,7 +19,7 @@ from rich.table import Table
 from ich.comparison import BY, COMPARED, Comparison, Group, load_comparison, place_of
 from ich.config import UserError
 from ich.findings import REPORT_TABLE_2
-from ich.report_page import describe, write_page
+from ich.report_page import describe, without_paths, write_page
 from ich.results import FINISHED, SweepPaths
 from ich.terminal import console
 from ich.tracking import promote
@@ -57,6 +57,7 @@ _AFTER = [
     "study_auc",
     # Per setting, over its seeds:
     "setting",
+    "rows",
     "seeds",
     "auc_sd",
     "accuracy_sd",
@@ -65,6 +66,7 @@ _AFTER = [
 ]
 _FROM_PREDICTIONS = ("exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece")
 _LOWER = ["params", "minutes"]
+_COSTS = [*_LOWER, "images_per_s"]  # which compare whatever was scored
 BASELINE = "always negative"
 SAME = "\u2248"
 _MARKS = (
@@ -73,8 +75,9 @@ _MARKS = (
 )
 _SAME_IN_A_SETTING = (
     *("model", "status", "params", "params_imagenet", "report_accuracy", "report_auc"),
-    *("scored_on", "precision", "setting", "told_from_best"),
+    *("scored_on", "precision", "setting", "rows", "told_from_best"),
 )
+_NO_SCORE = ("_low", "_high", "_sd")
 _IF_ANY = ("auc_low", "auc_sd")  # columns that are shown only if there is something in them
 
 # Heading, source column, format: what people read. The CSV holds all columns, unrounded.
@@ -185,6 +188,7 @@ def build_table(
 def _uncertainty(group: Group) -> dict[str, Any]:
     """Columns that all runs of a setting share."""
     found: dict[str, Any] = {"setting": group.setting, "seeds": len(group.runs)}
+    found["rows"] = group.predictions.rows
     for metric in COMPARED:
         interval = group.interval(metric)
         found |= {f"{metric}_sd": group.spread(metric)}
@@ -199,8 +203,12 @@ def _uncertainty(group: Group) -> dict[str, Any]:
 
 def _mean_row(group: Group, rows: list[dict[str, Any]], comparison: Comparison) -> dict[str, Any]:
     """The mean over the seeds of a setting."""
-    members = [row for row, run in zip(rows, comparison.runs, strict=False) if run in group.runs]
-    means = pd.DataFrame(members).select_dtypes("number").mean()
+    members = [
+        row
+        for row, run in zip(rows, comparison.runs, strict=False)
+        if any(run is r for r in group.runs)
+    ]
+    means = pd.DataFrame(members).select_dtypes("number").mean(skipna=False)
     numbers = {str(k): v for k, v in means.items()}
     same = {k: members[0].get(k) for k in _SAME_IN_A_SETTING}
     reason = f"mean of {len(group.runs)} seeds"
@@ -257,13 +265,19 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
     jobs = table[table["status"] == FINISHED]
     best = set()
     names = [str(c) for c in table]
-    higher = [c for c in names if c in ("accuracy", "images_per_s") or c.startswith("auc")]
+    scores = [c for c in names if c.startswith("auc") and not c.endswith(_NO_SCORE)]
+    higher = ["accuracy", "images_per_s", *scores]
     for group, pick in ((higher, "max"), (_LOWER, "min")):
         for column in group:
-            values = pd.to_numeric(jobs[column])
-            if len(jobs) > 1 and values.notna().any():
-                target = getattr(values, pick)()
-                best |= {(int(i), column) for i in jobs.index[values == target]}
+            # Scores on other rows do not compare.
+            parts = (
+                [jobs] if column in _COSTS else [j for _, j in jobs.groupby("rows", dropna=False)]
+            )
+            for part in parts:
+                values = pd.to_numeric(part[column])
+                if len(part) > 1 and values.notna().any():
+                    target = getattr(values, pick)()
+                    best |= {(int(i), column) for i in part.index[values == target]}
     return best
 
 
@@ -325,7 +339,8 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
             "![AUC by size](figures/auc_by_size.png)",
             "",
         ]
-    lines += [f"Launched {r['started']} with `{r['command']}`." for r in comparison.records]
+    launches = [(r["started"], without_paths(r["command"])) for r in comparison.records]
+    lines += [f"Launched {started} with `{command}`." for started, command in launches]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ from ich.page import (
     to_html,
 )
 from ich.results import SweepPaths
-from ich.uncertainty import Interval
+from ich.uncertainty import FEWEST_GROUPS, Interval
 
 BASELINE = "always negative"
 _NAMES = {"auc": "AUC", "accuracy": "accuracy"}
@@ -92,11 +93,11 @@ def describe(comparison: Comparison) -> list[str]:
     finished = comparison.finished
     if not finished:
         return ["No job has finished."]
-    configs = [r.config for r in finished]
+    configs = [r.config for r in finished if r.config is not None]
     results = [r.result for r in finished]
 
     def setting(key: str) -> str:
-        return _either(OmegaConf.select(c, key) for c in configs if c is not None)
+        return _either(OmegaConf.select(c, key) for c in configs)
 
     distinct = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in results}
     lines = [
@@ -120,15 +121,17 @@ def describe(comparison: Comparison) -> list[str]:
 
 
 def _about_intervals(comparison: Comparison) -> list[str]:
-    if not comparison.resamples:
-        return ["Intervals were not computed: small differences mean nothing."]
+    if not comparison.resamples or not comparison.groups:
+        why = "" if comparison.groups else " (no run has predictions that can be read)"
+        return [f"Intervals were not computed{why}: small differences mean nothing."]
     lines = []
     for rows in comparison.sets:
         found = rows.predictions
         count, images = int(found.scored.group.max()) + 1, len(set(found.image_id.tolist()))
-        where = f" (the rows of {rows.groups[0].setting})" if len(comparison.sets) > 1 else ""
+        where = f" (the rows of {rows.name})" if len(comparison.sets) > 1 else ""
         unit = (
             f"{count:,} patients"
+            + (f", too few for any (at least {FEWEST_GROUPS})" if count < FEWEST_GROUPS else "")
             if found.drawn == "patients"
             else f"{count:,} images: patients are unknown, and their slices resemble each other, "
             f"so the true intervals are wider"
@@ -146,7 +149,7 @@ def _about_intervals(comparison: Comparison) -> list[str]:
     if max(seeds) > 1:
         lines.append(
             "Several seeds per setting: scores are means over them, and intervals cover patients "
-            "and seeds."
+            "and seeds, the latter as well as so few can."
         )
     if len(comparison.sets) > 1:
         lines.append(
@@ -224,9 +227,7 @@ def _start(cfg: Any) -> str:
 def _ranking(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = []
     for rows in comparison.sets:
-        where = (
-            f" Scored on the rows of {rows.groups[0].setting}." if len(comparison.sets) > 1 else ""
-        )
+        where = f" Scored on the rows of {rows.name}." if len(comparison.sets) > 1 else ""
         caption = (
             f"Click a heading to sort.{where} Second lines: 95 % intervals; for the difference, "
             f"this setting minus the best, on the same patients. \u2248: not distinguishable from "
@@ -307,12 +308,10 @@ def _line(group: Group, rows: RowSet, bests: dict[str, float]) -> Line:
 
 def _cell(group: Group, key: str, bests: dict[str, float]) -> Cell:
     if key == "minus_best":
-        if BY not in group.difference:
+        mean = group.mean(BY) - bests.get(BY, np.nan)
+        if BY not in group.difference or np.isnan(mean):
             return Cell("")
-        best_minus = group.difference[BY]
-        middle = float(np.nanmean(group.replicates[BY])) if group.replicates else np.nan
-        mean = group.mean(BY) - (bests.get(BY, np.nan))
-        return Cell(f"{mean:+.4f}", mean if mean == mean else middle, _between(best_minus, "+.4f"))
+        return Cell(f"{mean:+.4f}", mean, _between(group.difference[BY], "+.4f"))
     value = _value(group.runs, key)
     cell = _plain_cell(value, key)
     below = _between(group.interval(key)) if key in group.replicates else ""
@@ -355,7 +354,7 @@ def _told(comparison: Comparison) -> Iterable[str]:
         if best is None:
             yield "No setting has an AUC: there is no best."
             continue
-        where = f"On the rows of {rows.groups[0].setting}: " if len(comparison.sets) > 1 else ""
+        where = f"On the rows of {rows.name}: " if len(comparison.sets) > 1 else ""
         between = _between(best.interval(BY))
         yield (
             f"{where}{best.setting} has the highest AUC, {best.mean(BY):.4f}"
@@ -445,12 +444,13 @@ def _metrics(comparison: Comparison) -> list[Block]:
         Text(
             "Per slice, and per study: of each label a study's highest probability, positive if "
             "any slice is. F1 and its threshold are the best on the scored rows themselves, which "
-            "flatters; the confusion below uses thresholds chosen on validation. Also in "
-            "metrics.csv, with intervals."
+            "flatters; the confusion below uses thresholds chosen on validation, which are other "
+            "rows only where there is a test set. All in metrics.csv, and there with intervals: "
+            "accuracy, exact match, AUC, average precision, log loss and Brier."
         )
     ]
     for rows in comparison.sets:
-        where = f", rows of {rows.groups[0].setting}" if len(comparison.sets) > 1 else ""
+        where = f", rows of {rows.name}" if len(comparison.sets) > 1 else ""
         for study in (False, True):
             if study and not (rows.predictions.study >= 0).any():
                 continue
@@ -528,7 +528,8 @@ def _report_tables(ours: dict[str, Group]) -> list[Block]:
     caption = (
         "The report's Tables 1 and 2 beside ours. It counts the parameters of the ImageNet "
         "networks; trained are fewer, since the head is one layer. Its AUC is presumably "
-        "micro-averaged; it does not say."
+        "micro-averaged; it does not say. Unless ours were trained and scored on the RSNA set, the "
+        "differences are between data sets, not between methods."
     )
     return [Grid(caption, pd.DataFrame(lines))]
 
@@ -550,8 +551,9 @@ def _findings(ours: dict[str, Group]) -> list[Block]:
         )
         caption = (
             f"By {_NAMES[metric]}. A finding holds if the intervals of all its differences say so, "
-            f"and cannot be told if one holds zero. Similar: closer than {SIMILAR[metric]:.4f}, a "
-            f"third of the distance from the report's worst to its best."
+            f"and cannot be told if one holds zero (several at once are not corrected for). "
+            f"Similar: closer than {SIMILAR[metric]:.4f}, a third of the distance from the "
+            f"report's worst to its best."
         )
         blocks.append(Grid(caption, frame))
     return blocks
@@ -568,22 +570,22 @@ def _trends(ours: dict[str, Group]) -> list[Block]:
                 f"Rank correlation (Spearman) of ImageNet top-1 accuracy with our {_NAMES[metric]} "
                 f"over {trend.n} networks: {trend.correlation:+.2f} "
                 f"({_between(trend.interval, '+.2f')} over patients and seeds, for these "
-                f"networks); in the report's Table 2 {trend.theirs:+.2f}. With {trend.n} networks, "
-                f"correlations within {_critical(trend.n):.2f} of zero are what chance gives in "
-                f"19 of 20 cases."
+                f"networks); in the report's Table 2 {trend.theirs:+.2f}. So few networks say "
+                f"little of others."
             )
     return [Bullets(lines)] if lines else []
 
 
-def _critical(n: int) -> float:
-    """Two-sided 5 % point of Spearman's correlation of n unrelated ranks, by Student's t."""
-    from scipy.stats import t
-
-    point = float(t.ppf(0.975, n - 2))
-    return point / float(np.sqrt(n - 2 + point**2))
-
-
 # --- Where it comes from -------------------------------------------------------------------------
+
+
+# In quotes a path may hold blanks.
+_PATH = re.compile(r"(?<![\w.:/])~?(?:/[^\s/'\",;:=]+(?: [^\s/'\",;:=]+)*)+/([^\s/'\",;:=]+)")
+
+
+def without_paths(text: str) -> str:
+    """Of each absolute path its last part: the rest tells of the machine, and of its user."""
+    return _PATH.sub(r"\1", text)
 
 
 def _unfinished(runs: Sequence[Run]) -> Grid:
@@ -591,13 +593,16 @@ def _unfinished(runs: Sequence[Run]) -> Grid:
         {
             "job": [r.name for r in runs],
             "status": [r.result["status"] for r in runs],
-            "reason": [str(r.result.get("reason", "")) for r in runs],
+            "reason": [without_paths(str(r.result.get("reason", ""))) for r in runs],
         }
     )
     return Grid("Jobs without a score, and why.", frame)
 
 
-_LEFT_OUT = ("job", "name", "data.root", "data.cache_dir", "tracking", "sweep", "hydra")
+_LEFT_OUT = (
+    *("job", "name", "data.root", "data.cache_dir", "data.labels", "data.metadata"),
+    *("model.weights", "tracking", "sweep", "hydra"),
+)
 
 
 def _configuration(comparison: Comparison) -> list[Block]:
@@ -638,7 +643,7 @@ def _origin(comparison: Comparison) -> list[Block]:
         hardware = made.get("hardware", {})
         facts = {
             "sweep": record["name"],
-            "command": record["command"],
+            "command": without_paths(record["command"]),
             "started": record["started"],
             "commit": made.get("git", {}).get("commit", "unknown"),
             "processor": hardware.get("processor", "unknown"),

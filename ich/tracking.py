@@ -258,6 +258,10 @@ class MlflowStore:
         items = [Metric(k, v, int(when * 1000), step) for k, v in finite.items()]
         self.client.log_batch(run_id, metrics=items)
 
+    def metrics(self, run_id: str) -> dict[str, float]:
+        """The latest value of each metric of a run."""
+        return dict(self.client.get_run(run_id).data.metrics)
+
     def logged_steps(self, run_id: str, metric: str) -> set[int]:
         """The steps at which a run has a metric."""
         return {m.step for m in self.client.get_metric_history(run_id, metric)}
@@ -454,9 +458,10 @@ def register_best(
     store.alias(alias_of(tags["ich.sweep"]), version)
     if parent:
         store.tag(parent, "ich.best_job", run.name)
-        if not store.logged_steps(parent, f"best/{BY}"):
-            kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED}
-            store.log_metrics(parent, dict(kept), 0, time.time())
+        kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED}
+        if store.metrics(parent).get(f"best/{BY}") != kept[f"best/{BY}"]:  # a job was added
+            steps = store.logged_steps(parent, f"best/{BY}")
+            store.log_metrics(parent, dict(kept), len(steps), time.time())
     now = store.tags_of_alias(BEST)
     same = now.get("ich.rows") == rows.rows
     if not (promote or not now or (same and score >= float(now.get("ich.auc", "inf")))):
@@ -477,8 +482,8 @@ def promote(sweep: SweepPaths) -> str:
         UserError: the sweep is not in MLflow, or MLflow cannot be used.
     """
     record = sweep.read_record()
-    configs = [typed(c) for c in record["configs"].values()]
-    if not all(c.tracking.mlflow for c in configs):
+    configs = [typed(c) for c in record.get("configs", {}).values()]
+    if not configs or not all(c.tracking.mlflow for c in configs):
         raise UserError(
             f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "
             f"promote. Give its command again with tracking=mlflow."

@@ -22,6 +22,8 @@ from ich.metrics import ANY, log_losses, sigmoid
 RESAMPLES = 2000
 _AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches
 _DEFINED = 0.95  # of the resamples, at least, for an interval
+# Resamples of fewer patients are too much alike: one would have an interval without width.
+FEWEST_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def bootstrap(scored: Scored, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of every resample.
 
     Args:
-        scored: G groups.
+        scored: of at most G groups.
         counts: of `draw_counts`, [G, R].
 
     Returns:
@@ -82,13 +84,14 @@ def bootstrap(scored: Scored, counts: np.ndarray) -> dict[str, np.ndarray]:
         `any`), `brier`, `auc` (micro), `auc_macro`, `ap_macro`, and per label `accuracy_<label>`,
         `auc_<label>`, `ap_<label>`. NaN where a resample has one class only.
     """
-    means = _Means.of(scored)
+    groups = len(counts)
+    means = _Means.of(scored, groups)
     ranks = {
-        label: _Ranks.of(scored.logits[:, i], scored.target[:, i], scored.group)
+        label: _Ranks.of(scored.logits[:, i], scored.target[:, i], scored.group, groups)
         for i, label in enumerate(scored.labels)
     }
     rows = np.repeat(scored.group, len(scored.labels))
-    pooled = _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows)
+    pooled = _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows, groups)
     parts = []
     for start in range(0, counts.shape[1], _AT_ONCE):
         drawn = np.ascontiguousarray(counts[:, start : start + _AT_ONCE])
@@ -116,13 +119,14 @@ class _Means:
     size: np.ndarray
 
     @staticmethod
-    def of(scored: Scored) -> _Means:
+    def of(scored: Scored, groups: int) -> _Means:
         target, logits = scored.target.astype(np.float64), scored.logits.astype(np.float64)
         right = ((logits > 0) == (target > 0.5)).astype(np.float64)
+        right[~np.isfinite(logits)] = np.nan  # no decision, as in the metric itself
         losses = log_losses(logits, target)
         rows = {
             "accuracy": right.mean(1),
-            "exact_match": right.all(1).astype(np.float64),
+            "exact_match": right.min(1),
             "log_loss": losses.mean(1),
             "brier": ((sigmoid(logits) - target) ** 2).mean(1),
             **{f"accuracy_{k}": right[:, i] for i, k in enumerate(scored.labels)},
@@ -130,12 +134,14 @@ class _Means:
         if ANY in scored.labels:
             weights = np.array([2.0 if k == ANY else 1.0 for k in scored.labels])
             rows["log_loss_weighted"] = losses @ weights / weights.sum()
-        sums = np.stack([np.bincount(scored.group, v) for v in rows.values()])
-        return _Means(list(rows), sums, np.bincount(scored.group).astype(np.float64))
+        sums = np.stack([np.bincount(scored.group, v, groups) for v in rows.values()])
+        size = np.bincount(scored.group, minlength=groups).astype(np.float64)
+        return _Means(list(rows), sums, size)
 
     def score(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         drawn = counts.astype(np.float64)
-        return dict(zip(self.names, self.sums @ drawn / (self.size @ drawn), strict=True))
+        with np.errstate(invalid="ignore"):
+            return dict(zip(self.names, self.sums @ drawn / (self.size @ drawn), strict=True))
 
 
 @dataclass(frozen=True)
@@ -151,12 +157,12 @@ class _Ranks:
     misses: sparse.csr_array | None
 
     @staticmethod
-    def of(score: np.ndarray, target: np.ndarray, group: np.ndarray) -> _Ranks:
+    def of(score: np.ndarray, target: np.ndarray, group: np.ndarray, groups: int) -> _Ranks:
         positive = target > 0.5
         if not positive.any() or positive.all() or np.isnan(score).any():
             return _Ranks(None, None)
         levels, at = np.unique(score[positive], return_inverse=True)
-        negative, groups = score[~positive], int(group.max()) + 1
+        negative = score[~positive]
         place = sum(np.searchsorted(levels, negative, side) for side in ("left", "right"))
         return _Ranks(
             _counted(at, group[positive], (len(levels), groups)),

@@ -17,7 +17,8 @@ from ich.config import Config, UserError
 from ich.figures import hardest, pareto_front
 from ich.findings import FAILS, FINDINGS, HOLDS, REPORT_TABLE_2, UNKNOWN, imagenet_trend, judge
 from ich.page import Cell, Line, Ranking, to_html, to_markdown
-from ich.report import compare, main
+from ich.report import best_cells, compare, main
+from ich.report_page import without_paths
 from ich.results import SweepPaths
 from ich.tracking import alias_of, close_sweep_run, promote
 
@@ -342,3 +343,91 @@ def test_names_of_sweeps_become_aliases_that_mlflow_takes() -> None:
     assert alias_of("my sweep.2") == "my-sweep-2"
     assert alias_of("v3") == "sweep-v3"
     assert alias_of("best") == "sweep-best"
+
+
+# What the reviewer found
+
+
+def test_runs_without_predictions_still_have_their_table(three: SweepPaths) -> None:
+    """As in the committed examples of earlier versions."""
+    for job in ("xception", "resnet50", "vgg16"):
+        three.run(job).predictions.unlink()
+    table = compare(three)
+    assert table["auc"].notna().sum() == 4
+    assert "no run has predictions that can be read" in three.markdown.read_text()
+
+
+def test_a_finished_run_without_its_config_costs_nothing_else(three: SweepPaths) -> None:
+    three.run("xception").config.unlink()
+    compare(three, resamples=50)
+    assert three.page.exists()
+
+
+def test_patients_without_a_study_are_left_out_of_studies_alone(
+    tmp_path: Path, composed: Compose
+) -> None:
+    rows = cohort()
+    rows["study"] = np.where(rows["patient"] == rows["patient"].max(), -1, rows["study"])
+    sweep = write_sweep(tmp_path / "s", {"xception": 2.0}, composed, rows={"xception": rows})
+    (group,) = load_comparison([sweep], 50).groups
+    assert group.interval("study_auc").low < group.mean("auc", study=True)
+
+
+def test_few_patients_have_no_interval(tmp_path: Path, composed: Compose) -> None:
+    rows = cohort(patients=4, slices=60)
+    jobs = {"xception": 2.0, "vgg16": 0.5}
+    sweep = write_sweep(tmp_path / "few", jobs, composed, rows=dict.fromkeys(jobs, rows))
+    table = compare(sweep, page=False)
+    assert table["auc_low"].isna().all()
+    assert "no" not in set(table["told_from_best"].dropna())
+    assert "4 patients, too few for any (at least 10)" in sweep.markdown.read_text()
+
+
+def test_the_page_names_no_path_of_the_machine(three: SweepPaths) -> None:
+    command = "python -m ich.sweep data.root=/home/alice/rsna.zip data.labels='/srv/a b/l.csv'"
+    three.write_record(three.read_record() | {"command": command})
+    compare(three, resamples=0)
+    for file in (three.page, three.markdown):
+        assert "data.root=rsna.zip" in file.read_text()
+        assert "alice" not in file.read_text()
+        assert "/srv" not in file.read_text()
+    assert without_paths("see https://example.org/a/b.html, or a/b") == (
+        "see https://example.org/a/b.html, or a/b"
+    )
+
+
+def test_sweeps_of_one_name_are_refused(three: SweepPaths, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"have folders of one name, 'three'"):
+        compare(three, SweepPaths(three.root), out=tmp_path / "o")
+
+
+def test_a_run_with_a_nan_logit_costs_its_own_scores_alone(three: SweepPaths) -> None:
+    path = three.run("vgg16").predictions
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["val_logits"][5, 2] = np.nan
+    np.savez(path, **arrays)
+    table = compare(three, resamples=50).set_index("job")
+    assert pd.isna(table.loc["vgg16", "accuracy_low"])
+    assert table.loc["xception", "auc_low"] > 0.5
+    assert three.page.exists()
+
+
+def test_two_ablations_together_keep_each_its_effects(tmp_path: Path, composed: Compose) -> None:
+    a = write_sweep(
+        tmp_path / "a", {"xception,augment=none": 1.5, "xception,augment=report": 1.6}, composed
+    )
+    b = write_sweep(
+        tmp_path / "b", {"xception,loss=bce": 1.6, "xception,loss=focal": 1.0}, composed
+    )
+    for pair in ((a, b), (b, a)):
+        found = {e.factor for e in effects(load_comparison(pair, 50))}
+        assert {"augment", "loss"} <= found
+
+
+def test_the_best_is_marked_among_runs_on_the_same_rows(tmp_path: Path, composed: Compose) -> None:
+    jobs = {"xception": 2.0, "resnet50": 1.0, "vgg16": 0.5, "mobilenet_v2": 0.6}
+    other = dict.fromkeys(("vgg16", "mobilenet_v2"), cohort(seed=1))
+    sweep = write_sweep(tmp_path / "s", jobs, composed, rows=other)
+    table = compare(sweep, resamples=0, page=False)
+    assert {(0, "auc"), (3, "auc")} <= best_cells(table)

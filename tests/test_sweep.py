@@ -26,7 +26,7 @@ COLUMNS = [
     *("images_per_s", "report_accuracy", "report_auc", "scored_on", "val_accuracy", "val_auc"),
     *("leak_image", "leak_study", "leak_patient", "precision"),
     *("seed", "exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece"),
-    *("study_auc", "setting", "seeds", "auc_sd", "accuracy_sd"),
+    *("study_auc", "setting", "rows", "seeds", "auc_sd", "accuracy_sd"),
     *("auc_low", "auc_high", "auc_minus_best_low", "auc_minus_best_high"),
     *("accuracy_low", "accuracy_high", "accuracy_minus_best_low", "accuracy_minus_best_high"),
     "told_from_best",
