@@ -8,6 +8,7 @@ are not compared at all.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zipfile
 import zlib
@@ -37,7 +38,9 @@ from ich.uncertainty import (
 
 BY = "auc"  # what runs are ranked by: micro-averaged over the labels
 COMPARED = ("auc", "accuracy")  # the report's two metrics, whose differences have intervals
-_SEED = re.compile(r",seed=(\d+)")
+# In a job's name, with the hash that keeps it apart where a character had to be replaced.
+_SEED = re.compile(r",seed=\d+(?:-[0-9a-f]{6}$)?")
+_NO_SETTING = ("seed", "job", "name", "tracking", "sweep", "hydra")  # of a config
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,9 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
         records.append(record)
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
         runs += [_load_run(sweep, r, prefix) for r in sweep.read_results()]
-    title = " + ".join(str(r["name"]) for r in records)
+    title = " + ".join(
+        str(r.get("name", s.root.name)) for r, s in zip(records, sweeps, strict=True)
+    )
     return Comparison(title, runs, _sets(runs, resamples), resamples, records)
 
 
@@ -293,10 +298,10 @@ def _sets(runs: Sequence[Run], resamples: int) -> list[RowSet]:
     for run in runs:
         if run.predictions is not None:
             settings = by_rows.setdefault(run.predictions.rows, {})
-            settings.setdefault(run.setting, []).append(run)
+            settings.setdefault(_trained_as(run), []).append(run)
     sets = []
     for rows, settings in by_rows.items():
-        groups = [Group(setting, members) for setting, members in settings.items()]
+        groups = [Group(members[0].setting, members) for members in settings.values()]
         if resamples and int(groups[0].predictions.scored.group.max()) + 1 >= FEWEST_GROUPS:
             _resample(groups, resamples)
         _find_best(groups)
@@ -305,6 +310,17 @@ def _sets(runs: Sequence[Run], resamples: int) -> list[RowSet]:
         baseline = multilabel_metrics(constant, scored.target, scored.labels)
         sets.append(RowSet(rows, groups, {k: v for k, v in baseline.items() if k != "log_loss"}))
     return sets
+
+
+def _trained_as(run: Run) -> str:
+    """Equal for runs that differ in their seed alone: by their configs, since names are cut."""
+    if run.config is None:
+        return run.setting
+    values = OmegaConf.to_container(run.config)
+    assert isinstance(values, dict)
+    kept = {str(k): v for k, v in values.items() if k not in _NO_SETTING}
+    sweep = run.name.rpartition("/")[0]
+    return json.dumps([sweep, kept], sort_keys=True, default=str)
 
 
 def _resample(groups: Sequence[Group], resamples: int) -> None:

@@ -162,7 +162,7 @@ text-align:inherit}
 .ranking th[aria-sort=ascending] button::after{content:" \\2191"}
 .ranking small{display:block;color:var(--soft);font-weight:400;white-space:nowrap}
 .ranking td.best{font-weight:700}.ranking tr.part th{padding-left:1.75rem;font-weight:400}
-.ranking tbody th{position:sticky;left:0;background:var(--page)}
+.ranking tbody th{position:sticky;left:0;background:var(--page);background-clip:padding-box}
 .ranking tbody.last{color:var(--soft)}
 .ranking th button.opens{display:block;color:var(--soft);font-weight:400;font-size:.85em;
 text-decoration:underline}

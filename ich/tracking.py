@@ -410,9 +410,9 @@ def main() -> None:
             if path.exists():
                 store.log_artifact(parent, path)
         store.tag(parent, "ich.cohort", ", ".join(record.get("cohorts", [])))
+        store.end(parent, status)  # first: what follows may fail
         if status != KILLED and (said := register_best(store, sweep, parent)):
             print(f"MLflow: {said}")
-        store.end(parent, status)
     except Exception as error:
         log.warning(
             "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
@@ -449,7 +449,7 @@ def register_best(
         return ""
     score = run.predictions.metrics[BY]
     tags = {
-        "ich.sweep": str(comparison.records[0]["name"]),
+        "ich.sweep": comparison.name,
         "ich.job": run.name,
         "ich.rows": rows.rows,
         "ich.auc": f"{score:.6f}",

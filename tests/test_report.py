@@ -431,3 +431,15 @@ def test_the_best_is_marked_among_runs_on_the_same_rows(tmp_path: Path, composed
     sweep = write_sweep(tmp_path / "s", jobs, composed, rows=other)
     table = compare(sweep, resamples=0, page=False)
     assert {(0, "auc"), (3, "auc")} <= best_cells(table)
+
+
+def test_seeds_are_one_setting_where_names_had_to_be_cut(tmp_path: Path, composed: Compose) -> None:
+    sweep = write_sweep(tmp_path / "s", {"xception,seed=0": 1.5, "xception,seed=1": 1.5}, composed)
+    for seed, digest in ((0, "f0afa1"), (1, "5e04ae")):
+        name = f"xception,augment.hflip=x_y,seed={seed}-{digest}"
+        sweep.run(f"xception,seed={seed}").root.rename(sweep.run(name).root)
+    jobs = [p.name for p in sorted(sweep.root.glob("xception*"))]
+    sweep.write_record(sweep.read_record() | {"jobs": jobs})
+    (group,) = load_comparison([sweep], 0).groups
+    assert group.setting == "xception,augment.hflip=x_y"
+    assert len(group.runs) == 2
