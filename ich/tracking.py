@@ -411,7 +411,7 @@ def main() -> None:
                 store.log_artifact(parent, path)
         store.tag(parent, "ich.cohort", ", ".join(record.get("cohorts", [])))
         store.end(parent, status)  # first: what follows may fail
-        if status != KILLED and (said := register_best(store, sweep, parent)):
+        if status != "KILLED" and (said := register_best(store, sweep, parent)):
             print(f"MLflow: {said}")
     except Exception as error:
         log.warning(
