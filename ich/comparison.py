@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ich.config import UserError
-from ich.metrics import all_metrics, multilabel_metrics, per_study
+from ich.metrics import all_metrics, per_study
 from ich.pool import available_cores
 from ich.results import FINISHED, RunPaths, SweepPaths
 from ich.uncertainty import (
@@ -38,6 +38,9 @@ from ich.uncertainty import (
 
 BY = "auc"  # what runs are ranked by: micro-averaged over the labels
 COMPARED = ("auc", "accuracy")  # the report's two metrics, whose differences have intervals
+BASELINE = "always negative"
+# What that has no honest value for: it states no probability.
+_NO_BASELINE = ("log_loss", "brier", "ece", "f1", "threshold")
 # In a job's name, with the hash that keeps it apart where a character had to be replaced.
 _SEED = re.compile(r",seed=\d+(?:-[0-9a-f]{6}$)?")
 _NO_SETTING = ("seed", "job", "name", "tracking", "sweep", "hydra")  # of a config
@@ -166,14 +169,10 @@ class Group:
 
 @dataclass(frozen=True)
 class RowSet:
-    """Groups that were scored on the same rows, in the order of their runs.
-
-    baseline: "always negative" on these rows.
-    """
+    """Groups that were scored on the same rows, in the order of their runs."""
 
     rows: str
     groups: list[Group]
-    baseline: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -187,6 +186,14 @@ class RowSet:
     @property
     def predictions(self) -> Predictions:
         return self.groups[0].predictions
+
+    def baseline(self, study: bool = False) -> dict[str, float]:
+        """The metrics of answering "no bleed" to everything, that have an honest value."""
+        found = self.predictions
+        constant = np.full(found.scored.target.shape, -1.0)
+        answered = replace(found, scored=replace(found.scored, logits=constant))
+        metrics = answered.study_metrics if study else answered.metrics
+        return {k: v for k, v in metrics.items() if not k.startswith(_NO_BASELINE)}
 
 
 @dataclass(frozen=True)
@@ -305,10 +312,7 @@ def _sets(runs: Sequence[Run], resamples: int) -> list[RowSet]:
         if resamples and int(groups[0].predictions.scored.group.max()) + 1 >= FEWEST_GROUPS:
             _resample(groups, resamples)
         _find_best(groups)
-        scored = groups[0].predictions.scored
-        constant = np.full(scored.target.shape, -1.0)
-        baseline = multilabel_metrics(constant, scored.target, scored.labels)
-        sets.append(RowSet(rows, groups, {k: v for k, v in baseline.items() if k != "log_loss"}))
+        sets.append(RowSet(rows, groups))
     return sets
 
 

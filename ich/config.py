@@ -333,6 +333,11 @@ def plain(config: Config) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, str]:
     """Dotted keys and printable values, for a tracker's parameter table."""
+    return flatten_values(plain(config))
+
+
+def flatten_values(values: Any) -> dict[str, str]:
+    """The same of settings as nested dicts, as they stand in a run's config.yaml."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -342,7 +347,7 @@ def flatten(config: Config) -> dict[str, str]:
         else:
             flat[prefix] = str(value)
 
-    walk("", plain(config))
+    walk("", values)
     return flat
 
 

@@ -16,11 +16,11 @@ import pandas as pd
 from rich.measure import Measurement
 from rich.table import Table
 
-from ich.comparison import BY, COMPARED, Comparison, Group, load_comparison, place_of
+from ich.comparison import BASELINE, BY, COMPARED, Comparison, Group, load_comparison, place_of
 from ich.config import UserError
 from ich.findings import REPORT_TABLE_2
 from ich.report_page import describe, without_paths, write_page
-from ich.results import FINISHED, SweepPaths
+from ich.results import FINISHED, SweepPaths, write_text
 from ich.terminal import console
 from ich.tracking import promote
 from ich.uncertainty import RESAMPLES
@@ -67,7 +67,6 @@ _AFTER = [
 _FROM_PREDICTIONS = ("exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece")
 _LOWER = ["params", "minutes"]
 _COSTS = [*_LOWER, "images_per_s"]  # which compare whatever was scored
-BASELINE = "always negative"
 SAME = "\u2248"
 _MARKS = (
     f"Intervals are 95 %, by bootstrap over patients, or over images where those are unknown. "
@@ -135,10 +134,10 @@ def compare(
     table = build_table([r.result | {"job": r.name} for r in comparison.runs], comparison)
     place.root.mkdir(parents=True, exist_ok=True)
     heading = describe(comparison)
-    _write(place.csv, table.to_csv(index=False))
-    _write(place.metrics, metrics_table(comparison).to_csv(index=False))
-    _write(place.latex, _latex(comparison, heading))
-    _write(place.markdown, _markdown(comparison, heading, table, page))
+    write_text(place.csv, table.to_csv(index=False))
+    write_text(place.metrics, metrics_table(comparison).to_csv(index=False))
+    write_text(place.latex, _latex(comparison, heading))
+    write_text(place.markdown, _markdown(comparison, heading, table, page))
     _print(place, comparison.name, heading, table)
     if page:
         try:
@@ -146,12 +145,6 @@ def compare(
         except Exception:  # the tables are written, and a sweep's status is that of its jobs
             log.exception("report.html could not be made; the tables are whole")
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.rename(path)
 
 
 def columns(results: list[dict[str, Any]]) -> list[str]:
@@ -331,7 +324,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
         if len(comparison.records) == 1:
             lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
             lines += [""]
-    if page and comparison.finished:
+    if page and comparison.groups:
         lines += [
             "[Everything else: intervals, curves, calibration, hardest cases](report.html)",
             "",
@@ -369,7 +362,7 @@ def _latex(comparison: Comparison, heading: list[str]) -> str:
             cells = [_escaped(group.setting), f"{group.mean('accuracy'):.4f}"]
             cells += [f"{score}{between}{same}", f"{params:.1f} M"]
             lines.append(" & ".join(cells) + " \\\\")
-        baseline = rows.baseline
+        baseline = rows.baseline()
         lines += [
             "\\midrule",
             f"{BASELINE} & {baseline['accuracy']:.4f} & {baseline[BY]:.4f} & \\\\",

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ich import figures
 from ich.comparison import (
+    BASELINE,
     BY,
     COMPARED,
     Comparison,
@@ -23,8 +24,9 @@ from ich.comparison import (
     effects,
     models_compared,
 )
+from ich.config import flatten_values
 from ich.findings import METRICS, REPORT_TABLE_1, REPORT_TABLE_2, SIMILAR, imagenet_trend, judge
-from ich.metrics import ANY, all_metrics
+from ich.metrics import ANY
 from ich.page import (
     Block,
     Bullets,
@@ -37,13 +39,10 @@ from ich.page import (
     Text,
     to_html,
 )
-from ich.results import SweepPaths
+from ich.results import SweepPaths, write_text
 from ich.uncertainty import FEWEST_GROUPS, Interval
 
-BASELINE = "always negative"
 _NAMES = {"auc": "AUC", "accuracy": "accuracy"}
-# What "always negative" has no honest value for: it states no probability.
-_NO_BASELINE = ("log_loss", "brier", "ece", "f1", "threshold")
 
 
 def write_page(comparison: Comparison, place: SweepPaths, heading: Sequence[str]) -> None:
@@ -80,9 +79,7 @@ def write_page(comparison: Comparison, place: SweepPaths, heading: Sequence[str]
         "runs": f"{len(comparison.finished)} finished of {len(comparison.runs)}",
         "launched": ", ".join(str(r["started"]) for r in comparison.records),
     }
-    part = place.page.with_name(f"{place.page.name}.part")
-    part.write_text(to_html(f"Comparison: {comparison.name}", facts, sections), encoding="utf-8")
-    part.rename(place.page)
+    write_text(place.page, to_html(f"Comparison: {comparison.name}", facts, sections))
 
 
 # --- What the reader must know first -------------------------------------------------------------
@@ -333,16 +330,9 @@ def _between(interval: Interval, form: str = ".3f") -> str:
 
 
 def _baseline_line(rows: RowSet) -> Line:
-    known = _baseline(rows)
+    known = rows.baseline()
     cells = [_plain_cell(known.get(key, np.nan), key) for _, key in _columns(rows)]
     return Line(BASELINE, cells, is_last=True)
-
-
-def _baseline(rows: RowSet) -> dict[str, float]:
-    """The metrics of answering "no bleed" to everything, that have an honest value."""
-    scored = rows.predictions.scored
-    constant = all_metrics(np.full(scored.target.shape, -1.0), scored.target, scored.labels)
-    return {k: v for k, v in constant.items() if not k.startswith(_NO_BASELINE)}
 
 
 # --- Sentences -----------------------------------------------------------------------------------
@@ -363,7 +353,7 @@ def _told(comparison: Comparison) -> Iterable[str]:
         others = [g for g in rows.groups if g is not best]
         if not others:
             continue
-        if not comparison.resamples:
+        if not best.replicates:
             yield "Without intervals, nothing says whether that is more than chance."
             continue
         same = [g.setting for g in others if g.is_told_from_best is False]
@@ -455,7 +445,7 @@ def _metrics(comparison: Comparison) -> list[Block]:
             if study and not (rows.predictions.study >= 0).any():
                 continue
             level = "study" if study else "slice"
-            baseline = _study_baseline(rows) if study else _baseline(rows)
+            baseline = rows.baseline(study)
             table = _metric_table(rows, _OVERALL, study, baseline)
             blocks.append(Grid(f"All labels, per {level}{where}", table, folded=study))
             for label in rows.predictions.scored.labels:
@@ -463,13 +453,6 @@ def _metrics(comparison: Comparison) -> list[Block]:
                 table = _metric_table(rows, names, study, baseline)
                 blocks.append(Grid(f"{label}, per {level}{where}", table, folded=True))
     return blocks
-
-
-def _study_baseline(rows: RowSet) -> dict[str, float]:
-    found = rows.predictions
-    scored = replace(found.scored, logits=np.full(found.scored.target.shape, -1.0))
-    constant = replace(found, scored=scored).study_metrics
-    return {k: v for k, v in constant.items() if not k.startswith(_NO_BASELINE)}
 
 
 def _metric_table(
@@ -608,7 +591,9 @@ _LEFT_OUT = (
 def _configuration(comparison: Comparison) -> list[Block]:
     """What all runs share, and what differs; no path of the machine."""
     flat = {
-        r.name: _flat(OmegaConf.to_container(r.config)) for r in comparison.finished if r.config
+        r.name: flatten_values(OmegaConf.to_container(r.config))
+        for r in comparison.finished
+        if r.config
     }
     keys = dict.fromkeys(k for values in flat.values() for k in values)
     kept = [k for k in keys if not k.startswith(_LEFT_OUT)]
@@ -625,15 +610,6 @@ def _configuration(comparison: Comparison) -> list[Block]:
         ]
         blocks.append(Grid("What differs", pd.DataFrame(lines), folded=True))
     return blocks
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(value, dict):
-        return {prefix: str(value)}
-    found: dict[str, str] = {}
-    for key, child in value.items():
-        found |= _flat(child, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def _origin(comparison: Comparison) -> list[Block]:

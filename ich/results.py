@@ -275,6 +275,13 @@ class SweepPaths:
         return record
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
+
+
 def write_json(path: Path, value: Any, sync: bool = True) -> None:
     """Writes JSON atomically: a temporary name, sync, rename. NaN and infinities become null.
 
