@@ -330,7 +330,7 @@ def _between(interval: Interval, form: str = ".3f") -> str:
 
 
 def _baseline_line(rows: RowSet) -> Line:
-    known = rows.baseline()
+    known = rows.baseline() | {f"study_{k}": v for k, v in rows.baseline(study=True).items()}
     cells = [_plain_cell(known.get(key, np.nan), key) for _, key in _columns(rows)]
     return Line(BASELINE, cells, is_last=True)
 
