@@ -23,7 +23,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ich.config import UserError
-from ich.metrics import all_metrics, per_study
+from ich.metrics import all_metrics, best_thresholds, per_study
 from ich.pool import available_cores
 from ich.results import FINISHED, RunPaths, SweepPaths
 from ich.uncertainty import (
@@ -62,6 +62,14 @@ class Predictions:
     study: np.ndarray
     chosen: tuple[np.ndarray, np.ndarray]
 
+    @staticmethod
+    def averaged(each: Sequence[Predictions]) -> Predictions:
+        """The mean logits of several, which must be of the same rows."""
+        first = each[0]
+        scored = replace(first.scored, logits=np.mean([p.scored.logits for p in each], axis=0))
+        chosen = np.mean([p.chosen[0] for p in each], axis=0), first.chosen[1]
+        return replace(first, scored=scored, chosen=chosen)
+
     @cached_property
     def rows(self) -> str:
         """A fingerprint of what was scored: runs that share it can be compared pairwise."""
@@ -85,10 +93,9 @@ class Predictions:
 
     @cached_property
     def thresholds(self) -> dict[str, float]:
-        """Per label the probability with the best F1 on validation; NaN without both classes."""
-        logits, target = self.chosen
-        found = all_metrics(logits, target, self.scored.labels)
-        return {k: found[f"threshold_{k}"] for k in self.scored.labels}
+        """Per label the probability with the best F1 on validation; none without both classes."""
+        found = best_thresholds(*self.chosen, self.scored.labels)
+        return {k: t for k, t in found.items() if t is not None}
 
 
 @dataclass(frozen=True)

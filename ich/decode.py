@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ich.dicom import HU_MIN, DicomError, read_hu
+from ich.dicom import HU_MIN, DicomError, read_hu, read_slice
 from ich.store import Location, Unreadable, read_bytes
 
 DECODER_VERSION = 2  # raise it when the same file would decode to other values
@@ -77,6 +77,46 @@ def _decode_into(target: int, root: Path, location: Location, row: int, size: in
     while written < len(data):
         written += os.pwrite(target, data[written:], row * len(data) + written)
     return Decoded(path, signature, row, checksum(data))
+
+
+class Asked(NamedTuple):
+    """Files to read into memory, once per side in `sizes`, pixels. numbers: what each is called."""
+
+    root: Path
+    locations: list[Location]
+    numbers: list[int]
+    sizes: tuple[int, ...]
+
+
+class Read(NamedTuple):
+    """One file that was asked for.
+
+    hu: int16 [S, S] for each side S, HU; none if there is a reason why not. study, series,
+    position: as in `ich.dicom.Slice`.
+    """
+
+    number: int
+    hu: dict[int, np.ndarray]
+    study: str = ""
+    series: str = ""
+    position: float = math.nan
+    reason: str = ""
+
+
+def read_chunk(asked: Asked) -> list[Read]:
+    """Decodes files as for the cache, and keeps nothing."""
+    _keep_memory()
+    found = []
+    for location, number in zip(asked.locations, asked.numbers, strict=True):
+        try:
+            one = read_slice(read_bytes(asked.root, location))
+        except DicomError as error:
+            found.append(Read(number, {}, reason=" ".join(str(error).split())))
+            continue
+        whole = square(one.hu)
+        hu = {size: resize_area(whole, size) for size in asked.sizes}
+        found.append(Read(number, hu, one.study, one.series, one.position))
+    return found
 
 
 @cache

@@ -67,6 +67,21 @@ class _Header(NamedTuple):
     syntax: UID
 
 
+class Slice(NamedTuple):
+    """One slice, and where it belongs.
+
+    hu: int16 [Rows, Columns], HU in -1024..3071. study, series: the file's own UIDs, empty where it
+    has none; they name a person, and whoever gets them replaces them at once. position: mm along
+    the normal of the slice (PS3.3 C.7.6.2.1.1), which orders a series also with a tilted gantry;
+    NaN if the file does not say.
+    """
+
+    hu: np.ndarray
+    study: str
+    series: str
+    position: float
+
+
 def read_hu(data: bytes) -> np.ndarray:
     """Decodes one file's bytes.
 
@@ -76,6 +91,19 @@ def read_hu(data: bytes) -> np.ndarray:
     Raises:
         DicomError: the file is no DICOM, no single-frame greyscale CT slice, or damaged.
     """
+    return _read(data)[1]
+
+
+def read_slice(data: bytes) -> Slice:
+    """Decodes one file's bytes, with what tells its place among others; raises as `read_hu`."""
+    dataset, hu = _read(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study, series = (_text(dataset, k) for k in ("StudyInstanceUID", "SeriesInstanceUID"))
+        return Slice(hu, study, series, _position(dataset))
+
+
+def _read(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
     with warnings.catch_warnings():
         # RSNA's identifiers look like ID_..., which is no valid UID; nothing here reads them.
         warnings.simplefilter("ignore")
@@ -84,8 +112,24 @@ def read_hu(data: bytes) -> np.ndarray:
         header = _header(dataset)
         stored = _stored_values(dataset, header, data)
     if header.wrapped:
-        return unwrap_12bit(stored, round(header.intercept))
-    return _rescale(stored, header.slope, header.intercept)
+        return dataset, unwrap_12bit(stored, round(header.intercept))
+    return dataset, _rescale(stored, header.slope, header.intercept)
+
+
+def _text(dataset: pydicom.Dataset, keyword: str) -> str:
+    try:
+        return str(dataset.get(keyword) or "")
+    except Exception:  # a damaged element raises when it is first looked at
+        return ""
+
+
+def _position(dataset: pydicom.Dataset) -> float:
+    try:
+        place = np.array(dataset.get("ImagePositionPatient"), float)
+        across, down = np.array(dataset.get("ImageOrientationPatient"), float).reshape(2, 3)
+        return float(np.cross(across, down) @ place)
+    except Exception:  # missing, damaged, or of another length: then nothing is known
+        return float("nan")
 
 
 def read_keys(data: bytes) -> tuple[str, str]:

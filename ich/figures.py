@@ -309,7 +309,7 @@ def _calibration(comparison: Comparison) -> Any:
 
 def _confusion(best: Group) -> Any:
     scored, thresholds = best.predictions.scored, best.predictions.thresholds
-    labels = [k for k in scored.labels if not np.isnan(thresholds[k])]
+    labels = [k for k in scored.labels if k in thresholds]
     figure, axes = _subplots(1, max(1, len(labels)), figsize=(1.9 * len(labels) + 0.8, 2.4))
     for label, axis in zip(labels, np.atleast_1d(axes), strict=False):
         i = scored.labels.index(label)

@@ -190,6 +190,18 @@ def best_f1(score: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     return float(f1[best]), float(values[best])
 
 
+def best_thresholds(
+    logits: np.ndarray, target: np.ndarray, labels: Sequence[str]
+) -> dict[str, float | None]:
+    """Per label the probability that reaches the best F1; None for a label with one class.
+
+    Args:
+        logits: float [N, L]. target: 0 or 1 [N, L]. labels: the L names.
+    """
+    found = {k: best_f1(logits[:, i], target[:, i])[1] for i, k in enumerate(labels)}
+    return {k: None if np.isnan(t) else float(sigmoid(np.array(t))) for k, t in found.items()}
+
+
 def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tuple[float, float]:
     """The best sensitivity at a specificity of at least `least`, and the reverse, over all
     thresholds; no interpolation between them. NaN where `average_precision` is."""

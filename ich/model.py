@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -16,9 +17,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ich.config import ModelConfig, UserError
+from ich.config import ModelConfig, UserError, WindowConfig
 
 _HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits.")
+_FORMAT, _ENTRY = 1, "ich"  # of the metadata in a weights file
 
 
 class Classifier(nn.Module):
@@ -288,15 +290,98 @@ def check_weights_file(cfg: ModelConfig) -> None:
         )
 
 
-def save_weights(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+@dataclass(frozen=True)
+class Metadata:
+    """Everything between a slice in HU and its probabilities, as the weights file itself says it.
+
+    model, timm: the network's name in tables, and its timm tag. labels: of the outputs, in order.
+    windows: of the input's channels, in order. cache_size, image_size: a slice is averaged to the
+    first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
+    channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
+    where validation had one class only.
+    """
+
+    model: str
+    timm: str
+    labels: tuple[str, ...]
+    windows: tuple[WindowConfig, ...]
+    cache_size: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    thresholds: dict[str, float | None]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> Metadata:
+        """Raises ValueError, KeyError or TypeError if it is not what `to_json` returned."""
+        values = json.loads(text)
+        if values.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
+        windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
+        return Metadata(**values, windows=windows)
+
+
+def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
     """Writes all parameters and buffers as safetensors, complete or not at all."""
     part = path.with_suffix(".part")
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part, metadata
-    )
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
+    save_file(state, part, {_ENTRY: metadata.to_json()})
     part.rename(path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Reads what `save_weights` wrote into a model of the same architecture."""
     model.load_state_dict(load_file(path))
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a weights file says of itself; nothing in it is executed.
+
+    Raises:
+        UserError: it is no safetensors file, or not one that `ich` can use alone.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            entries = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"the weights {path} are no safetensors file ({error}). Other formats can carry code "
+            f"and are not read."
+        ) from None
+    try:
+        return Metadata.from_json(entries[_ENTRY])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"the weights {path} do not say how their input is made (windows, sizes, labels): they "
+            f"are of another tool or an earlier version of ich. Train again, for example with "
+            f"python -m ich.rerun on the folder of a run, and use what that makes."
+        ) from None
+
+
+def load_trained(path: Path) -> tuple[Classifier, Metadata]:
+    """The network of a weights file, by its own metadata.
+
+    Raises:
+        UserError: see `read_metadata`; or its tensors are another network's.
+    """
+    found = read_metadata(path)
+    cfg = ModelConfig(found.model, found.timm, found.image_size, pretrained=False)
+    input_spec(cfg)
+    model = build_model(cfg, len(found.windows), len(found.labels))
+    state = load_file(path)
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    have = {k: tuple(v.shape) for k, v in state.items()}
+    if want != have:
+        first = next(k for k in [*want, *have] if want.get(k) != have.get(k))
+        raise UserError(
+            f"the weights {path} say they are of {found.model} ({found.timm}), but their tensors "
+            f"are another network's: {first} is {have.get(first, 'missing')} in the file and "
+            f"{want.get(first, 'missing')} in {found.model}. Give the file of that network."
+        )
+    model.load_state_dict(state)
+    return model.eval(), found

@@ -96,7 +96,36 @@ class Ranking:
     lines: Sequence[Line]
 
 
-Block = Text | Bullets | Grid | Picture | Link | Ranking
+@dataclass(frozen=True)
+class Frame:
+    """One slice of a stack. pictures: of each its heading and its file, PNG or JPEG, all of one
+    size. said: of each label its text, and whether it stands out."""
+
+    title: str
+    pictures: Sequence[tuple[str, bytes]]
+    said: Sequence[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value of each frame, 0..1, and the limit from which it counts."""
+
+    name: str
+    values: Sequence[float]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Slices to scroll through, with curves of values above. first: the frame that is shown."""
+
+    caption: str
+    curves: Sequence[Curve]
+    frames: Sequence[Frame]
+    first: int = 0
+
+
+Block = Text | Bullets | Grid | Picture | Link | Ranking | Stack
 Section = tuple[str, list[Block]]
 
 
@@ -137,11 +166,11 @@ _STYLE = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--page:#fff;--line:#d0d7de;
 --card:#f6f8fa}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9da7b3;--page:#0f141a;
---line:#30363d;--card:#1a212a}}
+--line:#30363d;--card:#1a212a}a{color:#58a6ff!important}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:74rem;margin:0 auto;padding:1.5rem 1rem 4rem;overflow-wrap:anywhere}
-h1{font-size:1.7rem;line-height:1.2}
+a{color:#0969da}h1{font-size:1.7rem;line-height:1.2}
 h2{margin:2.5rem 0 .75rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
 p,li{max-width:48rem}
 dl{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0;color:var(--soft)}
@@ -164,6 +193,19 @@ text-align:inherit}
 .ranking td.best{font-weight:700}.ranking tr.part th{padding-left:1.75rem;font-weight:400}
 .ranking tbody th{position:sticky;left:0;background:var(--page);background-clip:padding-box}
 .ranking tbody.last{color:var(--soft)}
+.stack input{width:100%;margin:.5rem 0}.stack svg{width:100%;height:5rem;display:block;
+background:var(--card)}
+.stack polyline{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+.stack line{stroke:var(--ink);vector-effect:non-scaling-stroke}.stack rect.jump{fill:transparent;
+cursor:pointer}
+.stack .curve{display:grid;grid-template-columns:9rem 1fr;gap:.5rem;align-items:center}
+.stack .curve svg{height:2rem;margin:1px 0}.frames:focus-visible{outline:2px solid}
+.frame .row{display:flex;flex-wrap:wrap;gap:.5rem}.frame figure{margin:0;flex:1 1 12rem;
+max-width:24rem}
+.frame img{width:100%;height:auto;display:block;background:#000;border-radius:4px}
+.frame figcaption{padding:.15rem 0}.frame ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;
+list-style:none;padding:0;font-variant-numeric:tabular-nums;color:var(--soft)}
+.frame li.out{color:var(--ink);font-weight:700}
 .ranking th button.opens{display:block;color:var(--soft);font-weight:400;font-size:.85em;
 text-decoration:underline}
 summary{cursor:pointer;color:var(--soft);padding:.25rem 0}
@@ -201,6 +243,33 @@ for (const table of document.querySelectorAll("table.ranking")) {
   }
 }
 """
+_STACK_SCRIPT = """
+for (const stack of document.querySelectorAll(".stack")) {
+  const frames = [...stack.querySelectorAll(".frame")];
+  const slider = stack.querySelector("input"), marks = [...stack.querySelectorAll("line.now")];
+  const jumps = [...stack.querySelectorAll("rect.jump")];  // of each curve, one per frame
+  const show = (number) => {
+    const n = Math.max(0, Math.min(frames.length - 1, number));
+    frames.forEach((frame, i) => { frame.hidden = i !== n; });
+    slider.value = n;
+    for (const mark of marks) for (const end of ["x1", "x2"]) mark.setAttribute(end, n + 0.5);
+  };
+  const move = (by) => show(Number(slider.value) + by);
+  slider.addEventListener("input", () => show(Number(slider.value)));
+  stack.querySelector(".frames").addEventListener("wheel", (event) => {
+    event.preventDefault();
+    move(Math.sign(event.deltaY));
+  }, { passive: false });
+  stack.addEventListener("keydown", (event) => {
+    const by = { ArrowUp: -1, ArrowDown: 1, PageUp: -5, PageDown: 5 }[event.key];
+    if (by) { event.preventDefault(); move(by); }
+  });
+  jumps.forEach((jump, n) => jump.addEventListener("click", () => show(n % frames.length)));
+  slider.hidden = false;
+  show(Number(slider.value));
+}
+"""
+_SCRIPTS = {Ranking: _SCRIPT, Stack: _STACK_SCRIPT}
 _PHONE = 560  # CSS pixels below which a picture scrolls rather than shrinks
 
 
@@ -214,11 +283,12 @@ def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
         inside = "\n".join(_block_html(b) for b in blocks)
         body.append(f"<section>\n<h2>{html.escape(heading)}</h2>\n{inside}\n</section>")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    script = ""
-    if any(isinstance(b, Ranking) for _, blocks in sections for b in blocks):
-        digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-        policy += f"; script-src 'sha256-{digest}'"
-        script = f"<script>{_SCRIPT}</script>\n"
+    kinds = {type(b) for _, blocks in sections for b in blocks}
+    wanted = [script for kind, script in _SCRIPTS.items() if kind in kinds]
+    if wanted:
+        digests = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in wanted]
+        policy += "; script-src " + " ".join(f"'sha256-{d}'" for d in digests)
+    script = "".join(f"<script>{text}</script>\n" for text in wanted)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -255,6 +325,58 @@ def _block_html(block: Block) -> str:
             return f'<p><a href="{html.escape(quote(target))}">{html.escape(text)}</a></p>'
         case Ranking():
             return _ranking_html(block)
+        case Stack():
+            return _stack_html(block)
+
+
+def _stack_html(stack: Stack) -> str:
+    count = len(stack.frames)
+    curves = "\n".join(_curve_html(curve) for curve in stack.curves)
+    frames = "\n".join(_frame_html(frame) for frame in stack.frames)
+    return (
+        f'<div class="stack"><p>{html.escape(stack.caption)}</p>\n{curves}\n'
+        f'<div class="curve"><span>slice</span><input type="range" min="0" max="{count - 1}" '
+        f'value="{stack.first}" aria-label="slice" hidden></div>\n'
+        f'<div class="frames" tabindex="0">\n{frames}\n</div></div>'
+    )
+
+
+def _curve_html(curve: Curve) -> str:
+    count = len(curve.values)
+    points = " ".join(f"{n + 0.5:g},{1 - v:.3f}" for n, v in enumerate(curve.values))
+    if count == 1:
+        points = f"0,{1 - curve.values[0]:.3f} 1,{1 - curve.values[0]:.3f}"
+    jumps = "".join(
+        f'<rect class="jump" x="{n}" y="0" width="1" height="1"/>' for n in range(count)
+    )
+    out = max(curve.values) >= curve.limit
+    color = "#d1242f" if out else "var(--soft)"
+    name = html.escape(curve.name)
+    return (
+        f'<div class="curve"><span>{name}</span><svg viewBox="0 0 {count} 1" role="img" '
+        f'preserveAspectRatio="none" aria-label="{name} by slice"><line x1="0" x2="{count}" '
+        f'y1="{1 - curve.limit:.3f}" y2="{1 - curve.limit:.3f}" stroke-dasharray="2 3"/>'
+        f'<polyline points="{points}" style="stroke:{color}"/>'
+        f'<line class="now" x1="0.5" x2="0.5" y1="0" y2="1"/>{jumps}</svg></div>'
+    )
+
+
+def _frame_html(frame: Frame) -> str:
+    row = []
+    for heading, data in frame.pictures:
+        kind = "png" if data[:4] == b"\x89PNG" else "jpeg"
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        text = html.escape(heading)
+        row.append(
+            f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+        )
+    said = "".join(
+        f"<li{' class=out' if out else ''}>{html.escape(text)}</li>" for text, out in frame.said
+    )
+    return (
+        f'<div class="frame"><h3>{html.escape(frame.title)}</h3><ul>{said}</ul>'
+        f'<div class="row">{"".join(row)}</div></div>'
+    )
 
 
 def _ranking_html(ranking: Ranking) -> str:
@@ -345,6 +467,8 @@ def _block_markdown(block: Block) -> list[str]:
             return [f"[{_plain(text)}]({quote(target)})"]
         case Ranking():
             return [_plain(block.caption), "", *_ranking_markdown(block)]
+        case Stack():
+            return [_plain(block.caption)]  # pictures are for the page
 
 
 def _ranking_markdown(ranking: Ranking) -> list[str]:

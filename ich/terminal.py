@@ -95,6 +95,10 @@ class Terminal:
         for sentence in sentences:
             self._line(sentence, markup=False)
 
+    def say(self, text: str) -> None:
+        """One line as it is."""
+        self._line(text, markup=False)
+
     def verified(self, damaged: list[str]) -> None:
         """One line on what the checksums said."""
         if damaged:

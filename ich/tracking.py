@@ -17,9 +17,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ich.cache import lock
@@ -37,6 +40,9 @@ _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and tha
 _PARAM_LIMIT = 6000  # of MLflow, characters
 _CUT = " ... cut here, whole in config.yaml"
 _TRY_AGAIN_SECONDS = 20
+_MODEL, _SERVER = "model", "ich.serving"  # the model among a run's artifacts, and who loads it
+_WEIGHTS_IN_RUN = Path(_MODEL, "data", "best.safetensors")  # MLflow's layout
+_SERVED_WITH = ("torch", "timm", "safetensors", "pydicom", "numpy")
 MODEL, BEST = "ich", "best"  # in MLflow's registry: the model's name, and the alias of its best
 
 
@@ -125,9 +131,12 @@ class RunMirror:
         if result.get("reason"):
             store.tag(run_id, "ich.reason", str(result["reason"])[:500])
         run = self._run
-        for path in (run.config, run.best, run.predictions, run.log, run.result, run.origin):
+        for path in (run.config, run.predictions, run.log, run.result, run.origin):
             if path.exists():
                 store.log_artifact(run_id, path)
+        if run.best.exists():
+            with TemporaryDirectory() as scratch:
+                store.log_artifact(run_id, _as_model(run, Path(scratch) / _MODEL))
         store.end(run_id, result["status"].upper())
         run.write_tracking(run.read_tracking() | {"complete": True})
 
@@ -291,6 +300,8 @@ class MlflowStore:
                 self.client.set_model_version_tag(MODEL, version, key, value)
             return version
         source = self.client.get_run(run_id).info.artifact_uri
+        if self.client.list_artifacts(run_id, _MODEL):
+            source = f"{source}/{_MODEL}"
         made = self.client.create_model_version(MODEL, source, run_id, tags=tags)
         return str(made.version)
 
@@ -309,6 +320,18 @@ class MlflowStore:
                 return {}
             raise
 
+    def fetch(self, name: str) -> Path:
+        """The artifacts of a run, or of the run that a registered model's version came from."""
+        run_id = name.removeprefix("runs:/").partition("/")[0]
+        if name.startswith("models:/"):
+            model, at, alias = name.removeprefix("models:/").partition("@")
+            if at:
+                found = self.client.get_model_version_by_alias(model, alias)
+            else:
+                found = self.client.get_model_version(*model.split("/", 1))
+            run_id = found.run_id
+        return Path(self.client.download_artifacts(run_id, ""))
+
     def end(self, run_id: str, status: str) -> None:
         """Ends a run with an MLflow status: FINISHED, FAILED or KILLED."""
         self.client.set_terminated(run_id, status)
@@ -318,6 +341,55 @@ class MlflowStore:
         query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment_id], query):
             self.end(run.info.run_id, status)
+
+
+def _as_model(run: RunPaths, folder: Path) -> Path:
+    """A run's best weights as a model that `mlflow models serve` can serve; without pickle or code.
+
+    Args:
+        run: one that has weights.
+        folder: made here.
+
+    Returns:
+        The folder; or the weights as they are, if an earlier version of ich wrote them.
+    """
+    from mlflow import pyfunc
+
+    from ich.model import read_metadata  # torch takes seconds
+
+    try:
+        metadata = read_metadata(run.best)
+    except UserError:
+        return run.best
+    # The README has the examples that MLflow would warn are missing.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pyfunc.save_model(
+            folder,
+            loader_module=_SERVER,
+            data_path=str(run.best),
+            signature=_signature(metadata.labels),
+            # Not ich itself: on a package index, that name may be anybody's.
+            pip_requirements=[f"{name}=={version(name)}" for name in _SERVED_WITH],
+            metadata={"ich": metadata.to_json()},
+        )
+    return folder
+
+
+def _signature(labels: Sequence[str]) -> Any:
+    """A row is one slice: a DICOM file in base64, or HU as rows of pixels."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    given = [
+        ColSpec(DataType.string, "dicom", required=False),
+        ColSpec(Array(Array(DataType.long)), "hu", required=False),
+    ]
+    found = [ColSpec(DataType.double, k, required=False) for k in labels]
+    texts = [ColSpec(DataType.string, k) for k in ("positive", "reason")]
+    return ModelSignature(Schema(given), Schema([*found, *texts]))
 
 
 def check_tracking(config: Config) -> None:
@@ -501,6 +573,46 @@ def promote(sweep: SweepPaths) -> str:
             f"nothing to promote. Give the sweep's command again to finish it."
         )
     return said
+
+
+def is_mlflow_name(name: str) -> bool:
+    """Whether a name is one that MLflow gives: a run's id, `runs:/ID` or `models:/ich...`."""
+    return bool(re.fullmatch(r"[0-9a-f]{32}|(runs|models):/.+", name))
+
+
+def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
+    """A run's weights and folder, from MLflow; of a store on this machine without copying.
+
+    Args:
+        name: a run's id, `runs:/ID`, `models:/ich@ALIAS` or `models:/ich/VERSION`.
+        cfg: the store.
+
+    Raises:
+        UserError: there is no such run or model, it holds no weights, or MLflow cannot be used.
+    """
+    uri = cfg.uri or "mlflow.db"
+    if cfg.uri is None and not Path(uri).exists():
+        raise UserError(
+            f"the model is {name!r}, but there is no MLflow database {uri} in this folder. Go to "
+            f"the folder of the sweep, give --tracking-uri, or give a run's folder as the model."
+        )
+    try:
+        folder = MlflowStore(cfg).fetch(name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the model is {name!r}, which cannot be had from MLflow ({_in_a_line(error)}). "
+            f"`make ui` shows the runs and the models that there are, and their aliases."
+        ) from None
+    run = RunPaths(folder)
+    weights = next((p for p in (folder / _WEIGHTS_IN_RUN, run.best) if p.is_file()), None)
+    if weights is None:
+        raise UserError(
+            f"the model is {name!r}, whose MLflow run holds no weights: it has not finished. Give "
+            f"its sweep's command again, or take another run."
+        )
+    return weights, run
 
 
 def alias_of(name: str) -> str:

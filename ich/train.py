@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -42,9 +41,10 @@ from ich.data import Dataset, Split, load_dataset
 from ich.jobs import hold, watch_supervisor
 from ich.loader import Batch, Loader, Slices, place_slices
 from ich.losses import Loss, build_loss
-from ich.metrics import always_negative, multilabel_metrics
+from ich.metrics import always_negative, best_thresholds, multilabel_metrics
 from ich.model import (
     Classifier,
+    Metadata,
     build_model,
     count_parameters,
     input_spec,
@@ -615,9 +615,19 @@ def keep_best(
     run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
 ) -> None:
     """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
-    # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
-    metadata = {"model": cfg.model.name, "timm": cfg.model.timm, "labels": dataset.labels}
-    save_weights(model, run.best, {"ich": json.dumps(metadata)})
+    spec, target = input_spec(cfg.model), dataset.val.target
+    metadata = Metadata(
+        model=cfg.model.name,
+        timm=cfg.model.timm,
+        labels=dataset.labels,
+        windows=tuple(cfg.windows.channels),
+        cache_size=cfg.data.cache_size,
+        image_size=image_size(cfg),
+        mean=spec.mean,
+        std=spec.std,
+        thresholds=best_thresholds(logits, target, dataset.labels),
+    )
+    save_weights(model, run.best, metadata)
     keep_predictions(run, dataset, {"val": logits})
 
 

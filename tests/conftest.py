@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 from canaries import Canaries
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from sweeps import Folder
+from sweeps import SMALL, Folder
 
 from ich.config import CONF_DIR, Config, register, typed
 from ich.launcher import register_resolvers
@@ -43,6 +45,20 @@ def shared() -> Path:
     if not (SHARED / "rsna_mini.zip").exists():
         pytest.skip(f"no real data: {SHARED} is absent (set ICH_SHARED_DATA)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with a finished sweep of two seeds, `multirun_reports/s`, and its MLflow
+    database. Two epochs at 32 pixels, slices decoded at 48."""
+    root = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [sys.executable, "-m", "ich.sweep", "-m", "name=s", "seed=0,1", f'data.root="{phantom}"',
+         *SMALL, "data.cache_size=48", "train.epochs=2", "data.subset=1.0"],
+        cwd=root, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
 
 
 @pytest.fixture

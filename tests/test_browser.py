@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_up import write_sweep
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from ich.config import Config
+from ich.page import Curve, Frame, Stack, to_html
 from ich.report import compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -77,3 +81,36 @@ def test_the_report_fits_a_phone(browser: Browser, report: Path) -> None:
     page.goto(report.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()
+
+
+def test_a_study_is_scrolled_through(browser: Browser, tmp_path: Path) -> None:
+    frames = []
+    for n in range(4):
+        out = io.BytesIO()
+        Image.fromarray(np.full((32, 32), 60 * n, np.uint8)).save(out, "jpeg")
+        frames.append(Frame(f"{n + 1} of 4", [("brain", out.getvalue())], [("any 0.5", n == 2)]))
+    stack = Stack("Scroll.", [Curve("any", [0.1, 0.2, 0.9, 0.3], 0.5)], frames, first=2)
+    (tmp_path / "a.html").write_text(to_html("Study", {}, [("Slices", [stack])]))
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / "a.html").as_uri())
+
+    def shown() -> list[str]:
+        return page.locator(".frame:visible h3").all_inner_texts()
+
+    assert shown() == ["3 of 4"]
+    page.locator(".frames").hover()
+    page.mouse.wheel(0, 120)
+    page.wait_for_function("document.querySelector('.stack input').value === '3'")
+    assert shown() == ["4 of 4"]
+    page.mouse.wheel(0, 120)  # stays at the last
+    page.locator(".frames").press("ArrowUp")
+    page.wait_for_function("document.querySelector('.stack input').value === '2'")
+    page.locator(".stack input").fill("0")
+    assert shown() == ["1 of 4"]
+    page.locator("rect.jump").nth(1).click()
+    assert shown() == ["2 of 4"]
+    wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    assert (problems, wide) == ([], False)

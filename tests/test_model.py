@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from ich.config import CONF_DIR, ModelConfig, UserError
+from ich.config import CONF_DIR, ModelConfig, UserError, WindowConfig
 from ich.model import (
+    Metadata,
     build_model,
     check_architecture,
     count_parameters,
     ensure_weights,
     input_spec,
+    load_trained,
     load_weights,
 )
 from ich.model import save_weights as save
@@ -161,13 +166,29 @@ def test_unknown_timm_name() -> None:
         ensure_weights(ModelConfig(name="x", timm="resnet5.x", image_size=64))
 
 
+METADATA = Metadata(
+    model="mobilenet_v2",
+    timm="mobilenetv2_100.ra_in1k",
+    labels=("a", "b", "c", "d", "e", "any"),
+    windows=tuple(WindowConfig(str(n), 40, 80 + n) for n in range(3)),
+    cache_size=128,
+    image_size=96,
+    mean=(0.5, 0.4, 0.3),
+    std=(0.1, 0.2, 0.3),
+    thresholds={"a": 0.25, "b": None, "c": 0.5, "d": 0.5, "e": 0.5, "any": 0.1},
+)
+
+
 def test_saved_weights_read_back(tmp_path: Path) -> None:
     first, second = build_model(config("mobilenet_v2")), build_model(config("mobilenet_v2"))
-    save(first, tmp_path / "best.safetensors", {"model": "mobilenet_v2"})
+    save(first, tmp_path / "best.safetensors", METADATA)
     load_weights(second, tmp_path / "best.safetensors")
+    third, found = load_trained(tmp_path / "best.safetensors")
+    assert found == METADATA
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(first.eval()(x), second.eval()(x))
+        torch.testing.assert_close(first(x), third(x))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -179,3 +200,51 @@ def test_the_real_weights_fit_their_model(shared: Path) -> None:
     assert torch.equal(build_model(cfg).base.conv_stem.weight.detach(), stem)
     with pytest.raises(UserError, match=re.escape("does not fit resnet50")):
         ensure_weights(config("resnet50", weights=str(path)))
+
+
+# What a weights file may be (FAULTS 34)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_a_file_that_carries_code_is_not_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="no safetensors file .* can carry code and are not read"):
+        load_trained(tmp_path / "best.safetensors")
+    torch.save({"a": Bomb()}, tmp_path / "best.safetensors")
+    with pytest.raises(UserError, match="no safetensors file"):
+        load_trained(tmp_path / "best.safetensors")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_of_another_architecture_are_refused_with_both_names(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    claims = replace(METADATA, model="resnet50", timm="resnet50.tv_in1k")
+    save(build_model(config("mobilenet_v2")), path, claims)
+    both = r"say they are of resnet50 \(resnet50.tv_in1k\), .* in the file and .* in resnet50"
+    with pytest.raises(UserError, match=both):
+        load_trained(path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        None,
+        {"ich": '{"model": "vgg16", "labels": []}'},  # as earlier versions wrote it
+        {"ich": "[1"},
+        {"ich": METADATA.to_json().replace('"format": 1', '"format": 99')},
+        {"other": "x"},
+    ],
+)
+def test_weights_that_do_not_say_how_they_are_used(
+    tmp_path: Path, entries: dict[str, str] | None
+) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", entries)
+    with pytest.raises(UserError, match=r"do not say how .* python -m ich.rerun"):
+        load_trained(tmp_path / "w.safetensors")

@@ -1,0 +1,301 @@
+"""New scans through a trained network: `python -m ich.predict --model RUN scans -o out.csv`.
+
+RUN is a run's folder, an MLflow run id or `models:/ich@ALIAS`; scans are DICOM files, folders or
+zip archives. Decoding, windows, sizes, labels and thresholds are those that the network was trained
+with: they stand in its weights file. Research and education only; this is no diagnosis.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Decoding processes and torch's threads share the cores: threads that spin would take theirs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ich.config import Device, TrackingConfig, UserError
+from ich.explain import check_folder, explain
+from ich.inputs import Inputs
+from ich.metrics import sigmoid
+from ich.patients import Pseudonyms
+from ich.pool import keep_memory
+from ich.predictor import TTA, Ensemble, Predicted, load_ensemble, predict_files
+from ich.terminal import Terminal
+from ich.train import pick_device
+
+LEFT_OUT = 3  # exit status: predictions are written, and some files had none
+_WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
+_TOP = 3  # slices of a study whose mean is its second score
+_SHOWN = 20  # studies, and files left out, in the terminal
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m ich.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0, all files predicted; 3, some left out (listed in "
+        "OUT.left_out.csv); 1, nothing done.",
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="INPUT", help="DICOM files, folders, zips, or ZIP/FOLDER")
+    add("--model", action="append", required=True, help="several are averaged")
+    add("-o", "--out", type=Path, required=True, help="a .csv or .parquet; studies go beside it")
+    add("--threshold", help="0.5, or any=0.3,epidural=0.1; else the best F1 on validation")
+    add("--tta", choices=TTA, default="none", help="average over the four flips of a slice")
+    add("--explain", type=Path, metavar="DIR", help="Grad-CAM pages of studies with findings")
+    add("--submission", type=Path, metavar="CSV", help="the RSNA 2019 competition's format")
+    add("--names", choices=("file", "pseudonym"), default="file", help="how outputs name slices")
+    add("--device", choices=[d.value for d in Device], default=Device.auto.value)
+    add("--batch-size", type=_positive, default=32)
+    add("--workers", type=_positive, help="decoding processes; else one per core")
+    add("--tracking-uri", help="MLflow's; else the database in this folder")
+    add("--cache-dir", type=Path, default=Path(".ich-cache"), help="where the pseudonyms' key is")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predicts, writes, prints; returns the exit status.
+
+    Raises:
+        UserError: before anything is decoded: no such model or input, or a file that cannot be
+            written; after it: no file could be predicted.
+    """
+    for path in (args.out, *([args.submission] if args.submission else [])):
+        _check_writable(path)
+    terminal, keys = Terminal(), Pseudonyms.beside(args.cache_dir)
+    inputs = Inputs.find(args.inputs)
+    tracking = TrackingConfig(mlflow=True, uri=args.tracking_uri)
+    model = load_ensemble(args.model, pick_device(Device(args.device)), tracking)
+    model = model.deciding(args.threshold)
+    if args.submission:
+        check_submission(model)
+    if args.explain:
+        check_folder(args.explain)
+    with terminal.preparing() as report:
+        found = predict_files(
+            model,
+            inputs,
+            keys.key,
+            lambda done, total: report("predicting", done, total),
+            args.tta,
+            args.batch_size,
+            args.workers,
+        )
+    names = [inputs.name(n) for n in range(len(inputs))]
+    if args.names == "pseudonym":
+        names = [keys.key("file", name) for name in names]
+    left_out = write_left_out(args.out, found, names)
+    if len(left_out) == len(inputs):
+        raise UserError(_nothing(found, names))
+    slices = slice_table(model, found, names)
+    studies = study_table(model, found, names)
+    write_table(slices, args.out)
+    write_table(studies, studies_path(args.out))
+    if args.submission:
+        good = [n for n in range(len(inputs)) if n not in found.reasons]
+        write_submission(slices, [Path(inputs.name(n)).stem for n in good], args.submission)
+    _print(terminal, model, studies, found, left_out, args)
+    if args.explain:
+        with terminal.preparing() as report:
+            pages = explain(model, inputs, found, names, args.explain,
+                            lambda done, total: report("explaining", done, total))  # fmt: skip
+        terminal.say(f"{len(pages)} studies with findings: {args.explain / 'index.html'}")
+    return LEFT_OUT if len(left_out) else 0
+
+
+def studies_path(out: Path) -> Path:
+    """`out.csv` -> `out.studies.csv`."""
+    return out.with_name(f"{out.stem}.studies{out.suffix}")
+
+
+def _check_writable(path: Path) -> None:
+    if path.suffix not in _WRITERS:
+        raise UserError(
+            f"the output is {str(path)!r}, but must end with {' or '.join(_WRITERS)}. Choose with "
+            f"-o one of these formats."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.part")
+        probe.touch()
+        probe.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+    except OSError as error:
+        raise UserError(
+            f"the output {path} cannot be written ({error}). Choose another place with -o."
+        ) from None
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """CSV or Parquet, by the name's ending; whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    getattr(table, _WRITERS[path.suffix])(part, index=False)
+    part.rename(path)
+
+
+def write_left_out(out: Path, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+    """Writes `out.left_out.csv`, `file` and `reason`, if there is any; returns it."""
+    rows = [(names[n], reason) for n, reason in sorted(found.reasons.items())]
+    table = pd.DataFrame(rows, columns=["file", "reason"])
+    path = out.with_name(f"{out.stem}.left_out.csv")
+    if len(table):
+        write_table(table, path)
+    else:
+        path.unlink(missing_ok=True)  # of an earlier time
+    return table
+
+
+def _nothing(found: Predicted, names: Sequence[str]) -> str:
+    first = min(found.reasons)
+    return (
+        f"none of the {len(names):,} files is a CT slice that can be predicted. The first, "
+        f"{names[first]}: {found.reasons[first]}. Give the folder or archive that holds the slices."
+    )
+
+
+def slice_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+    """One row per predicted slice: `file`, a probability per label, `study` (a key that names
+    nobody, empty if unknown), `positive` (labels that reach their threshold, separated by `;`),
+    and of several models `<label>@<model>`."""
+    good = [n for n in range(len(names)) if n not in found.reasons]
+    logits = found.logits[good]
+    mean = sigmoid(logits.mean(1))
+    table = pd.DataFrame({"file": [names[n] for n in good]})
+    table[list(model.labels)] = mean
+    table["study"] = [found.study[n] for n in good]
+    table["positive"] = [model.positives(p) for p in mean]
+    if len(model.members) > 1:
+        each = sigmoid(logits)
+        for m, member in enumerate(model.members):
+            table[[f"{k}@{member.name}" for k in model.labels]] = each[:, m]
+    return table
+
+
+def study_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+    """One row per study, in order of appearance: `study`, `slices`, per label the highest
+    probability, as `<label>_top3` the mean of the highest three, as `<label>_slice` the file with
+    the highest, and `positive`, the labels whose highest reaches its threshold.
+
+    Slices whose file names no study are in none.
+    """
+    of_study: dict[str, list[int]] = {}
+    for n, key in enumerate(found.study):
+        if key and n not in found.reasons:
+            of_study.setdefault(key, []).append(n)
+    rows = []
+    for key, members in of_study.items():
+        probability = sigmoid(found.logits[members].mean(1))
+        ranked = np.sort(probability, axis=0)[::-1]
+        decides = probability.argmax(0)
+        row: dict[str, object] = {"study": key, "slices": len(members)}
+        row |= dict(zip(model.labels, ranked[0], strict=True))
+        for i, k in enumerate(model.labels):
+            row[f"{k}_top3"] = ranked[:_TOP, i].mean()
+            row[f"{k}_slice"] = names[members[decides[i]]]
+        row["positive"] = model.positives(ranked[0])
+        rows.append(row)
+    columns = ["study", "slices", *model.labels]
+    columns += [f"{k}_{what}" for k in model.labels for what in ("top3", "slice")] + ["positive"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def check_submission(model: Ensemble) -> None:
+    """Raises UserError if the labels are not the competition's."""
+    if not set(RSNA_LABELS) <= set(model.labels):
+        raise UserError(
+            f"--submission needs the competition's labels {', '.join(RSNA_LABELS)}, but the model "
+            f"has {', '.join(model.labels)}. Leave it out, or take a model of the RSNA set."
+        )
+
+
+def write_submission(slices: pd.DataFrame, stems: Sequence[str], path: Path) -> None:
+    """The competition's long format: `ID,Label`, six rows per image, `ID_<image>_<label>`.
+
+    Args:
+        slices: of `slice_table`, N rows.
+        stems: the N names of the images, as the competition gives them to its files.
+        path: a CSV.
+    """
+    ids = [f"{stem}_{k}" for stem in stems for k in RSNA_LABELS]
+    values = slices[list(RSNA_LABELS)].to_numpy().ravel()
+    write_table(pd.DataFrame({"ID": ids, "Label": values}), path)
+
+
+# In the order of the competition's sample submission.
+RSNA_LABELS = (
+    "epidural",
+    "intraparenchymal",
+    "intraventricular",
+    "subarachnoid",
+    "subdural",
+    "any",
+)
+
+
+def _print(
+    terminal: Terminal,
+    model: Ensemble,
+    studies: pd.DataFrame,
+    found: Predicted,
+    left_out: pd.DataFrame,
+    args: argparse.Namespace,
+) -> None:
+    rows = [
+        [str(r["study"]), f"{r['slices']}", *(f"{r[k]:.3f}" for k in model.labels), r["positive"]]
+        for _, r in studies.head(_SHOWN).iterrows()
+    ]
+    limits = ", ".join(f"{k} {t:.3f}" for k, t in model.thresholds.items())
+    said = [f"Thresholds: {limits}: {model.chosen_by}."]
+    alone = sum(not key for n, key in enumerate(found.study) if n not in found.reasons)
+    if alone:
+        said.append(f"{alone:,} slices name no study and are in none of these rows.")
+    if len(studies) > _SHOWN:
+        said.append(f"{len(studies) - _SHOWN:,} more studies are in {studies_path(args.out)}.")
+    for file, reason in left_out.head(_SHOWN).itertuples(index=False):
+        said.append(f"left out: {file}: {reason}")
+    if len(left_out):
+        said.append(f"{len(left_out):,} files left out, listed in {args.out.stem}.left_out.csv.")
+        if args.submission:
+            said.append("The submission lacks them, and the competition refuses one with gaps.")
+    said.append(f"{len(found.study) - len(left_out):,} slices: {args.out}. Research only.")
+    title = f"{model.name}: highest probability of each study"
+    headings = ["study", "slices", *model.labels, "positive"]
+    terminal.tables(title, [(headings, rows)], said)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status as the help says; 130 or 143 after Ctrl-C or SIGTERM."""
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
+    keep_memory()
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"ich: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ich: a folder or file cannot be used: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
