@@ -1,11 +1,11 @@
 """Speed as ratios measured side by side in one run: `python -m ich.bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
-minutes, is worth writing down. Seven parts: `prepare` (decoding), `input` (batches for the
-network), `step` (one training step), `sweep` (an epoch of all eight networks), `start` (of a job),
-`memory` (of a training, by the size of its cohort) and `intervals` (of a comparison). Prints a
-table and saves it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine
-otherwise idle.
+minutes, is worth writing down. Eight parts: `prepare` (decoding), `input` (batches for the
+network), `step` (one training step), `sweep` (an epoch of all eight networks), `predict` (from
+files to probabilities), `start` (of a job), `memory` (of a training, by the size of its cohort) and
+`intervals` (of a comparison). Prints a table and saves it, with versions and hardware, under
+multirun_reports/benchmarks/. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from ich import peers, provenance
 from ich.cache import build_cache
 from ich.config import CONF_DIR, Config, Precision, image_size, register, to_yaml, typed
 from ich.data import Dataset, load_dataset, open_store
+from ich.inputs import Inputs
 from ich.launcher import register_resolvers
-from ich.model import build_model, model_cost
+from ich.model import Metadata, build_model, input_spec, model_cost, save_weights
 from ich.peers import BATCH, Rate
 from ich.phantom import PhantomSpec, write_phantom
 from ich.pool import available_cores, keep_memory
 from ich.precision import CHANNELS_LAST, CONTIGUOUS, Mode, fastest, resolve, time_modes
+from ich.predictor import Ensemble, load_ensemble, predict_files
 from ich.results import RunPaths, write_json
 from ich.store import SliceStore, read_bytes
 from ich.train import Progress, Trainer, build_optimizer, device_name, pick_device
@@ -55,7 +57,7 @@ MODELS = (
     "efficientnet_b2",
     "efficientnet_b3",
 )
-PARTS = ("prepare", "input", "step", "sweep", "start", "memory", "intervals")
+PARTS = ("prepare", "input", "step", "sweep", "predict", "start", "memory", "intervals")
 _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
 _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
@@ -581,6 +583,65 @@ def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
     }, note
 
 
+# Predict
+
+
+def bench_predict(
+    models: Sequence[str], size: int, folder: Path, images: int, rounds: int
+) -> tuple[dict[str, Row], str]:
+    """Slices predicted per second from DICOM files, process start included: `ich.predict` against a
+    plain loop that decodes, windows and predicts one by one, with the same network."""
+    rows = {}
+    files = sorted((folder / "phantom" / "stage_2_train").glob("*.dcm"))
+    for name in models:
+        config = job(name, size, folder)
+        weights = folder / f"{name}-{size}.safetensors"
+        _write_random_weights(config, weights)
+        device = pick_device(config.train.device)
+        cpu = device.type == "cpu"
+        ensemble = load_ensemble([str(weights)], device, None, folder / "onnx" if cpu else None)
+        plain = build_model(config.model).to(device)
+        rows[f"predict, {name}, {size} px: ours / one by one"] = ratio(
+            _prediction_rate(ensemble, files),
+            peers.plain_predictions(files[:images], size, plain, device),
+            rounds,
+        )
+    mean = geometric_mean(list(rows.values()))
+    rows[f"predict, {size} px: geometric mean"] = mean
+    note = (
+        f"Predictions were of {len(files):,} files of 512 x 512 in a folder, one by one of "
+        f"{min(images, len(files)):,} of them; on a CPU by --engine onnx, already converted."
+    )
+    return rows, note
+
+
+def _write_random_weights(config: Config, path: Path) -> None:
+    spec = input_spec(config.model)
+    labels = tuple("abcdef")
+    metadata = Metadata(
+        config.model.name,
+        config.model.timm,
+        labels,
+        tuple(config.windows.channels),
+        config.data.cache_size,
+        image_size(config),
+        spec.mean,
+        spec.std,
+        dict.fromkeys(labels, 0.5),
+    )
+    save_weights(build_model(config.model), path, metadata)
+
+
+def _prediction_rate(ensemble: Ensemble, files: Sequence[Path]) -> Rate:
+    def rate() -> float:
+        start = time.perf_counter()
+        inputs = Inputs.find([str(f) for f in files])
+        predict_files(ensemble, inputs, lambda _, identifier: identifier, lambda *_: None)
+        return len(files) / (time.perf_counter() - start)
+
+    return rate
+
+
 # Report
 
 
@@ -665,6 +726,10 @@ def main(argv: list[str] | None = None) -> int:
             found, hours = bench_sweep(args.models, size, folder, args.images, args.rounds)
             add(found)
             notes.append(_projection(hours, args.models, size, "validation included"))
+        for size in args.image_size if "predict" in args.parts else ():
+            found, note = bench_predict(args.models, size, folder, args.images, args.rounds)
+            add(found)
+            notes.append(note)
         for part, measure in (
             ("start", lambda: bench_start(folder, args.rounds)),
             ("memory", lambda: bench_memory(folder)),

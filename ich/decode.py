@@ -162,14 +162,14 @@ def resize_area(hu: np.ndarray, size: int) -> np.ndarray:
     if side == size:
         return hu
     blocks = math.gcd(side, size)
-    weights = _area_weights(side // blocks, size // blocks)
+    weights = area_weights(side // blocks, size // blocks)
     rows = weights @ hu.astype(np.float32).reshape(blocks, -1, side)
     out = rows.reshape(size, blocks, -1) @ weights.T
     return np.rint(out).astype(np.int16).reshape(size, size)
 
 
 @lru_cache(maxsize=8)
-def _area_weights(source: int, target: int) -> np.ndarray:
+def area_weights(source: int, target: int) -> np.ndarray:
     """float32 [target, source]: the share of each source pixel in each target pixel."""
     edges = np.arange(target + 1) * (source / target)
     left = np.maximum(edges[:-1, None], np.arange(source)[None])

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ich.config import Device, TrackingConfig, UserError
 from ich.explain import check_folder, explain
+from ich.graph import has_onnx
 from ich.inputs import Inputs
 from ich.metrics import sigmoid
 from ich.patients import Pseudonyms
@@ -33,6 +35,7 @@ from ich.train import pick_device
 
 LEFT_OUT = 3  # exit status: predictions are written, and some files had none
 _WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
+_WORTH_CONVERTING = 3000  # files: a conversion takes 2 to 8 s
 _TOP = 3  # slices of a study whose mean is its second score
 _SHOWN = 20  # studies, and files left out, in the terminal
 
@@ -55,6 +58,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--submission", type=Path, metavar="CSV", help="the RSNA 2019 competition's format")
     add("--names", choices=("file", "pseudonym"), default="file", help="how outputs name slices")
     add("--device", choices=[d.value for d in Device], default=Device.auto.value)
+    add("--engine", choices=("auto", "torch", "onnx"), default="auto", help="auto: onnxruntime on "
+        "a CPU, from some thousand files on")  # fmt: skip
     add("--batch-size", type=_positive, default=32)
     add("--workers", type=_positive, help="decoding processes; else one per core")
     add("--tracking-uri", help="MLflow's; else the database in this folder")
@@ -81,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     terminal, keys = Terminal(), Pseudonyms.beside(args.cache_dir)
     inputs = Inputs.find(args.inputs)
     tracking = TrackingConfig(mlflow=True, uri=args.tracking_uri)
-    model = load_ensemble(args.model, pick_device(Device(args.device)), tracking)
+    device = pick_device(Device(args.device))
+    model = load_ensemble(args.model, device, tracking, conversions(args, device, len(inputs)))
     model = model.deciding(args.threshold)
     if args.submission:
         check_submission(model)
@@ -117,6 +123,22 @@ def run(args: argparse.Namespace) -> int:
                             lambda done, total: report("explaining", done, total))  # fmt: skip
         terminal.say(f"{len(pages)} studies with findings: {args.explain / 'index.html'}")
     return LEFT_OUT if len(left_out) else 0
+
+
+def conversions(args: argparse.Namespace, device: torch.device, files: int) -> Path | None:
+    """Where networks converted for onnxruntime are kept, if it is to compute.
+
+    Raises:
+        UserError: it is asked for and not installed, or there is a GPU to compute on.
+    """
+    engine, on_cpu = args.engine, device.type == "cpu"
+    if engine == "onnx" and not (has_onnx() and on_cpu):
+        raise UserError(
+            "--engine is onnx, which computes on the CPU and needs three packages. Install them "
+            "with pip install 'ich[onnx]' and give --device cpu, or leave --engine at auto."
+        )
+    wanted = engine == "onnx" or (engine == "auto" and files >= _WORTH_CONVERTING)
+    return args.cache_dir / "onnx" if wanted and on_cpu and has_onnx() else None
 
 
 def studies_path(out: Path) -> Path:

@@ -51,6 +51,12 @@ class CTWindows:
             for w, m, s in zip(windows, mean_, std_, strict=True)
         ]
 
+    def numbers(self) -> tuple[torch.Tensor, ...]:
+        """Slope, intercept, lowest and highest value of each channel, float32 [C]."""
+        slope, intercept = (torch.stack([m[i] for m in self.maps]) for i in (0, 1))  # type: ignore[misc]
+        limits = torch.tensor([m[2] for m in self.maps], dtype=torch.float32)
+        return slope, intercept, limits[:, 0], limits[:, 1]
+
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """float32 HU [B, 1, H, W] -> float32 [B, C, H, W] in the layout asked for."""
         shape = (hu.shape[0], len(self.maps), *hu.shape[2:])
@@ -94,6 +100,12 @@ class Resample:
         x = _weighted_rows(hu.to(torch.float32), rows, row_weights)
         x = _weighted_rows(x.transpose(1, 2), columns, column_weights)
         return x.transpose(1, 2).contiguous().unsqueeze(1)
+
+    def matrix(self, pixels: int) -> torch.Tensor:
+        """What a call without draws does along one axis, float32 [size, pixels]."""
+        draws = torch.ones(1, _DRAWS)
+        (rows, _), (weights, _) = self._taps(draws, pixels)
+        return _weighted_rows(torch.eye(pixels).unsqueeze(0), rows, weights)[0]
 
     def _taps(self, u: torch.Tensor, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Source pixels under each output pixel's triangle, and their weights, which sum to 1.

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from ich.config import CONF_DIR, ModelConfig, UserError, WindowConfig
 from ich.model import (
+    Classifier,
     Metadata,
     build_model,
     check_architecture,
     count_parameters,
     ensure_weights,
+    fold_batch_norms,
     input_spec,
     load_trained,
     load_weights,
@@ -200,6 +202,37 @@ def test_the_real_weights_fit_their_model(shared: Path) -> None:
     assert torch.equal(build_model(cfg).base.conv_stem.weight.detach(), stem)
     with pytest.raises(UserError, match=re.escape("does not fit resnet50")):
         ensure_weights(config("resnet50", weights=str(path)))
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "efficientnet_lite0"])
+def test_folded_batch_norms_are_the_same_function(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(config(name)).eval()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.8, 1.2)
+        norm.weight.data.uniform_(0.8, 1.2)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        before = model(x)
+        assert fold_batch_norms(model) == len(norms)
+        after = model(x)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+def test_a_convolution_used_twice_is_not_folded() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 3, 1)
+            self.one, self.two = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.conv(self.one(self.conv(x))))
+
+    assert fold_batch_norms(Classifier(Twice(), 3, 6)) == 0
 
 
 # What a weights file may be (FAULTS 34)

@@ -31,7 +31,7 @@ from ich.dicom import read_hu, read_slice
 from ich.inputs import Inputs
 from ich.metrics import best_thresholds, sigmoid
 from ich.phantom import LABELS
-from ich.predict import LEFT_OUT, RSNA_LABELS, main
+from ich.predict import LEFT_OUT, RSNA_LABELS, conversions, main, parse
 from ich.predictor import Ensemble, load_ensemble
 from ich.results import RunPaths, SweepPaths
 from ich.tracking import MlflowStore, TrackingConfig
@@ -133,6 +133,30 @@ def test_a_threshold_that_is_none_is_refused(runs: list[Path], given: str) -> No
     assert set(model.deciding("0.25").thresholds.values()) == {0.25}
 
 
+def test_onnxruntime_gives_the_same_and_converts_once(
+    runs: list[Path], phantom: Path, predict: Callable[..., int]
+) -> None:
+    files = slices_of(phantom)[:40]
+    for engine in ("torch", "onnx", "onnx"):
+        assert predict("--model", runs[0], *files, "-o", f"{engine}.csv", "--engine", engine) == 0
+        made = [(p.name, p.stat().st_mtime_ns) for p in Path(".ich-cache").glob("onnx/*")]
+        assert len(made) == (engine == "onnx")
+    by_torch, by_onnx = (probabilities(pd.read_csv(f"{e}.csv")) for e in ("torch", "onnx"))
+    np.testing.assert_allclose(by_onnx, by_torch, atol=1e-5)
+
+
+def test_many_files_on_a_cpu_are_worth_converting(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse(["a", "--model", "b", "-o", "c.csv"])
+    place = Path(".ich-cache/onnx")
+    assert [conversions(args, CPU, n) for n in (2999, 3000)] == [None, place]
+    assert conversions(args, torch.device("cuda"), 3000) is None
+    args.engine = "onnx"
+    assert conversions(args, CPU, 1) == place
+    monkeypatch.setattr("ich.predict.has_onnx", lambda: False)
+    with pytest.raises(UserError, match=r"--engine is onnx, .* pip install 'ich\[onnx\]'"):
+        conversions(args, CPU, 1)
+
+
 # Ensembles and flips
 
 
@@ -179,10 +203,10 @@ def test_flips_are_the_mean_over_flipped_slices(runs: list[Path], phantom: Path)
     network = load_ensemble([str(runs[0])], CPU).members[0].network
     hu = np.stack([read_hu(f.read_bytes()) for f in slices_of(phantom)[:3]])[:, 8:56, 8:56]
     flipped = [hu, hu[:, :, ::-1], hu[:, ::-1], hu[:, ::-1, ::-1]]
-    one_by_one = [network.logits(torch.from_numpy(f.copy())) for f in flipped]
-    found = network.logits(torch.from_numpy(hu.copy()), "flips")
-    torch.testing.assert_close(found, torch.stack(one_by_one).mean(0), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(found, one_by_one[0], atol=1e-4)
+    one_by_one = [network.logits(f.copy()) for f in flipped]
+    found = network.logits(hu.copy(), "flips")
+    np.testing.assert_allclose(found, np.mean(one_by_one, axis=0), atol=1e-5)
+    assert not np.allclose(found, one_by_one[0], atol=1e-4)
 
 
 def test_networks_of_other_labels_are_not_averaged(
@@ -190,8 +214,8 @@ def test_networks_of_other_labels_are_not_averaged(
 ) -> None:
     real = predictor.Network
 
-    def other(weights: Path, device: torch.device) -> predictor.Network:
-        network = real(weights, device)
+    def other(weights: Path, *args: object) -> predictor.Network:
+        network = real(weights, *args)
         if "seed=1" in str(weights):
             network.metadata = replace(network.metadata, labels=("a", *LABELS[1:]))
         return network

@@ -1,0 +1,143 @@
+"""A trained network as one graph, from Hounsfield units to logits: for export, and for speed.
+
+Every step that `ich.predictor` takes one by one (averaging to the cache's size, resampling,
+windows, normalization) is a product with a constant matrix or one operation per channel, so the
+graph needs nothing from its caller but a square slice in HU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ich.config import AugmentConfig
+from ich.decode import area_weights
+from ich.dicom import HU_MAX, HU_MIN
+from ich.model import Classifier, Metadata
+from ich.transforms import CTWindows, Resample
+
+NO_AUGMENT = AugmentConfig(hflip=0.0, vflip=0.0, crop=0.0, crop_min=1.0)
+
+
+class Graph(nn.Module):
+    """int16 HU [B, S, S] -> float32 [B, L].
+
+    Args:
+        model: the network, in eval mode.
+        metadata: of its weights.
+        side: S, pixels; None is the cache size of the metadata, to which others are averaged first.
+        probabilities: give these instead of logits.
+    """
+
+    average: torch.Tensor
+    resample: torch.Tensor
+    slope: torch.Tensor
+    shift: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(
+        self,
+        model: Classifier,
+        metadata: Metadata,
+        side: int | None = None,
+        probabilities: bool = False,
+    ):
+        super().__init__()
+        self.model, self.probabilities = model, probabilities
+        cached, size = metadata.cache_size, metadata.image_size
+        self.side = side or cached
+        self.averages = self.side != cached
+        if self.averages:
+            weights = area_weights(self.side, cached)
+            self.register_buffer("average", torch.from_numpy(weights.copy()))
+        self.register_buffer("resample", Resample(size, NO_AUGMENT).matrix(cached))
+        windows = CTWindows(metadata.windows, "cpu", metadata.mean, metadata.std)
+        for name, values in zip(("slope", "shift", "low", "high"), windows.numbers(), strict=True):
+            self.register_buffer(name, values.view(-1, 1, 1))
+
+    def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        x = hu.to(torch.float32).clamp(HU_MIN, HU_MAX)
+        if self.averages:
+            x = torch.round(self.average @ x @ self.average.T)  # the cache holds whole HU
+        x = self.resample @ x @ self.resample.T
+        x = x.unsqueeze(1) * self.slope + self.shift
+        logits = self.model(torch.maximum(torch.minimum(x, self.high), self.low))
+        return torch.sigmoid(logits) if self.probabilities else logits
+
+
+def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes the graph for batches of any size, from `hu` to `probability` or `logits`.
+
+    Args:
+        graph: on the CPU.
+        path: whole or not at all.
+        metadata: embedded in the file.
+    """
+    example = torch.zeros(2, graph.side, graph.side, dtype=torch.int16)
+    with quiet():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            input_names=["hu"],
+            output_names=["probability" if graph.probabilities else "logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update(metadata or {})
+    part = path.with_name(f".{path.name}.part")
+    program.save(part)
+    part.rename(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters tell much of themselves that is no news to the person at the screen."""
+    loud = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loud]
+    for logger in loud:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+    for logger, level in zip(loud, levels, strict=True):
+        logger.setLevel(level)
+
+
+def has_onnx() -> bool:
+    """Whether the extra `onnx` is installed."""
+    return all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+class Session:
+    """An ONNX file on this machine's processor."""
+
+    def __init__(self, path: Path, threads: int):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Decoding processes want the cores while a batch waits.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session: Any = onnxruntime.InferenceSession(
+            os.fspath(path), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, hu: np.ndarray) -> np.ndarray:
+        """int16 HU [B, S, S] -> float32 [B, L], as the file gives it."""
+        (found,) = self._session.run(None, {"hu": np.ascontiguousarray(hu)})
+        return np.asarray(found)
