@@ -1,7 +1,8 @@
 """What `mlflow models serve` loads: weights and metadata, by this module's `_load_pyfunc`.
 
 A request's row is one slice: `dicom`, a file in base64, or `hu`, its Hounsfield units as rows of
-pixels. A row that is no CT slice gets a reason, and the other rows their probabilities.
+pixels; all rows of a request the same (MLflow's signature takes no gaps). A row that is no CT slice
+gets a reason, and the other rows their probabilities.
 """
 
 from __future__ import annotations
@@ -32,9 +33,18 @@ class Server:
         self._model = load_ensemble([str(weights)], torch.device("cpu"))
 
     def predict(self, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
-        """One row per slice: a probability per label, `positive` (the labels above their
-        thresholds, separated by `;`) and, instead of both, `reason`."""
+        """One row per slice: a probability per label, `positive` (the labels that reach their
+        thresholds, separated by `;`) and, instead of both, `reason`.
+
+        Raises:
+            ValueError: there is no column `dicom` or `hu`; MLflow answers with its text.
+        """
         del params  # MLflow's; there are none
+        if not {"dicom", "hu"} & set(model_input.columns):
+            raise ValueError(
+                "a row needs `dicom`, a DICOM file in base64, or `hu`, Hounsfield units as rows "
+                'of pixels, as in {"dataframe_records": [{"dicom": "..."}]}'
+            )
         model, size = self._model, self._model.sizes[0]
         count = len(model_input)
         probability = np.full((count, len(model.labels)), np.nan)
@@ -42,7 +52,8 @@ class Server:
         for numbers, slices in _batches(_slices(model_input), reasons, size):
             logits = model.logits({size: slices})[:, 0]
             probability[numbers] = sigmoid(logits)
-        table = pd.DataFrame(probability, columns=list(model.labels))
+        table = pd.DataFrame(probability, columns=list(model.labels)).astype(object)
+        table = table.where(table.notna(), None)  # JSON has no NaN
         table["positive"] = [model.positives(p) for p in probability]
         return table.assign(reason=reasons)
 

@@ -353,8 +353,6 @@ def _as_model(run: RunPaths, folder: Path) -> Path:
     Returns:
         The folder; or the weights as they are, if an earlier version of ich wrote them.
     """
-    from mlflow import pyfunc
-
     from ich.model import read_metadata  # torch takes seconds
 
     try:
@@ -365,6 +363,8 @@ def _as_model(run: RunPaths, folder: Path) -> Path:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from mlflow import pyfunc
+
         pyfunc.save_model(
             folder,
             loader_module=_SERVER,
