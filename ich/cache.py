@@ -120,7 +120,7 @@ def build_cache(
             return_memory()
             cache, absent = _open(images, place, size)
             _publish(cache, store, size)
-    _check_quarantine(cache.quarantine["reason"].tolist(), len(images), absent, max_quarantine)
+    check_quarantine(cache.quarantine["reason"].tolist(), len(images), absent, max_quarantine)
     return cache
 
 
@@ -446,7 +446,7 @@ def _require_space(place: Path, needed: int) -> None:
         )
 
 
-def _check_quarantine(reasons: list[str], total: int, absent: int, allowed: float) -> None:
+def check_quarantine(reasons: list[str], total: int, absent: int, allowed: float) -> None:
     if len(reasons) > allowed * total:
         common = Counter(reasons).most_common(10)
         stopped = f" after {total - absent:,} of them" if absent else ""

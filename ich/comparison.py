@@ -62,6 +62,14 @@ class Predictions:
     study: np.ndarray
     chosen: tuple[np.ndarray, np.ndarray]
 
+    def of_labels(self, labels: Sequence[str]) -> Predictions:
+        """The same of some labels, in their order."""
+        at, scored = [self.scored.labels.index(k) for k in labels], self.scored
+        kept = replace(
+            scored, labels=tuple(labels), target=scored.target[:, at], logits=scored.logits[:, at]
+        )
+        return replace(self, scored=kept, chosen=(self.chosen[0][:, at], self.chosen[1][:, at]))
+
     @staticmethod
     def averaged(each: Sequence[Predictions]) -> Predictions:
         """The mean logits of several, which must be of the same rows."""
@@ -277,18 +285,23 @@ def _load_run(sweep: SweepPaths, result: dict[str, Any], prefix: str) -> Run:
     return Run(f"{prefix}{result['job']}", paths, result, config, found)
 
 
-def read_predictions(run: RunPaths) -> Predictions | None:
-    """A finished run's predictions; None if the file is gone or damaged."""
+def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | None:
+    """A finished run's predictions; None if the file is gone or damaged.
+
+    Args:
+        run: its folder.
+        split: whose rows; None for those that are scored, of the test set if there is one.
+    """
     try:
         with run.predictions.open("rb") as handle, np.load(handle) as file:
             arrays = {name: file[name] for name in file.files}
-        return _predictions(arrays)
+        return _predictions(arrays, split)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
 
 
-def _predictions(arrays: Mapping[str, np.ndarray]) -> Predictions:
-    split = "test" if "test_logits" in arrays else "val"
+def _predictions(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
+    split = split or ("test" if "test_logits" in arrays else "val")
     image_id = arrays[f"{split}_image_id"]
     group, drawn = group_rows(arrays[f"{split}_patient"], image_id)
     return Predictions(
@@ -341,7 +354,7 @@ def _resample(groups: Sequence[Group], resamples: int) -> None:
     found = [r.predictions for g in groups for r in g.runs if r.predictions is not None]
     # In threads: nearly all of it is in numpy and scipy, which let others run.
     with ThreadPoolExecutor(available_cores()) as threads:
-        resampled = iter(list(threads.map(lambda p: _replicates(p, counts), found)))
+        resampled = iter(list(threads.map(lambda p: replicates(p, counts), found)))
     for number, g in enumerate(groups):
         each = [next(resampled) for _ in g.runs]
         rng = np.random.default_rng(number)
@@ -362,7 +375,7 @@ def _over_seeds(values: np.ndarray, seeds: np.ndarray, at: np.ndarray) -> np.nda
     return mean if n == 1 else mean + (drawn - mean) * np.sqrt(n / (n - 1))
 
 
-def _replicates(found: Predictions, counts: np.ndarray) -> dict[str, np.ndarray]:
+def replicates(found: Predictions, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of every resample, per slice and, as `study_<metric>`, per study."""
     scored = found.scored
     values = bootstrap(scored, counts)

@@ -289,6 +289,35 @@ class PrepareConfig:
     windows: WindowsConfig = field(default_factory=WindowsConfig)
 
 
+class Rows(Enum):
+    """What `ich.evaluate` scores: every labelled image once, or a split of the protocol."""
+
+    all = "all"
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+@dataclass
+class EvaluateConfig:
+    """What `python -m ich.evaluate` composes. `models` is one model or a list, whose logits are
+    averaged. Of `data`, sizes are not used: those of the model are."""
+
+    models: Any = MISSING
+    rows: Rows = MISSING
+    tta: str = MISSING
+    threshold: str | None = None
+    name: str | None = None
+    output: str = MISSING
+    resamples: int = MISSING
+    batch_size: int = MISSING
+    device: Device = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
 # `_target_` is executable configuration: only these names are ever looked up.
 OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
     "torch.optim.Adam": frozenset({"lr", "betas", "eps", "weight_decay"}),
@@ -298,12 +327,13 @@ OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
 
 
 def register() -> None:
-    """Makes the schemas known to Hydra: the bases of `conf/config.yaml` and `conf/prepare.yaml`."""
+    """Makes the schemas known to Hydra: the bases of `conf/config.yaml` and of the two others."""
     ConfigStore.instance().store(name="ich_schema", node=Config)
     ConfigStore.instance().store(name="ich_prepare_schema", node=PrepareConfig)
+    ConfigStore.instance().store(name="ich_evaluate_schema", node=EvaluateConfig)
 
 
-AnyConfig = TypeVar("AnyConfig", Config, PrepareConfig)
+AnyConfig = TypeVar("AnyConfig", Config, PrepareConfig, EvaluateConfig)
 
 
 def typed(cfg: DictConfig | dict[str, Any], schema: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
@@ -422,7 +452,7 @@ def validate(config: Config) -> None:
     _check_image_size(config)
 
 
-def _refuse(config: Config | PrepareConfig, key: str, allowed: str) -> None:
+def _refuse(config: Config | PrepareConfig | EvaluateConfig, key: str, allowed: str) -> None:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -433,7 +463,7 @@ def _refuse(config: Config | PrepareConfig, key: str, allowed: str) -> None:
     )
 
 
-def validate_data(config: Config | PrepareConfig) -> None:
+def validate_data(config: Config | PrepareConfig | EvaluateConfig) -> None:
     """Checks the ranges of `data`, `protocol` and `windows`.
 
     Raises:

@@ -18,7 +18,15 @@ import numpy as np
 import pandas as pd
 
 from ich.cache import Cache, build_cache, cache_folder, lock, read_cache, rows_in
-from ich.config import Config, DataConfig, PrepareConfig, ProtocolName, Source, UserError
+from ich.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    ProtocolName,
+    Source,
+    UserError,
+)
 from ich.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
 from ich.patients import KEYS, Pseudonyms, read_metadata, scan_headers
 from ich.phantom import PhantomSpec, count_slices, ensure_phantom
@@ -28,7 +36,7 @@ from ich.store import SliceStore
 
 # Called with (what is done, done, in all).
 Report = Callable[[str, int, int], None]
-AnyConfig = Config | PrepareConfig
+AnyConfig = Config | PrepareConfig | EvaluateConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) 
     done = prepare(cfg, report, build)
     done.require_rows()
     cohort, cache = done.cohort, done.cache
-    rows = cohort.rows.assign(**{key: _numbers(cohort.rows[key]) for key in KEYS})
+    rows = cohort.rows.assign(**{key: numbers(cohort.rows[key]) for key in KEYS})
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
     summary = {**done.summary(), "protocol": cfg.protocol.name.value}
     return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
@@ -270,6 +278,36 @@ def _labelled(
     return manifest, labels.names, labels.repeated
 
 
+def labelled_images(
+    cfg: AnyConfig, store: SliceStore, report: Report | None = None
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Every labelled image once, without protocol: `image_id`, `path`, the labels, and the keys
+    `patient` and `study`; and the labels' names. With data.subset below 1, a random part of it."""
+    manifest, names, _ = _labelled(cfg, store)
+    if cfg.data.subset < 1:
+        manifest = manifest.sample(frac=cfg.data.subset, random_state=cfg.protocol.seed)
+    manifest = manifest.sort_index().reset_index(drop=True)
+    return _with_keys(cfg.data, manifest, store, report), names
+
+
+def trained_on(cfg: DataConfig, key: str) -> pd.DataFrame | None:
+    """The training rows of a cohort, `image_id` and the keys `patient` and `study`.
+
+    Args:
+        cfg: of the run that was trained on it.
+        key: the cohort's fingerprint.
+
+    Returns:
+        None if the cohort's file is not on this machine.
+    """
+    place = Path(cfg.cache_dir) / f"cohort-{key}.csv.gz"
+    if not place.is_file():
+        return None
+    wanted = ["image_id", *KEYS, "split"]
+    rows = pd.read_csv(place, usecols=wanted, dtype=str, keep_default_na=False)
+    return rows[rows["split"] == TRAIN]
+
+
 def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:
     """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
     manifest, names, repeated = _labelled(cfg, store)
@@ -379,7 +417,7 @@ def _cohort_key(cfg: AnyConfig, store: SliceStore | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _numbers(keys: pd.Series) -> np.ndarray:
+def numbers(keys: pd.Series) -> np.ndarray:
     """Keys that name nobody -> numbers that mean nothing outside the cohort, -1 for no key."""
     codes, _ = pd.factorize(keys)
     return np.where(keys == "", -1, codes)

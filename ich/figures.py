@@ -60,6 +60,12 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
     return [_save(figure, comparison, folder) for figure in _wanted(comparison)]
 
 
+def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
+    """Of those figures the ones that need nothing but predictions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_save(figure, comparison, folder) for figure in _of_predictions(comparison)]
+
+
 def _wanted(comparison: Comparison) -> Iterator[Figure]:
     yield Figure(
         "learning_curves",
@@ -81,6 +87,19 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
             f"joins the Pareto front, where all were scored on the same rows: nothing else is "
             f"both cheaper and better.",
         )
+    yield from _of_predictions(comparison)
+    best = next((s.best for s in comparison.sets if s.best), None)
+    if best:
+        yield Figure(
+            "confusion",
+            lambda _: _confusion(best),
+            "confusion per label at the chosen threshold",
+            f"{best.setting}: rows and what was said of them, at the threshold with the best F1 on "
+            f"validation.",
+        )
+
+
+def _of_predictions(comparison: Comparison) -> Iterator[Figure]:
     yield Figure(
         "roc",
         lambda c: _curves(c, _roc_points, "1 - specificity", "sensitivity"),
@@ -101,15 +120,6 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
         f"Calibration: in {_BINS} bins of predicted probability, all labels pooled, the share "
         f"that is positive. On the diagonal a probability means what it says. {_FIRST}",
     )
-    best = next((s.best for s in comparison.sets if s.best), None)
-    if best:
-        yield Figure(
-            "confusion",
-            lambda _: _confusion(best),
-            "confusion per label at the chosen threshold",
-            f"{best.setting}: rows and what was said of them, at the threshold with the best F1 on "
-            f"validation.",
-        )
 
 
 def _save(figure: Figure, comparison: Comparison, folder: Path) -> Picture:

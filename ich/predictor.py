@@ -107,8 +107,8 @@ class Ensemble:
     """Networks of the same labels, whose logits are averaged.
 
     thresholds: per label, the probability from which it is positive. chosen_by: how, in a sentence.
-    validation: what the members' average predicted on the rows its thresholds were chosen by;
-    None if these are not at hand, or not the same for all.
+    validation: what the members' average predicted on their validation rows, by which epochs and
+    thresholds were chosen; None if these are not at hand, or not the same for all.
     """
 
     members: list[Member]
@@ -251,12 +251,9 @@ def _check_run(member: Member) -> None:
 
 def _validation(members: Sequence[Member]) -> Predictions | None:
     """Of an ensemble on the rows that all its members were validated on."""
-    each = [read_predictions(m.run) if m.run else None for m in members]
+    each = [read_predictions(m.run, "val") if m.run else None for m in members]
     known = [p for p in each if p is not None]
     if len(known) < len(members) or len({p.rows for p in known}) > 1:
-        return None
-    targets = [p.chosen[1] for p in known]
-    if any(not np.array_equal(t, targets[0]) for t in targets):
         return None
     return Predictions.averaged(known)
 

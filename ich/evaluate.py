@@ -1,0 +1,248 @@
+"""A trained model on other labelled scans: `python -m ich.evaluate models=RUN data=folder ...`.
+
+External validation: every metric of the comparison, with intervals over patients, and the decisions
+at the thresholds that the model brings, beside the same on the validation rows it was chosen on.
+Slices are decoded and windowed as the model's weights file says, whatever the config's sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import sys
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pandas as pd
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from ich.cache import check_quarantine
+from ich.comparison import Predictions
+from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, load, register, typed
+from ich.config import validate_data as validate_ranges
+from ich.data import Report, labelled_images, load_cohort, numbers, open_store, trained_on
+from ich.evaluation import Evaluation, metrics_table, shown_table, write_evaluation
+from ich.inputs import Group, Inputs
+from ich.page import cells
+from ich.patients import KEYS, Pseudonyms
+from ich.predictor import TTA, Ensemble, Progress, load_ensemble, predict_files
+from ich.results import RunPaths
+from ich.store import SliceStore
+from ich.terminal import Terminal
+from ich.train import pick_device
+from ich.uncertainty import FEWEST_GROUPS, Scored, group_rows
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
+def run(cfg: DictConfig) -> None:
+    """One evaluation; a user's mistake is one paragraph."""
+    try:
+        config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
+        validate(config)
+        evaluate(config)
+    except UserError as error:
+        raise CompactHydraException(f"ich: {error}") from None
+    except OSError as error:
+        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+
+
+def validate(config: EvaluateConfig) -> None:
+    """Checks every range.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    validate_ranges(config)
+    for key, ok, allowed in (
+        ("tta", config.tta in TTA, f"one of {', '.join(TTA)}"),
+        ("resamples", config.resamples >= 0, "0 (no intervals) or more"),
+        ("batch_size", config.batch_size >= 1, "at least 1"),
+    ):
+        if not ok:
+            raise UserError(f"{key} is {getattr(config, key)!r}, but must be {allowed}.")
+    if not config.name:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", config.name):
+        raise UserError(
+            f"name is {config.name!r}, but must be letters, digits and _.,=+- (it becomes a "
+            f"folder)."
+        )
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Predicts, scores, compares and writes; returns the page."""
+    terminal = Terminal()
+    names = [config.models] if isinstance(config.models, str) else [str(m) for m in config.models]
+    model = load_ensemble(names, pick_device(config.device), config.tracking)
+    model = model.deciding(config.threshold)
+    with terminal.preparing() as report:
+        store = open_store(config.data, report)
+        assert store is not None
+        rows, known = wanted_rows(config, store, report)
+        labels = common_labels(model, known)
+        evaluation = score(config, model, store, rows, labels,
+                           lambda done, total: report("predicting", done, total))  # fmt: skip
+    table = metrics_table(evaluation, config.resamples)
+    folder = Path(config.output) / (config.name or _folder(config, names))
+    page = write_evaluation(evaluation, table, folder)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    (folder / "config.yaml").write_text(text)
+    shown = shown_table(table, ["auc", "accuracy", *(f"auc_{k}" for k in labels)], "slice")
+    terminal.tables(
+        f"{model.name} on data={config.data.source.value}",
+        [([str(c) for c in shown], cells(shown))],
+        evaluation.notes,
+    )
+    terminal.say(f"evaluation: {page}")
+    return page
+
+
+def _folder(config: EvaluateConfig, names: list[str]) -> str:
+    """The model and the data, and a hash of all that tells two evaluations apart."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    told = {k: v for k, v in values.items() if k not in ("name", "output", "tracking", "device")}
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
+    stem = re.sub(r"[^A-Za-z0-9_.,=+-]", "-", Path(names[0]).name).strip(".-")[:60] or "model"
+    return f"{stem}-on-{config.data.source.value}-{digest}"
+
+
+def wanted_rows(
+    config: EvaluateConfig, store: SliceStore, report: Report
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """`image_id`, `path`, labels and keys of the rows to score; and the labels' names.
+
+    Raises:
+        UserError: the protocol has no such rows.
+    """
+    if config.rows is Rows.all:
+        return labelled_images(config, store, report)
+    cohort, _ = load_cohort(config, store, report)
+    rows = cohort.split(config.rows.value)
+    if not len(rows):
+        raise UserError(
+            f"rows is {config.rows.value}, but protocol={config.protocol.name.value} has no such "
+            f"rows; it has {', '.join(cohort.splits)}. Choose one of these, or rows=all."
+        )
+    return rows.reset_index(drop=True), cohort.labels
+
+
+def common_labels(model: Ensemble, known: tuple[str, ...]) -> list[str]:
+    """The model's labels that the data have too, in the model's order.
+
+    Raises:
+        UserError: there is none.
+    """
+    common = [k for k in model.labels if k in known]
+    if not common:
+        raise UserError(
+            f"the model's labels are {', '.join(model.labels)}, and the data's "
+            f"{', '.join(known)}: none is the same. Name the columns of the label CSV as the model "
+            f"names its labels, and say with data.label_columns which to use."
+        )
+    return common
+
+
+def score(
+    config: EvaluateConfig,
+    model: Ensemble,
+    store: SliceStore,
+    rows: pd.DataFrame,
+    labels: list[str],
+    progress: Progress,
+) -> Evaluation:
+    """Predicts each distinct image once, and scores every row.
+
+    Raises:
+        UserError: more files than data.max_quarantine cannot be used.
+    """
+    images = rows.drop_duplicates("image_id")
+    present = images[images["path"] != ""]
+    inputs = Inputs([Group(store, "", present["path"].tolist())])
+    pseudonyms = Pseudonyms.beside(Path(config.data.cache_dir))
+    found = predict_files(model, inputs, pseudonyms.key, progress, config.tta,
+                          config.batch_size, config.data.workers)  # fmt: skip
+    reasons = {present["image_id"].iloc[n]: why for n, why in found.reasons.items()}
+    reasons |= dict.fromkeys(images.loc[images["path"] == "", "image_id"], "the file is missing")
+    check_quarantine(list(reasons.values()), len(images), 0, config.data.max_quarantine)
+    place = pd.Series(np.arange(len(present)), present["image_id"].to_numpy())
+    rows = rows[~rows["image_id"].isin(reasons)].reset_index(drop=True)
+    if not len(rows):
+        raise UserError("no labelled slice is left to score. Mend data.root or data.labels.")
+    at = [model.labels.index(k) for k in labels]
+    logits = found.logits.mean(1)[place[rows["image_id"]].to_numpy()][:, at]
+    target = rows[labels].to_numpy(np.float32)
+    patient, image_id = numbers(rows["patient"]), rows["image_id"].to_numpy(str)
+    group, drawn = group_rows(patient, image_id)
+    scored = Scored(tuple(labels), target, logits, group)
+    here = Predictions(scored, drawn, image_id, numbers(rows["study"]), (logits, target))
+    validation = model.validation.of_labels(labels) if model.validation else None
+    left_out = pd.DataFrame(sorted(reasons.items()), columns=["image_id", "reason"])
+    notes = list(_notes(config, model, here, validation, left_out, labels))
+    notes += [_overlap(m.run, m.name, rows) for m in model.members]
+    limits = {k: model.thresholds[k] for k in labels}
+    return Evaluation(model.name, here, validation, limits, notes, left_out)
+
+
+def _notes(
+    config: EvaluateConfig,
+    model: Ensemble,
+    here: Predictions,
+    validation: Predictions | None,
+    left_out: pd.DataFrame,
+    labels: list[str],
+) -> list[str]:
+    count = int(here.scored.group.max()) + 1
+    data, images = config.data.source.value, len(set(here.image_id.tolist()))
+    which = "every labelled image once" if config.rows is Rows.all else f"its {config.rows.value}"
+    notes = [
+        f"Model: {model.name}" + (f", averaged over {config.tta}" if config.tta != "none" else ""),
+        f"Rows: data={data}, {which}: {len(here.image_id):,} rows of {images:,} images, of "
+        f"{count:,} {here.drawn}; {len(left_out):,} files left out.",
+        f"Thresholds: {model.chosen_by}.",
+    ]
+    if config.resamples and count >= FEWEST_GROUPS:
+        notes.append(f"Intervals: 95 %, {config.resamples:,} bootstrap resamples of {here.drawn}.")
+    else:
+        notes.append(f"No intervals: {count:,} {here.drawn}, {config.resamples} resamples.")
+    if validation is None:
+        notes.append("The model's validation is not at hand (a lone weights file, or members that "
+                     "were validated on different rows): nothing is compared with it.")  # fmt: skip
+    if missing := [k for k in model.labels if k not in labels]:
+        notes.append(f"Not evaluated, since the data do not have it: {', '.join(missing)}. AUC and "
+                     f"accuracy are over {', '.join(labels)} on both sides.")  # fmt: skip
+    return notes
+
+
+def _overlap(run: RunPaths | None, name: str, rows: pd.DataFrame) -> str:
+    """How many of the rows a member was trained on, as far as this machine can tell."""
+    trained = None
+    if run is not None and run.config.is_file():
+        key = str(run.read_origin().get("cohort", "")).split(" ")[0]
+        trained = trained_on(load(run.config).data, key)
+    if trained is None:
+        return f"Whether {name} was trained on any of them is unknown: its cohort is not here."
+    image = rows["image_id"].isin(trained["image_id"]).mean()
+    shares = [f"{image:.1%} the image"]
+    for kind in reversed(KEYS):
+        seen = set(trained[kind]) - {""}
+        if seen and (rows[kind] != "").any():
+            shares.append(f"{rows[kind].isin(seen).mean():.1%} the {kind}")
+    return f"Of the rows, these share with what {name} was trained on: {', '.join(shares)}."
+
+
+def main() -> None:
+    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
+    register()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
