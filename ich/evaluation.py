@@ -18,11 +18,11 @@ from ich.results import FINISHED, RunPaths, write_text
 from ich.uncertainty import FEWEST_GROUPS, Interval, draw_counts
 
 HERE, VALIDATION = "here", "validation"
-# At the model's thresholds, per label: its name, and of which rows the share is positive.
+# Per label, of the decisions at the model's thresholds.
 _DECISIONS = ("sensitivity", "specificity", "precision", "npv")
-_OVERALL = ("auc", "auc_macro", "accuracy", "exact_match", "ap_macro", "log_loss",
+OVERALL = ("auc", "auc_macro", "accuracy", "exact_match", "ap_macro", "log_loss",
             "log_loss_weighted", "brier", "ece")  # fmt: skip
-_PER_LABEL = ("auc", "ap", *_DECISIONS, "accuracy")
+PER_LABEL = ("auc", "ap", *_DECISIONS)
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
         "of two sets of patients: their intervals are unpaired, and where one leaves out zero, the "
         "model does better or worse here by more than chance among patients explains."
     )
-    yield Grid("All labels, per slice", shown_table(table, _OVERALL, "slice"))
+    yield Grid("All labels, per slice", shown_table(table, OVERALL, "slice"))
     if (table["level"] == "study").any():
-        yield Grid("All labels, per study", shown_table(table, _OVERALL, "study"), folded=True)
+        yield Grid("All labels, per study", shown_table(table, OVERALL, "study"), folded=True)
     for label in labels:
         limit = evaluation.thresholds[label]
-        names = [f"{k}_{label}" for k in _PER_LABEL]
+        names = [f"{k}_{label}" for k in PER_LABEL]
         yield Grid(f"{label}, per slice, decided at {limit:.3f}",
                    shown_table(table, names, "slice"))  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,9 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
 def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
     """Of those figures the ones that need nothing but predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(figure, comparison, folder) for figure in _of_predictions(comparison)]
+    wanted = (replace(f, caption=f.caption.replace(_FIRST, "").strip())
+              for f in _of_predictions(comparison))  # fmt: skip
+    return [_save(figure, comparison, folder) for figure in wanted]
 
 
 def _wanted(comparison: Comparison) -> Iterator[Figure]:

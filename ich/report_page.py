@@ -98,7 +98,8 @@ def describe(comparison: Comparison) -> list[str]:
 
     distinct = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in results}
     lines = [
-        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {_cohort(c)}. {_scoring(c)}"
+        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {cohort_text(c)}. "
+        f"{scoring_text(c)}"
         for c in distinct.values()
     ]
     starts = _either(_start(c) for c in configs)
@@ -171,7 +172,8 @@ _STEPS = {
 }
 
 
-def _cohort(c: dict[str, Any]) -> str:
+def cohort_text(c: dict[str, Any]) -> str:
+    """How many images and rows a cohort has; of its summary in a run's result."""
     parts = [f"{c['images']:,} images"]
     parts += [f"{c[step]:,} {text}" for step, text in _STEPS.items() if step in c]
     if c["quarantined"]:
@@ -179,7 +181,7 @@ def _cohort(c: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _scoring(c: dict[str, Any]) -> str:
+def scoring_text(c: dict[str, Any]) -> str:
     """Which rows chose and which scored, and how many of those were seen before."""
     if c["scored"] == "val":
         text = "Selected and scored on the same validation rows: there is no test set. "

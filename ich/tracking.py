@@ -131,7 +131,8 @@ class RunMirror:
         if result.get("reason"):
             store.tag(run_id, "ich.reason", str(result["reason"])[:500])
         run = self._run
-        for path in (run.config, run.predictions, run.log, run.result, run.origin):
+        files = (run.config, run.predictions, run.log, run.result, run.origin, run.provenance)
+        for path in files:
             if path.exists():
                 store.log_artifact(run_id, path)
         if run.best.exists():

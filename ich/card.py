@@ -1,0 +1,188 @@
+"""A model card for an exported model: what it is, what it was made from, and what it does not show.
+
+The headings are those of Mitchell et al. 2019, Model Cards for Model Reporting (arXiv 1810.03993).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from ich.comparison import Predictions, read_predictions
+from ich.config import Config, Source, UserError, load
+from ich.evaluation import OVERALL, PER_LABEL, VALIDATION, Evaluation, metrics_table, shown_table
+from ich.model import count_parameters
+from ich.page import Block, Bullets, Grid, Section, Text, to_markdown
+from ich.predictor import Ensemble, Member
+from ich.report_page import cohort_text, scoring_text
+from ich.results import FINISHED, RunPaths
+from ich.uncertainty import FEWEST_GROUPS
+
+_LICENCES = {
+    Source.rsna: "RSNA 2019 Brain CT Hemorrhage data, copyright RSNA 2019 (A. E. Flanders et al., "
+    "doi 10.1148/ryai.2020190211): non-commercial research and education only, and no attempt to "
+    "identify anyone. Treat a model trained on them the same.",
+    Source.phantom: "Synthetic slices, made by ich.phantom: no patient's data, under the licence "
+    "of ich (MIT).",
+    Source.folder: "Scans of whoever trained the model, whose terms ich does not know: write them "
+    "here before you pass the model on.",
+}
+
+
+def model_card(model: Ensemble, exported: str, resamples: int) -> str:
+    """The card of a model that came from one finished run, in Markdown.
+
+    Args:
+        model: of one member.
+        exported: what the exported file takes and gives, in a sentence.
+        resamples: of the bootstrap.
+
+    Raises:
+        UserError: the run's result or predictions are not at hand.
+    """
+    (member,) = model.members
+    run, config, result = _record(member)
+    scored, validation = read_predictions(run), read_predictions(run, "val")
+    if scored is None or validation is None:
+        raise UserError(
+            f"{run.predictions} cannot be read, so the model card would have no metric. Give the "
+            f"run's folder as it was left, or its MLflow run id."
+        )
+    title = f"Model card: {config.model.name}"
+    facts = {"run": f"{config.name}/{config.job}", "labels": ", ".join(model.labels)}
+    sections: list[Section] = [
+        ("Model details", [Bullets(list(_details(member, config, run, exported)))]),
+        ("Intended use", [Bullets(_INTENDED)]),
+        ("Training and evaluation data", [Bullets(list(_data(config, result)))]),
+        ("Metrics", list(_metrics(model, scored, validation, resamples))),
+        ("Thresholds", list(_thresholds(model))),
+        ("Limits", [Bullets(list(_limits(config, result, scored)))]),
+        ("Licence", [Bullets(_licence(config))]),
+    ]
+    return to_markdown(title, facts, sections)
+
+
+_INTENDED = [
+    "Research and education: comparing networks, reproducing a report, finding failure cases.",
+    "Not a medical device. Nothing it prints is a diagnosis, and it must not decide, or help to "
+    "decide, what is done for a patient.",
+    "Input: axial non-contrast CT slices of the head in Hounsfield units. Other body parts, "
+    "contrast agent, other modalities and pictures taken from a screen are out of its scope; it "
+    "gives a number for them too.",
+]
+
+
+def _record(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
+    run = member.run
+    if run is None or not run.config.is_file() or run.read_result()["status"] != FINISHED:
+        raise UserError(
+            f"{member.weights} has no finished run beside it, so nothing is known of its data and "
+            f"metrics for the model card. Give the folder of its run, its MLflow run id, or "
+            f"models:/ich@ALIAS."
+        )
+    return run, load(run.config), run.read_result()
+
+
+def _details(member: Member, config: Config, run: RunPaths, exported: str) -> Iterator[str]:
+    meta, cfg = member.metadata, config.model
+    params, _ = count_parameters(cfg, len(meta.labels))
+    yield (
+        f"{cfg.name} (timm {cfg.timm}): convolutional base, global average pooling, one linear "
+        f"layer with {len(meta.labels)} outputs; {params / 1e6:.2f} million parameters."
+    )
+    windows = ", ".join(f"{w.name} ({w.center:g}/{w.width:g})" for w in meta.windows)
+    yield (
+        f"Input: slices averaged to {meta.cache_size} and resampled to {meta.image_size} pixels, "
+        f"in these CT windows as channels (center/width, HU): {windows}."
+    )
+    yield exported
+    start = "a local file's" if cfg.weights else "ImageNet" if cfg.pretrained else "random"
+    t = config.train
+    optimizer = config.optimizer._target_.rsplit(".", 1)[-1]
+    yield (
+        f"Trained from {start} weights: {t.epochs} epochs, batch {t.batch_size}, {optimizer} "
+        f"{config.optimizer.lr:g}, loss {config.loss.name.value}, seed {config.seed}; the epoch "
+        f"with the best validation {t.monitor.value} was kept."
+    )
+    made_with = run.read_provenance()
+    commit = made_with.get("git", {}).get("commit", "unknown")
+    versions = ", ".join(f"{k} {v}" for k, v in made_with.get("versions", {}).items())
+    yield f"Made with commit {commit}" + (f"; {versions}." if versions else ".")
+
+
+def _data(config: Config, result: dict[str, Any]) -> Iterator[str]:
+    cohort = result["cohort"]
+    yield f"data={config.data.source.value}, protocol={config.protocol.name.value}, cohort " + (
+        f"{cohort.get('cohort', 'unknown')}: {cohort_text(cohort)}."
+    )
+    yield scoring_text(cohort)
+
+
+def _metrics(
+    model: Ensemble, scored: Predictions, validation: Predictions, resamples: int
+) -> Iterator[Block]:
+    tested = scored.rows != validation.rows
+    none = pd.DataFrame(columns=["image_id", "reason"])
+    found = Evaluation(model.name, scored, validation if tested else None, model.thresholds, [],
+                       none)  # fmt: skip
+    table = metrics_table(found, resamples)
+    count = int(scored.scored.group.max()) + 1
+    where = "the test rows" if tested else "the validation rows, by which the epoch was chosen"
+    intervals = (
+        f"with 95 % intervals from {resamples:,} bootstrap resamples of {count:,} {scored.drawn}"
+        if resamples and count >= FEWEST_GROUPS
+        else f"without intervals ({count:,} {scored.drawn})"
+    )
+    yield Text(f"Per slice, on {where}, {intervals}. Accuracy is at probability 0.5.")
+    for heading, names in (
+        ("All labels", OVERALL),
+        *((k, [f"{m}_{k}" for m in PER_LABEL]) for k in model.labels),
+    ):
+        shown = shown_table(table, names, "slice").drop(columns=["difference"])
+        if not tested:
+            shown = shown.drop(columns=[VALIDATION])
+        yield Grid(heading, shown.rename(columns={"here": "test" if tested else VALIDATION}))
+
+
+def _thresholds(model: Ensemble) -> Iterator[Block]:
+    yield Text(f"A label is positive from these probabilities on: {model.chosen_by}.")
+    limits = {"label": list(model.thresholds), "threshold": list(model.thresholds.values())}
+    frame = pd.DataFrame(limits).assign(threshold=lambda f: f["threshold"].map("{:.4f}".format))
+    yield Grid("Thresholds", frame)
+
+
+def _limits(config: Config, result: dict[str, Any], scored: Predictions) -> Iterator[str]:
+    leak = {k: v for k, v in result["cohort"]["leak"].items() if v}
+    if result["cohort"]["scored"] == "val":
+        yield "There is no test set: the same rows chose the epoch and the thresholds, and scored."
+    if leak:
+        shares = ", ".join(f"{v:.1%} of the scored rows the {k}" for k, v in leak.items())
+        yield (
+            f"The split leaks: {shares} with the training rows. On new patients expect less than "
+            f"these metrics."
+        )
+    if config.data.source is Source.phantom:
+        yield "Trained on synthetic slices: its metrics say nothing about a patient."
+    yield (
+        f"One training with one seed, scored on {int(scored.scored.group.max()) + 1:,} "
+        f"{scored.drawn} of one data set. How it does elsewhere is unknown until it has been "
+        f"measured there: python -m ich.evaluate."
+    )
+    yield (
+        "Probabilities are not calibrated for another prevalence: oversampling and the data set's "
+        "own selection shift them, and thresholds with them."
+    )
+    yield "Each slice is judged alone; a study's score is the highest of its slices."
+
+
+def _licence(config: Config) -> list[str]:
+    weights = (
+        f"ImageNet weights of timm's {config.model.timm} are under that model's own licence."
+        if config.model.pretrained and not config.model.weights
+        else "The initial weights came from a local file, under its own licence."
+        if config.model.weights
+        else "The initial weights were random."
+    )
+    return [f"Data: {_LICENCES[config.data.source]}", weights, "Code: ich, MIT."]

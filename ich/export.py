@@ -1,0 +1,191 @@
+"""A trained model as one file for other programs: `python -m ich.export --model RUN --format onnx`.
+
+HU in, probabilities out: averaging, windows and normalization are inside the graph. The file is
+compared with our own prediction before anything says it is there, and a model card lies beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from ich.card import model_card
+from ich.config import TrackingConfig, UserError
+from ich.decode import resize_area
+from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE
+from ich.graph import Graph, Session, has_onnx, quiet, write_onnx
+from ich.metrics import sigmoid
+from ich.model import Metadata
+from ich.pool import available_cores
+from ich.predictor import Ensemble, Network, load_ensemble
+from ich.results import write_text
+from ich.terminal import Terminal
+from ich.uncertainty import RESAMPLES
+
+FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}
+CARD = "model_card.md"
+_LARGEST_DIFFERENCE = 1e-3  # of a probability, above which an export is refused
+_CHECKED = 8  # slices
+Predict = Callable[[np.ndarray], np.ndarray]  # int16 HU [B, S, S] -> probabilities [B, L]
+
+
+def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) -> float:
+    """Writes a model of one network and its card.
+
+    Args:
+        model: it.
+        kind: one of `FORMATS`.
+        folder: gets both; what is there already is replaced, whole or not at all.
+        side: of the slices that the graph takes, pixels.
+        resamples: of the card's intervals.
+
+    Returns:
+        The largest difference of a probability from ours, on slices made up for it.
+
+    Raises:
+        UserError: the card cannot be made, a package is missing, or the difference is too large.
+    """
+    card = model_card(model, _takes(kind, side), resamples)  # first: it may be refused
+    member = model.members[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as scratch:
+        part = Path(scratch) / FORMATS[kind]
+        if kind == "safetensors":
+            shutil.copyfile(member.weights, part)
+        else:
+            _write_graph(member.network, kind, part, side)
+        hu = made_up_slices(side)
+        found = _reader(kind, part, side)(hu)
+        difference = float(np.abs(found - predict(member.network, hu)).max())
+        if not difference <= _LARGEST_DIFFERENCE:
+            raise UserError(
+                f"the exported {part.name} gives probabilities that differ by {difference:.2g} "
+                f"from ours, more than {_LARGEST_DIFFERENCE}, so it was not kept. Try another "
+                f"--format, and report it with the network's name."
+            )
+        part.rename(folder / part.name)
+    write_text(folder / CARD, card)
+    return difference
+
+
+def _takes(kind: str, side: int) -> str:
+    if kind == "safetensors":
+        return f"The file {FORMATS[kind]} holds weights and metadata, for ich itself to read."
+    return (
+        f"The file {FORMATS[kind]} takes `hu`, int16 [batch, {side}, {side}], Hounsfield units of "
+        f"square slices (pad with -1024), and gives `probability`, float32 [batch, labels]."
+    )
+
+
+def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
+    graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
+    said = {"ich": network.metadata.to_json(), "input": _takes(kind, side),
+            "intended_use": "research and education only; not a medical device"}  # fmt: skip
+    if kind == "onnx":
+        if not has_onnx():
+            raise UserError(
+                "--format onnx needs the packages onnx, onnxscript and onnxruntime, which are not "
+                "installed: pip install 'ich[onnx]'. --format torch_export needs none."
+            )
+        write_onnx(graph, path, said)
+        return
+    example = torch.zeros(2, side, side, dtype=torch.int16)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    with quiet(), torch.no_grad():
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
+        program.example_inputs = None  # it would be kept as a pickle
+        torch.export.save(program, path, extra_files={"ich.json": json.dumps(said)})
+
+
+def predict(network: Network, hu: np.ndarray) -> np.ndarray:
+    """What `ich.predict` gives for square slices, int16 HU [B, S, S]: probabilities [B, L]."""
+    small = np.stack([resize_area(one, network.metadata.cache_size) for one in hu])
+    return sigmoid(network.logits(small))
+
+
+def _reader(kind: str, path: Path, side: int) -> Predict:
+    """Reads an exported file as its user would."""
+    if kind == "onnx":
+        return Session(path, available_cores())
+    if kind == "safetensors":
+        network = Network(path, torch.device("cpu"))
+        return lambda hu: predict(network, hu)
+    with quiet():
+        module = torch.export.load(path).module()
+
+    def run(hu: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return module(torch.from_numpy(hu)).numpy()
+
+    return run
+
+
+def made_up_slices(side: int) -> np.ndarray:
+    """int16 HU [8, S, S]: blobs of every size and HU, and noise; the same each time."""
+    rng = np.random.default_rng(0)
+    slices = []
+    for n in range(_CHECKED):
+        coarse = rng.normal(size=(2 ** (n % 6) + 1,) * 2)
+        at = np.linspace(0, len(coarse) - 1e-6, side).astype(int)
+        hu = 40 + 10 ** (1 + n / 3) * coarse[at][:, at] + rng.normal(0, 5, (side, side))
+        slices.append(np.clip(hu, HU_MIN, HU_MAX))
+    return np.rint(slices).astype(np.int16)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m ich.export", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="a run's folder, an MLflow run id, or models:/ich@ALIAS")
+    add("--format", choices=tuple(FORMATS), required=True)
+    add("-o", "--out", type=Path, help="a folder; else exports/<run>")
+    add("--size", type=int, default=512, help="side of the slices it takes, pixels (512)")
+    add("--resamples", type=int, default=RESAMPLES, help="of the card's intervals; 0 for none")
+    add("--tracking-uri", help="MLflow's; else the database in this folder")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports and says so."""
+    if args.resamples < 0:
+        raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
+    tracking = TrackingConfig(mlflow=True, uri=args.tracking_uri)
+    model = load_ensemble([args.model], torch.device("cpu"), tracking)
+    _check_size(args.size, model.members[0].metadata)
+    folder = args.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
+    difference = export(model, args.format, folder, args.size, args.resamples)
+    say = Terminal().say
+    say(f"{folder / FORMATS[args.format]}: {_takes(args.format, args.size)}")
+    say(f"Largest difference from ich's own probabilities: {difference:.2g}")
+    say(f"Model card: {folder / CARD}")
+    return 0
+
+
+def _check_size(size: int, metadata: Metadata) -> None:
+    if not metadata.cache_size <= size <= MAX_SIDE:
+        raise UserError(
+            f"--size is {size}, but must be from {metadata.cache_size}, the size of the slices the "
+            f"network was trained on, to {MAX_SIDE} pixels. 512 is what most scanners give."
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 1 after a mistake."""
+    args = parse(argv)
+    try:
+        return run(args)
+    except (UserError, OSError) as error:
+        print(f"ich: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
