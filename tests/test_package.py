@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from ich.launcher import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "ich"
-ENTRY_POINTS = {"sweep", "prepare", "predict", "evaluate", "explain", "export", "rerun", "bench"}
+ENTRY_POINTS = {"sweep", "prepare", "predict", "evaluate", "export", "rerun", "bench"}
 # The only modules of ich that may import each library (bench and its peers excepted).
 HOMES = {
     "hydra": {"config", "launcher", *ENTRY_POINTS},
@@ -32,6 +33,8 @@ HOMES = {
     "timm": {"model"},
     "pydicom": {"dicom", "phantom"},
     "iterstrat": {"protocol"},
+    "captum": {"explain"},
+    "onnxruntime": {"graph"},
 }
 LEAVES = {"transforms", "losses", "metrics", "model"}
 LIGHT = {
@@ -52,6 +55,7 @@ LIGHT = {
     "terminal",
     "jobs",
     "launcher",
+    "inputs",
 }  # what composing and decoding need: no torch
 
 
@@ -204,6 +208,34 @@ def test_every_prepare_command_of_the_readme_composes() -> None:
     for command in commands:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             compose("prepare", overrides=shlex.split(command))
+
+
+def test_every_evaluate_command_of_the_readme_composes() -> None:
+    commands = re.findall(r"^python -m ich\.evaluate (.+)$", readme(), re.M)
+    assert len(commands) >= 3
+    register()
+    for command in commands:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            compose("evaluate", overrides=shlex.split(command))
+
+
+@pytest.mark.parametrize("module", ["predict", "export"])
+def test_every_other_command_of_the_readme_parses(module: str) -> None:
+    parse = importlib.import_module(f"ich.{module}").parse
+    commands = re.findall(rf"^python -m ich\.{module} (.+)$", readme(), re.M)
+    assert commands
+    for command in commands:
+        parse(shlex.split(command))
+
+
+def test_the_readmes_onnx_example_runs(trained: Path, tmp_path: Path) -> None:
+    run = next((trained / "multirun_reports" / "s").glob("*seed=0"))
+    made = [sys.executable, "-m", "ich.export", "--model", str(run), "--format", "onnx"]
+    out = ["-o", str(tmp_path / "exports" / "best"), "--resamples", "0"]
+    subprocess.run([*made, *out], check=True, capture_output=True, cwd=trained)
+    script = [sys.executable, "-I", "-c", readme_script("use_onnx.py")]
+    done = subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "'subdural': 0." in done.stdout
 
 
 def readme_script(name: str) -> str:
