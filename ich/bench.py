@@ -497,15 +497,18 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
 
 
 def bench_memory(folder: Path) -> tuple[dict[str, Row], str]:
-    """Peak memory of a training of its own (not of files it has mapped), with ten times the rows
-    over with the rows. The rows' files repeat the phantom's slices."""
-    peaks = [_peak_memory(_cohort(folder, rows), folder) / 1e6 for rows in _COHORTS]
-    name = f"memory, MB: {_COHORTS[1]:,} rows / {_COHORTS[0]:,} rows"
-    note = (
-        f"A training of MobileNetV2 at 64 px took {peaks[0]:,.0f} MB of its own with "
-        f"{_COHORTS[0]:,} rows and {peaks[1]:,.0f} MB with {_COHORTS[1]:,}."
-    )
-    return {name: row([peaks[1]], [peaks[0]])}, note
+    """Peak memory of a training, and of a prediction, of its own (not of files it has mapped), with
+    ten times the rows over with the rows. The rows' files repeat the phantom's slices."""
+    peaks = [(_training_peak(folder, n), _prediction_peak(folder, n)) for n in _COHORTS]
+    rows, notes = {}, []
+    for at, what in enumerate(("training", "prediction")):
+        few, many = peaks[0][at] / 1e6, peaks[1][at] / 1e6
+        rows[f"memory of a {what}, MB: {_COHORTS[1]:,} / {_COHORTS[0]:,} rows"] = row([many], [few])
+        notes.append(
+            f"A {what} with MobileNetV2 at 64 px took {few:,.0f} MB of its own with "
+            f"{_COHORTS[0]:,} rows and {many:,.0f} MB with {_COHORTS[1]:,}."
+        )
+    return rows, " ".join(notes)
 
 
 def _cohort(folder: Path, rows: int) -> Config:
@@ -535,17 +538,34 @@ def _cohort(folder: Path, rows: int) -> Config:
     return config
 
 
-def _peak_memory(config: Config, folder: Path) -> int:
-    """Bytes of anonymous memory of a training at its highest, looked at twenty times a second."""
-    peak = 0
-    with _training(config, folder) as (child, run):
-        status = Path(f"/proc/{child.pid}/status")
-        while child.poll() is None:
-            for line in status.read_text().splitlines():
-                if line.startswith("RssAnon:"):
-                    peak = max(peak, 1024 * int(line.split()[1]))
-            time.sleep(0.05)
+def _training_peak(folder: Path, rows: int) -> int:
+    with _training(_cohort(folder, rows), folder) as (child, run):
+        peak = _peak_memory(child)
         assert child.returncode == 0, run.log.read_text()
+    return peak
+
+
+def _prediction_peak(folder: Path, rows: int) -> int:
+    """Of the process that predicts, not of those that decode for it."""
+    weights = folder / "memory.safetensors"
+    _write_random_weights(job("mobilenet_v2", 64, folder), weights)
+    command = [sys.executable, "-m", "ich.predict", "--model", str(weights), "--engine", "torch"]
+    paths = [str(folder / f"cohort{rows}"), "-o", str(folder / "out.csv")]
+    keys = ["--cache-dir", str(folder / "keys")]
+    with subprocess.Popen(command + paths + keys, stdout=subprocess.DEVNULL) as child:
+        peak = _peak_memory(child)
+    assert child.returncode == 0
+    return peak
+
+
+def _peak_memory(child: subprocess.Popen[bytes]) -> int:
+    """Bytes of anonymous memory of a process at its highest, looked at twenty times a second."""
+    peak, status = 0, Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, 1024 * int(line.split()[1]))
+        time.sleep(0.05)
     return peak
 
 

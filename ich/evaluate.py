@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import signal
-import sys
 from pathlib import Path
 
 import hydra
 import numpy as np
 import pandas as pd
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
+from ich import entry
 from ich.cache import check_quarantine
 from ich.comparison import Predictions
-from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, load, register, typed
+from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, load, typed
 from ich.config import validate_data as validate_ranges
 from ich.data import Report, labelled_images, load_cohort, numbers, open_store, trained_on
 from ich.evaluation import Evaluation, metrics_table, shown_table, write_evaluation
@@ -39,14 +37,10 @@ from ich.uncertainty import FEWEST_GROUPS, Scored, group_rows
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
 def run(cfg: DictConfig) -> None:
     """One evaluation; a user's mistake is one paragraph."""
-    try:
-        config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
+    config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
+    with entry.one_paragraph():
         validate(config)
         evaluate(config)
-    except UserError as error:
-        raise CompactHydraException(f"ich: {error}") from None
-    except OSError as error:
-        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
 
 
 def validate(config: EvaluateConfig) -> None:
@@ -234,15 +228,5 @@ def _overlap(run: RunPaths | None, name: str, rows: pd.DataFrame) -> str:
     return f"Of the rows, these share with what {name} was trained on: {', '.join(shares)}."
 
 
-def main() -> None:
-    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
-    register()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    entry.run(run)

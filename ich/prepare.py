@@ -7,16 +7,14 @@ report. `dry_run=true` prints the cohort's counts, class balance and leak from t
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
 import hydra
-from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
+from ich import entry
 from ich.cache import verify_cache
-from ich.config import CONF_DIR, PrepareConfig, UserError, register, typed, validate_data
+from ich.config import CONF_DIR, PrepareConfig, typed, validate_data
 from ich.data import load_cohort, open_store, prepare
 from ich.data_report import balance_table, counts_table, leak_table, write_data_report
 from ich.page import cells
@@ -28,16 +26,12 @@ from ich.terminal import Terminal
 def run(cfg: DictConfig) -> None:
     """One preparation; a user's mistake is one paragraph."""
     config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), PrepareConfig)  # type: ignore[arg-type]
-    try:
+    with entry.one_paragraph():
         validate_data(config)
         if config.dry_run:
             dry_run(config)
         else:
             prepare_all(config)
-    except UserError as error:
-        raise CompactHydraException(f"ich: {error}") from None
-    except OSError as error:
-        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
 
 
 def dry_run(config: PrepareConfig) -> None:
@@ -80,15 +74,5 @@ def _show(terminal: Terminal, config: PrepareConfig, cohort: Cohort, key: str) -
     )
 
 
-def main() -> None:
-    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
-    register()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    main()
+    entry.run(run)

@@ -28,7 +28,7 @@ PACKAGE = REPOSITORY / "ich"
 ENTRY_POINTS = {"sweep", "prepare", "predict", "evaluate", "export", "rerun", "bench"}
 # The only modules of ich that may import each library (bench and its peers excepted).
 HOMES = {
-    "hydra": {"config", "launcher", *ENTRY_POINTS},
+    "hydra": {"config", "entry", "launcher", *ENTRY_POINTS},
     "mlflow": {"tracking"},
     "timm": {"model"},
     "pydicom": {"dicom", "phantom"},
