@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+from omegaconf.errors import OmegaConfBaseException
 
 from ich.comparison import Predictions, read_predictions
 from ich.config import Config, Source, UserError, load
@@ -76,13 +77,19 @@ _INTENDED = [
 
 def _record(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
     run = member.run
-    if run is None or not run.config.is_file() or run.read_result()["status"] != FINISHED:
+    if run is None or not run.config.is_file() or run.read_result().get("status") != FINISHED:
         raise UserError(
             f"{member.weights} has no finished run beside it, so nothing is known of its data and "
             f"metrics for the model card. Give the folder of its run, its MLflow run id, or "
             f"models:/ich@ALIAS."
         )
-    return run, load(run.config), run.read_result()
+    try:
+        return run, load(run.config), run.read_result()
+    except OmegaConfBaseException as error:
+        raise UserError(
+            f"{run.config} is of another version of ich ({str(error).splitlines()[0]}), so nothing "
+            f"is known for the model card. Export with the version that trained the run."
+        ) from None
 
 
 def _details(member: Member, config: Config, run: RunPaths, exported: str) -> Iterator[str]:
@@ -136,11 +143,15 @@ def _metrics(
         else f"without intervals ({count:,} {scored.drawn})"
     )
     yield Text(f"Per slice, on {where}, {intervals}. Accuracy is at probability 0.5.")
-    for heading, names in (
-        ("All labels", OVERALL),
-        *((k, [f"{m}_{k}" for m in PER_LABEL]) for k in model.labels),
+    decided = [f"{m}_{k}" for k in model.labels for m in ("sensitivity", "specificity")]
+    for heading, names, level in (
+        ("All labels, per slice", OVERALL, "slice"),
+        *((f"{k}, per slice", [f"{m}_{k}" for m in PER_LABEL], "slice") for k in model.labels),
+        ("Per study, positive where any of its slices is", decided, "study"),
     ):
-        shown = shown_table(table, names, "slice").drop(columns=["difference"])
+        shown = shown_table(table, names, level).drop(columns=["difference"])
+        if not len(shown):  # studies are unknown
+            continue
         if not tested:
             shown = shown.drop(columns=[VALIDATION])
         yield Grid(heading, shown.rename(columns={"here": "test" if tested else VALIDATION}))

@@ -314,7 +314,6 @@ class EvaluateConfig:
     device: Device = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
-    windows: WindowsConfig = field(default_factory=WindowsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
@@ -464,7 +463,7 @@ def _refuse(config: Config | PrepareConfig | EvaluateConfig, key: str, allowed: 
 
 
 def validate_data(config: Config | PrepareConfig | EvaluateConfig) -> None:
-    """Checks the ranges of `data`, `protocol` and `windows`.
+    """Checks the ranges of `data`, `protocol` and, where there are any, `windows`.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
@@ -472,6 +471,8 @@ def validate_data(config: Config | PrepareConfig | EvaluateConfig) -> None:
     for key, ok, allowed in _data_ranges(config.data, config.protocol):
         if not ok:
             _refuse(config, key, allowed)
+    if isinstance(config, EvaluateConfig):
+        return
     if not config.windows.channels:
         _refuse(config, "windows.channels", "a list of at least one window")
     for window in config.windows.channels:

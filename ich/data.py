@@ -290,22 +290,26 @@ def labelled_images(
     return _with_keys(cfg.data, manifest, store, report), names
 
 
-def trained_on(cfg: DataConfig, key: str) -> pd.DataFrame | None:
-    """The training rows of a cohort, `image_id` and the keys `patient` and `study`.
+def cohort_rows(folder: Path, key: str, here: Path) -> pd.DataFrame | None:
+    """The rows of a cohort that was made before: `image_id`, `split`, and the keys `patient` and
+    `study`, empty where they were made with another secret than the one here and tell nothing.
 
     Args:
-        cfg: of the run that was trained on it.
-        key: the cohort's fingerprint.
+        folder: the cache folder that it was made in.
+        key: its fingerprint.
+        here: the cache folder of now.
 
     Returns:
-        None if the cohort's file is not on this machine.
+        None if its file is not on this machine.
     """
-    place = Path(cfg.cache_dir) / f"cohort-{key}.csv.gz"
+    place = folder / f"cohort-{key}.csv.gz"
     if not place.is_file():
         return None
     wanted = ["image_id", *KEYS, "split"]
     rows = pd.read_csv(place, usecols=wanted, dtype=str, keep_default_na=False)
-    return rows[rows["split"] == TRAIN]
+    if Pseudonyms.known(folder) != Pseudonyms.known(here):
+        rows[KEYS] = ""
+    return rows
 
 
 def make_cohort(cfg: AnyConfig, store: SliceStore | None, report: Report | None = None) -> Cohort:

@@ -32,6 +32,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 HU_MIN, HU_MAX = -1024, 3071
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
+_MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
 
 # What must hold of a slice, beside its size and rescale; the first allowed value is the usual one.
@@ -95,12 +96,24 @@ def read_hu(data: bytes) -> np.ndarray:
 
 
 def read_slice(data: bytes) -> Slice:
-    """Decodes one file's bytes, with what tells its place among others; raises as `read_hu`."""
+    """Decodes one file's bytes, with what tells its place among others.
+
+    Raises:
+        DicomError: as `read_hu`; also for an overview (scout) or a slice that is not axial, which a
+            scanner or a workstation keeps beside the axial ones.
+    """
     dataset, hu = _read(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if "LOCALIZER" in _text(dataset, "ImageType"):
+            raise DicomError("ImageType says LOCALIZER: an overview, no axial slice")
         study, series = (_text(dataset, k) for k in ("StudyInstanceUID", "SeriesInstanceUID"))
-        return Slice(hu, study, series, _position(dataset))
+        normal = _normal(dataset)
+        if abs(normal[2]) < _MOSTLY_AXIAL:
+            raise DicomError(
+                "ImageOrientationPatient is more than 45 degrees from axial: a reformat"
+            )
+        return Slice(hu, study, series, _position(dataset, normal))
 
 
 def _read(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
@@ -123,12 +136,21 @@ def _text(dataset: pydicom.Dataset, keyword: str) -> str:
         return ""
 
 
-def _position(dataset: pydicom.Dataset) -> float:
+def _normal(dataset: pydicom.Dataset) -> np.ndarray:
+    """The unit vector along which slices follow one another [3]; NaN if the file does not say."""
     try:
-        place = np.array(dataset.get("ImagePositionPatient"), float)
         across, down = np.array(dataset.get("ImageOrientationPatient"), float).reshape(2, 3)
-        return float(np.cross(across, down) @ place)
+        normal = np.cross(across, down)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(normal / np.linalg.norm(normal))
     except Exception:  # missing, damaged, or of another length: then nothing is known
+        return np.full(3, np.nan)
+
+
+def _position(dataset: pydicom.Dataset, normal: np.ndarray) -> float:
+    try:
+        return float(normal @ np.array(dataset.get("ImagePositionPatient"), float))
+    except Exception:  # as above
         return float("nan")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -19,15 +20,23 @@ from omegaconf import DictConfig, OmegaConf
 from ich import entry
 from ich.cache import check_quarantine
 from ich.comparison import Predictions
-from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, load, typed
+from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, typed
 from ich.config import validate_data as validate_ranges
-from ich.data import Report, labelled_images, load_cohort, numbers, open_store, trained_on
+from ich.data import Report, cohort_rows, labelled_images, load_cohort, numbers, open_store
 from ich.evaluation import Evaluation, metrics_table, shown_table, write_evaluation
 from ich.inputs import Group, Inputs
 from ich.page import cells
 from ich.patients import KEYS, Pseudonyms
-from ich.predictor import TTA, Ensemble, Progress, load_ensemble, predict_files
-from ich.results import RunPaths
+from ich.predictor import (
+    TTA,
+    Ensemble,
+    Member,
+    Progress,
+    load_ensemble,
+    predict_files,
+    said_in_config,
+)
+from ich.protocol import TRAIN, VAL
 from ich.store import SliceStore
 from ich.terminal import Terminal
 from ich.train import pick_device
@@ -37,8 +46,13 @@ from ich.uncertainty import FEWEST_GROUPS, Scored, group_rows
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
 def run(cfg: DictConfig) -> None:
     """One evaluation; a user's mistake is one paragraph."""
-    config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
     with entry.one_paragraph():
+        if OmegaConf.is_missing(cfg, "models"):
+            raise UserError(
+                "models is missing. Give the folder of a run with models=PATH, an MLflow run id, "
+                "or models=models:/ich@best."
+            )
+        config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
         validate(config)
         evaluate(config)
 
@@ -50,6 +64,10 @@ def validate(config: EvaluateConfig) -> None:
         UserError: naming the key, its value and what is allowed.
     """
     validate_ranges(config)
+    if not config.models:
+        raise UserError(
+            "models is empty. Give at least one, as models=multirun_reports/demo/vgg16."
+        )
     for key, ok, allowed in (
         ("tta", config.tta in TTA, f"one of {', '.join(TTA)}"),
         ("resamples", config.resamples >= 0, "0 (no intervals) or more"),
@@ -75,12 +93,12 @@ def evaluate(config: EvaluateConfig) -> Path:
     with terminal.preparing() as report:
         store = open_store(config.data, report)
         assert store is not None
-        rows, known = wanted_rows(config, store, report)
+        rows, known = wanted_rows(config, model, store, report)
         labels = common_labels(model, known)
         evaluation = score(config, model, store, rows, labels,
                            lambda done, total: report("predicting", done, total))  # fmt: skip
     table = metrics_table(evaluation, config.resamples)
-    folder = Path(config.output) / (config.name or _folder(config, names))
+    folder = Path(config.output) / (config.name or _folder(config, model))
     page = write_evaluation(evaluation, table, folder)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     (folder / "config.yaml").write_text(text)
@@ -94,27 +112,39 @@ def evaluate(config: EvaluateConfig) -> Path:
     return page
 
 
-def _folder(config: EvaluateConfig, names: list[str]) -> str:
-    """The model and the data, and a hash of all that tells two evaluations apart."""
+def _folder(config: EvaluateConfig, model: Ensemble) -> str:
+    """The model and the data, and a hash of all that tells two evaluations apart: the weights too,
+    for an alias moves."""
     values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(values, dict)
     told = {k: v for k, v in values.items() if k not in ("name", "output", "tracking", "device")}
-    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
-    stem = re.sub(r"[^A-Za-z0-9_.,=+-]", "-", Path(names[0]).name).strip(".-")[:60] or "model"
-    return f"{stem}-on-{config.data.source.value}-{digest}"
+    digest = hashlib.sha256(repr(told).encode())
+    for member in model.members:
+        digest.update(member.weights.read_bytes())
+    stem = re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.members[0].name).strip(".-")[:60] or "model"
+    return f"{stem}-on-{config.data.source.value}-{digest.hexdigest()[:6]}"
 
 
 def wanted_rows(
-    config: EvaluateConfig, store: SliceStore, report: Report
+    config: EvaluateConfig, model: Ensemble, store: SliceStore, report: Report
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """`image_id`, `path`, labels and keys of the rows to score; and the labels' names.
 
     Raises:
-        UserError: the protocol has no such rows.
+        UserError: a split is asked for that is not the models' own, or that the protocol lacks.
     """
     if config.rows is Rows.all:
         return labelled_images(config, store, report)
-    cohort, _ = load_cohort(config, store, report)
+    cohort, key = load_cohort(config, store, report)
+    for member in model.members:
+        if _cohort_of(member) != key:
+            raise UserError(
+                f"rows is {config.rows.value}, but the config's data, protocol and subset make "
+                f"another cohort ({key}) than {member.name} was trained on "
+                f"({_cohort_of(member) or 'unknown'}): their {config.rows.value} rows are others, "
+                f"and may have been trained on. Give the run's data, protocol and data.subset (its "
+                f"config.yaml has them), or rows=all."
+            )
     rows = cohort.split(config.rows.value)
     if not len(rows):
         raise UserError(
@@ -122,6 +152,11 @@ def wanted_rows(
             f"rows; it has {', '.join(cohort.splits)}. Choose one of these, or rows=all."
         )
     return rows.reset_index(drop=True), cohort.labels
+
+
+def _cohort_of(member: Member) -> str:
+    """The fingerprint of what a member was trained on; empty if nothing tells."""
+    return str(member.run.read_origin().get("cohort", "")) if member.run else ""
 
 
 def common_labels(model: Ensemble, known: tuple[str, ...]) -> list[str]:
@@ -176,7 +211,7 @@ def score(
     validation = model.validation.of_labels(labels) if model.validation else None
     left_out = pd.DataFrame(sorted(reasons.items()), columns=["image_id", "reason"])
     notes = list(_notes(config, model, here, validation, left_out, labels))
-    notes += [_overlap(m.run, m.name, rows) for m in model.members]
+    notes += [text for m in model.members for text in _overlap(config, m, rows)]
     limits = {k: model.thresholds[k] for k in labels}
     return Evaluation(model.name, here, validation, limits, notes, left_out)
 
@@ -193,7 +228,12 @@ def _notes(
     data, images = config.data.source.value, len(set(here.image_id.tolist()))
     which = "every labelled image once" if config.rows is Rows.all else f"its {config.rows.value}"
     notes = [
-        f"Model: {model.name}" + (f", averaged over {config.tta}" if config.tta != "none" else ""),
+        f"Model: {model.name}"
+        + (
+            ", averaged over flips; its validation and thresholds are of slices as they are"
+            if config.tta != "none"
+            else ""
+        ),
         f"Rows: data={data}, {which}: {len(here.image_id):,} rows of {images:,} images, of "
         f"{count:,} {here.drawn}; {len(left_out):,} files left out.",
         f"Thresholds: {model.chosen_by}.",
@@ -211,21 +251,22 @@ def _notes(
     return notes
 
 
-def _overlap(run: RunPaths | None, name: str, rows: pd.DataFrame) -> str:
-    """How many of the rows a member was trained on, as far as this machine can tell."""
-    trained = None
-    if run is not None and run.config.is_file():
-        key = str(run.read_origin().get("cohort", "")).split(" ")[0]
-        trained = trained_on(load(run.config).data, key)
-    if trained is None:
-        return f"Whether {name} was trained on any of them is unknown: its cohort is not here."
-    image = rows["image_id"].isin(trained["image_id"]).mean()
-    shares = [f"{image:.1%} the image"]
-    for kind in reversed(KEYS):
-        seen = set(trained[kind]) - {""}
-        if seen and (rows[kind] != "").any():
-            shares.append(f"{rows[kind].isin(seen).mean():.1%} the {kind}")
-    return f"Of the rows, these share with what {name} was trained on: {', '.join(shares)}."
+def _overlap(config: EvaluateConfig, member: Member, rows: pd.DataFrame) -> Iterator[str]:
+    """How many of the rows a member was trained on, or chosen by, as far as this machine tells."""
+    folder, here = said_in_config(member.run, "data.cache_dir"), Path(config.data.cache_dir)
+    cohort = cohort_rows(Path(str(folder)), _cohort_of(member), here) if folder else None
+    if cohort is None:
+        yield f"Whether {member.name} was trained on any of them is unknown: no file of its cohort."
+        return
+    for split, what in ((TRAIN, "was trained on"), (VAL, "was chosen by")):
+        known = cohort[cohort["split"] == split]
+        shares = [f"{rows['image_id'].isin(known['image_id']).mean():.1%} the image"]
+        for kind in reversed(KEYS):
+            keys = set(known[kind]) - {""}
+            told = keys and (rows[kind] != "").any()
+            share = f"{rows[kind].isin(keys).mean():.1%}" if told else "unknown how many"
+            shares.append(f"{share} the {kind}")
+        yield f"Of the rows, these share with what {member.name} {what}: {', '.join(shares)}."
 
 
 if __name__ == "__main__":

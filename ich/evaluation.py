@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import pandas as pd
 
 from ich import figures
 from ich.comparison import Comparison, Group, Predictions, RowSet, Run, replicates
-from ich.metrics import sigmoid
+from ich.metrics import per_study, sigmoid
 from ich.page import Block, Bullets, Grid, Section, Text, to_html, to_markdown
 from ich.results import FINISHED, RunPaths, write_text
-from ich.uncertainty import FEWEST_GROUPS, Interval, draw_counts
+from ich.uncertainty import FEWEST_GROUPS, Interval, Scored, draw_counts
 
 HERE, VALIDATION = "here", "validation"
 # Per label, of the decisions at the model's thresholds.
@@ -38,21 +38,32 @@ class Evaluation:
     notes: list[str]
     left_out: pd.DataFrame
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether both sides are of the same rows, in the same order."""
+        other = self.validation
+        return other is not None and np.array_equal(self.here.image_id, other.image_id)
+
 
 def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
     """Every metric of the comparison, and the decisions at the model's thresholds.
 
     Returns:
         `level` (slice or study), `metric`, `here` with `here_low` and `here_high`, the same of
-        `validation`, and of `difference`, here minus validation: two sets of rows, so its interval
-        is unpaired. Intervals are 95 %; empty below ten patients, and where there is none.
+        `validation`, and of `difference`, here minus validation: of two sets of rows, so that its
+        interval is unpaired, unless they are the very same. Intervals are 95 %; empty below ten
+        patients, and where there is none.
     """
-    sides = {HERE: evaluation.here}
-    if evaluation.validation is not None:
-        sides[VALIDATION] = evaluation.validation
+    here, validation = evaluation.here, evaluation.validation
+    sides = {HERE: here}
+    if validation is not None:
+        # The same rows are drawn alike, and their differences are paired.
+        same = evaluation.is_paired
+        scored = replace(validation.scored, group=here.scored.group) if same else validation.scored
+        sides[VALIDATION] = replace(validation, scored=scored)
     values = {k: _values(p, evaluation.thresholds) for k, p in sides.items()}
     drawn = {
-        k: _resampled(p, evaluation.thresholds, resamples, seed)
+        k: _resampled(p, evaluation.thresholds, resamples, 0 if evaluation.is_paired else seed)
         for seed, (k, p) in enumerate(sides.items())
     }
     lines = []
@@ -77,7 +88,8 @@ def _limits(name: str, values: np.ndarray | None) -> dict[str, float]:
 
 def _values(found: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
     every = np.ones((int(found.scored.group.max()) + 1, 1), np.float32)
-    decisions = {k: float(v[0]) for k, v in _decisions(found, thresholds, every).items()}
+    decided = _all_decisions(found, thresholds, every)
+    decisions = {k: float(v[0]) for k, v in decided.items()}
     studies = {f"study_{k}": v for k, v in found.study_metrics.items()}
     return {**found.metrics, **decisions, **studies}
 
@@ -89,16 +101,29 @@ def _resampled(
     if not resamples or groups < FEWEST_GROUPS:
         return {}
     counts = draw_counts(groups, resamples, seed)
-    return replicates(found, counts) | _decisions(found, thresholds, counts)
+    return replicates(found, counts) | _all_decisions(found, thresholds, counts)
+
+
+def _all_decisions(
+    found: Predictions, thresholds: dict[str, float], counts: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of `_decisions`, per slice and, as `study_<metric>`, per study: positive where any of its
+    slices is."""
+    out = _decisions(found.scored, thresholds, counts)
+    if (found.study >= 0).any():
+        logits, target, first = per_study(found.scored.logits, found.scored.target, found.study)
+        studies = Scored(found.scored.labels, target, logits, found.scored.group[first])
+        out |= {f"study_{k}": v for k, v in _decisions(studies, thresholds, counts).items()}
+    return out
 
 
 def _decisions(
-    found: Predictions, thresholds: dict[str, float], counts: np.ndarray
+    scored: Scored, thresholds: dict[str, float], counts: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Per label the four shares at its threshold, of every resample.
 
     Args:
-        found: rows of at most G groups.
+        scored: rows of at most G groups.
         thresholds: probabilities.
         counts: how often each group is drawn, [G, R].
 
@@ -106,7 +131,7 @@ def _decisions(
         float64 [R] each, NaN where nothing is counted.
     """
     out = {}
-    scored, drawn = found.scored, counts.astype(np.float64)
+    drawn = counts.astype(np.float64)
 
     def counted(rows: np.ndarray) -> np.ndarray:
         return np.bincount(scored.group, rows, len(counts)) @ drawn
@@ -135,6 +160,8 @@ def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) 
     write_text(folder / "predictions.csv", _rows(evaluation).to_csv(index=False))
     if len(evaluation.left_out):
         write_text(folder / "left_out.csv", evaluation.left_out.to_csv(index=False))
+    else:
+        (folder / "left_out.csv").unlink(missing_ok=True)  # of an earlier time
     pictures = figures.draw_some(_compared(evaluation), folder / "figures")
     sections: list[Section] = [("What was evaluated", [Bullets(evaluation.notes)])]
     sections += [("Metrics", list(_tables(evaluation, table))), ("Figures", list(pictures))]
@@ -176,19 +203,26 @@ def _cell(row: dict[Any, Any], side: str, sign: str) -> str:
 
 def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
     labels = evaluation.here.scored.labels
-    yield Text(
-        "Validation chose the epoch and the thresholds, which flatters its scores. Differences are "
-        "of two sets of patients: their intervals are unpaired, and where one leaves out zero, the "
-        "model does better or worse here by more than chance among patients explains."
+    pairs = (
+        "Both are of the same rows, and differences are paired"
+        if evaluation.is_paired
+        else "Differences are of two sets of patients: their intervals are unpaired"
     )
-    yield Grid("All labels, per slice", shown_table(table, OVERALL, "slice"))
-    if (table["level"] == "study").any():
-        yield Grid("All labels, per study", shown_table(table, OVERALL, "study"), folded=True)
-    for label in labels:
-        limit = evaluation.thresholds[label]
-        names = [f"{k}_{label}" for k in PER_LABEL]
-        yield Grid(f"{label}, per slice, decided at {limit:.3f}",
-                   shown_table(table, names, "slice"))  # fmt: skip
+    yield Text(
+        f"Validation chose the epoch and the thresholds, which flatters its scores. {pairs}; where "
+        f"an interval leaves out zero, the model does better or worse here by more than chance "
+        f"among patients explains."
+    )
+    for level in ("slice", "study"):
+        if not (table["level"] == level).any():
+            continue
+        folded = level == "study"
+        overall = shown_table(table, OVERALL, level)
+        yield Grid(f"All labels, per {level}", overall, folded)
+        for label in labels:
+            heading = f"{label}, per {level}, decided at {evaluation.thresholds[label]:.3f}"
+            names = [f"{k}_{label}" for k in PER_LABEL]
+            yield Grid(heading, shown_table(table, names, level), folded)
 
 
 def _compared(evaluation: Evaluation) -> Comparison:

@@ -32,7 +32,8 @@ _SHOWN_SIZE = 384  # pixels of a picture's side
 _OPACITY = 0.55  # of the map where it is highest
 _JPEG_QUALITY = 88
 _AT_ONCE = 16  # slices in memory with their pictures not yet made
-_NO_STUDY = "no-study"
+_NO_STUDY, _MOST_WITHOUT = "no-study", 200  # slices of one page that name no study
+_INDEX = "index.html"
 _WARNING = (
     "Red to yellow: what moved the label's logit up (Grad-CAM), scaled to its own maximum in each "
     "picture. It is as coarse as the network's last feature maps, and it is no outline of a bleed. "
@@ -83,18 +84,34 @@ def ensemble_cam(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses, before anything is spent, a folder that cannot be made.
+    """Makes the folder, before anything is spent.
 
     Raises:
-        UserError: it is a file, or must not be written to.
+        UserError: it cannot be made or written to, or holds what is not ours.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".part").touch()
+        (folder / ".part").unlink()
+        there = any(folder.iterdir())
     except OSError as error:
         raise UserError(
             f"--explain is {str(folder)!r}, which cannot be made a folder ({error}). Choose "
             f"another."
         ) from None
+    if there and not (folder / _INDEX).is_file():
+        raise UserError(
+            f"--explain is {str(folder)!r}, which holds something else than explanations. Choose "
+            f"an empty or a new folder."
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Removes what was written here before: another time has other findings, and other names."""
+    for page in folder.glob("*.html"):
+        for picture in (folder / page.stem).glob("[0-9]*-*.png"):
+            picture.unlink()
+        page.unlink()
 
 
 def explain(
@@ -112,7 +129,7 @@ def explain(
         inputs: the files; each of the studies' is read again.
         found: what was predicted for them.
         names: how each file is called.
-        folder: gets `<study>.html` and `<study>/<slice>-<label>.png`.
+        folder: of `check_folder`; gets `<study>.html` and `<study>/<slice>-<label>.png`.
         progress: told of slices.
 
     Returns:
@@ -124,6 +141,8 @@ def explain(
     studies = [_Study(key, members, probability[members], positive[members])
                for key, members in _by_study(found, positive).items()]  # fmt: skip
     total, done = sum(len(s.members) for s in studies), 0
+    _clear(folder)
+    write_text(folder / _INDEX, _index(model, studies))  # first: by it the folder is known as ours
     pages = []
     for study in studies:
         frames = []
@@ -134,7 +153,6 @@ def explain(
         page = folder / f"{study.key}.html"
         write_text(page, _page(model, study, frames))
         pages.append(page)
-    write_text(folder / "index.html", _index(model, studies))
     return pages
 
 
@@ -153,9 +171,14 @@ def _by_study(found: Predicted, positive: np.ndarray) -> dict[str, list[int]]:
     studies: dict[str, list[int]] = {}
     for n, key in enumerate(found.study):
         if n not in found.reasons:
-            studies.setdefault(key or _NO_STUDY, []).append(n)
+            studies.setdefault(key, []).append(n)
+    lone = studies.pop("", [])
+    for start in range(0, len(lone), _MOST_WITHOUT):
+        number = f"-{start // _MOST_WITHOUT + 1}" if len(lone) > _MOST_WITHOUT else ""
+        studies[_NO_STUDY + number] = lone[start : start + _MOST_WITHOUT]
+    place = np.nan_to_num(found.position, nan=np.inf)  # an unknown one comes last
     return {
-        key: sorted(members, key=lambda n: (found.series[n], np.nan_to_num(found.position[n]), n))
+        key: sorted(members, key=lambda n: (found.series[n], place[n], n))
         for key, members in studies.items()
         if positive[members].any()
     }
@@ -233,7 +256,7 @@ def _page(model: Ensemble, study: _Study, frames: list[Frame]) -> str:
         frames,
         int(strongest.max(1).argmax()),
     )
-    back = Link("All studies", "index.html")
+    back = Link("All studies", _INDEX)
     sections: list[Section] = [("Slices", [Text(_WARNING), stack, back])]
     return to_html(f"Study {study.key}", _facts(model, len(frames)), sections)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ich.config import AugmentConfig
+from ich.config import AugmentConfig, UserError
 from ich.decode import area_weights
 from ich.dicom import HU_MAX, HU_MIN
 from ich.model import Classifier, Metadata
@@ -84,21 +84,30 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
         graph: on the CPU.
         path: whole or not at all.
         metadata: embedded in the file.
+
+    Raises:
+        UserError: the network cannot be converted.
     """
     example = torch.zeros(2, graph.side, graph.side, dtype=torch.int16)
-    with quiet():
-        program = torch.onnx.export(
-            graph,
-            (example,),
-            dynamo=True,
-            input_names=["hu"],
-            output_names=["probability" if graph.probabilities else "logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-            verbose=False,
-        )
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                input_names=["hu"],
+                output_names=["probability" if graph.probabilities else "logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise UserError(
+            f"the network cannot be converted to ONNX ({' '.join(str(error).split())[:200]}). Use "
+            f"--format torch_export or safetensors, and --engine torch."
+        ) from None
     assert program is not None
     program.model.metadata_props.update(metadata or {})
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     program.save(part)
     part.rename(path)
 

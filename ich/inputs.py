@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,38 +28,50 @@ class Group:
 
 @dataclass(frozen=True)
 class Inputs:
-    """N files, each by its number, in the order in which they were given."""
+    """N files, each by its number, in the order in which they were given.
+
+    refused: archives that cannot be opened, and why.
+    """
 
     groups: Sequence[Group]
+    refused: Sequence[tuple[str, str]] = ()
 
     @staticmethod
     def find(given: Sequence[str]) -> Inputs:
-        """Looks up what there is; opens no file but the archives' directories.
+        """Looks up what there is; opens no file but the archives' directories. What is given twice
+        is there once.
 
         Args:
-            given: files, folders (with all below them), zip archives, or a folder within one, as
-                `scans.zip/patient1`.
+            given: files, folders (with all below them but hidden folders), zip archives, or a
+                folder within one, as `scans.zip/patient1`.
 
         Raises:
             UserError: one of them does not exist, or there is no file in any.
         """
         groups: list[Group] = []
-        seen: set[tuple[Path, str]] = set()
+        refused: list[tuple[str, str]] = []
+        seen: set[str] = set()
         for name in given:
-            store, prefix, paths = _expand(name)
+            try:
+                store, prefix, paths = _expand(name)
+            except BrokenArchive as error:
+                refused.append((name, str(error)))
+                continue
             root = store.root.resolve()
-            new = [p for p in paths if (root, p) not in seen]
-            seen.update((root, p) for p in new)
+            new = [p for p in paths if f"{root}/{p}" not in seen]
+            seen.update(f"{root}/{p}" for p in new)
             if groups and (groups[-1].store.root, groups[-1].prefix) == (store.root, prefix):
                 groups[-1].paths.extend(new)  # as a shell gives the files of one folder
             else:
                 groups.append(Group(store, prefix, new))
         if not any(g.paths for g in groups):
+            if refused:
+                raise UserError(refused[0][1])
             raise UserError(
                 f"there is no file in {', '.join(given)}. Give DICOM files, folders or zip "
                 f"archives that hold some."
             )
-        return Inputs(groups)
+        return Inputs(groups, refused)
 
     def __len__(self) -> int:
         return sum(len(g.paths) for g in self.groups)
@@ -96,6 +107,10 @@ class Inputs:
         return list(accumulate(len(g.paths) for g in self.groups))
 
 
+class BrokenArchive(UserError):
+    """A zip archive whose directory cannot be read."""
+
+
 def _expand(name: str) -> tuple[SliceStore, str, list[str]]:
     """Of one thing given: its store, the prefix of names, and paths in the store."""
     path, below = _existing(name)
@@ -104,7 +119,11 @@ def _expand(name: str) -> tuple[SliceStore, str, list[str]]:
         return store, f"{path.as_posix().rstrip('/')}/", store.paths
     if _is_archive(path):
         store = SliceStore(path)
-        inside = [p for p in store.paths if not below or p == below or p.startswith(f"{below}/")]
+        try:
+            there = store.paths
+        except UserError as error:
+            raise BrokenArchive(str(error)) from None
+        inside = [p for p in there if not below or p == below or p.startswith(f"{below}/")]
         if below and not inside:
             raise UserError(
                 f"the input is {name!r}, but the archive {path} holds no {below!r}. Give the "
@@ -133,4 +152,7 @@ def _existing(name: str) -> tuple[Path, str]:
 
 def _is_archive(path: Path) -> bool:
     # Not opened before it is known to be a file: opening a pipe waits for ever.
-    return path.exists() and stat.S_ISREG(path.stat().st_mode) and zipfile.is_zipfile(path)
+    if not (path.exists() and stat.S_ISREG(path.stat().st_mode)):
+        return False
+    with path.open("rb") as file:  # a DICOM file may hold the end of an archive in its own end
+        return file.read(2) == b"PK"

@@ -58,6 +58,10 @@ class Labels:
     repeated: int
 
 
+# Columns of tables that have one column per label too (`ich.predict`, `ich.serving`).
+RESERVED = frozenset({"file", "study", "slices", "positive", "reason"})
+
+
 def read_labels(
     source: Path | IO[bytes],
     name: str,
@@ -80,6 +84,12 @@ def read_labels(
     long = {"ID", "Label"} <= set(frame.columns)
     read = _read_long if long else _read_wide
     labels = read(frame, name, columns)
+    if taken := sorted(RESERVED & set(labels.names)):
+        raise UserError(
+            f"the label file {name} has a label {taken[0]!r}, but where predictions are written "
+            f"{', '.join(sorted(RESERVED))} are other columns. Rename it, or choose the labels "
+            f"with data.label_columns."
+        )
     if any_label is not None:
         if any_label not in labels.names:
             raise UserError(

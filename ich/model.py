@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from ich.config import ModelConfig, UserError, WindowConfig
 
 log = logging.getLogger(__name__)
 _HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits.")
+_LARGEST = 4096  # pixels
 _FORMAT, _ENTRY = 1, "ich"  # of the metadata in a weights file
 
 
@@ -321,11 +323,33 @@ class Metadata:
     def from_json(text: str) -> Metadata:
         """Raises ValueError, KeyError or TypeError if it is not what `to_json` returned."""
         values = json.loads(text)
-        if values.pop("format") != _FORMAT:
+        if not isinstance(values, dict) or values.pop("format") != _FORMAT:
             raise ValueError("another format")
         values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
         windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
-        return Metadata(**values, windows=windows)
+        found = Metadata(**values, windows=windows)
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError if a network could not be used by it."""
+        sizes, labels = (self.cache_size, self.image_size), self.labels
+        numbers = [n for w in self.windows for n in (w.center, w.width)]
+        limits = [t for t in self.thresholds.values() if t is not None]
+        if not (
+            all(isinstance(s, int) and 1 <= s <= _LARGEST for s in sizes)
+            and labels
+            and len(set(labels)) == len(labels)
+            and set(self.thresholds) == set(labels)
+            and all(0 <= t <= 1 for t in limits)
+            and self.windows
+            and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
+            and all(w.width > 0 for w in self.windows)
+            and self.mean
+            and len(self.mean) == len(self.std)
+            and all(s > 0 for s in self.std)
+        ):
+            raise ValueError("a value is out of range")
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
@@ -374,8 +398,14 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
     """
     found = read_metadata(path)
     cfg = ModelConfig(found.model, found.timm, found.image_size, pretrained=False)
-    input_spec(cfg)
-    model = build_model(cfg, len(found.windows), len(found.labels))
+    try:
+        input_spec(cfg)
+        model = build_model(cfg, len(found.windows), len(found.labels))
+    except (UserError, RuntimeError):
+        raise UserError(
+            f"the weights {path} are of {found.model} ({found.timm}), a network that timm "
+            f"{timm.__version__} does not have. Install the timm they were trained with."
+        ) from None
     state = load_file(path)
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}

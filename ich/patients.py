@@ -56,6 +56,14 @@ class Pseudonyms:
                 part.rename(path)
         return Pseudonyms(path.read_bytes())
 
+    @staticmethod
+    def known(folder: Path) -> Pseudonyms | None:
+        """The secret of a cache folder, if it has one that can be read."""
+        try:
+            return Pseudonyms((folder / ".pseudonym-key").read_bytes())
+        except OSError:
+            return None
+
     def key(self, kind: str, identifier: str) -> str:
         """16 hexadecimal digits; empty for an empty identifier."""
         text = identifier.strip()

@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0, all files predicted; 3, some left out (listed in "
-        "OUT.left_out.csv); 1, nothing done.",
+        "OUT.left_out.csv); 1, a mistake, or a disk that is full.",
     )
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="DICOM files, folders, zips, or ZIP/FOLDER")
@@ -68,10 +68,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: before anything is decoded: no such model or input, or a file that cannot be
             written; after it: no file could be predicted.
     """
-    for path in (args.out, *([args.submission] if args.submission else [])):
-        _check_writable(path)
+    check_outputs(args)
     terminal, keys = Terminal(), Pseudonyms.beside(args.cache_dir)
     inputs = Inputs.find(args.inputs)
     tracking = TrackingConfig(mlflow=True, uri=args.tracking_uri)
@@ -91,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
     model = model.deciding(args.threshold)
     if args.submission:
         check_submission(model)
-    if args.explain:
-        check_folder(args.explain)
     with terminal.preparing() as report:
         found = predict_files(
             model,
@@ -105,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
         )
     names = [inputs.name(n) for n in range(len(inputs))]
     if args.names == "pseudonym":
-        names = [keys.key("file", name) for name in names]
-    left_out = write_left_out(args.out, found, names)
-    if len(left_out) == len(inputs):
+        names = [keys.key("file", os.path.abspath(name)) for name in names]  # noqa: PTH100
+    left_out = write_left_out(args.out, found, names, inputs.refused)
+    if len(found.reasons) == len(inputs):
         raise UserError(_nothing(found, names))
     slices = slice_table(model, found, names)
     studies = study_table(model, found, names)
@@ -115,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     write_table(studies, studies_path(args.out))
     if args.submission:
         good = [n for n in range(len(inputs)) if n not in found.reasons]
-        write_submission(slices, [Path(inputs.name(n)).stem for n in good], args.submission)
+        write_submission(slices, [_image_id(inputs.name(n)) for n in good], args.submission)
     _print(terminal, model, studies, found, left_out, args)
     if args.explain:
         with terminal.preparing() as report:
@@ -146,11 +142,42 @@ def studies_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.studies{out.suffix}")
 
 
-def _check_writable(path: Path) -> None:
-    if path.suffix not in _WRITERS:
+def left_out_path(out: Path) -> Path:
+    """`out.csv` -> `out.left_out.csv`."""
+    return out.with_name(f"{out.stem}.left_out.csv")
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses, before anything is spent, what cannot be written.
+
+    Raises:
+        UserError: an ending, a place, or two outputs in one file.
+    """
+    check_writable("-o", args.out, tuple(_WRITERS))
+    if args.explain:
+        check_folder(args.explain)
+    if not args.submission:
+        return
+    check_writable("--submission", args.submission, (".csv",))
+    others = (args.out, studies_path(args.out), left_out_path(args.out))
+    if args.submission.resolve() in [p.resolve() for p in others]:
         raise UserError(
-            f"the output is {str(path)!r}, but must end with {' or '.join(_WRITERS)}. Choose with "
-            f"-o one of these formats."
+            f"--submission is {str(args.submission)!r}, which is also where -o {args.out} writes. "
+            f"Choose another file."
+        )
+    if args.names == "pseudonym":
+        raise UserError(
+            "--submission names images by their files, as the competition does, so it does not go "
+            "with --names pseudonym. Leave one of them out."
+        )
+
+
+def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
+    """Raises UserError if an option's file has another ending or cannot be written."""
+    if path.suffix not in endings:
+        raise UserError(
+            f"{option} is {str(path)!r}, but must end with {' or '.join(endings)}. Choose another "
+            f"name."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +188,7 @@ def _check_writable(path: Path) -> None:
             raise IsADirectoryError(f"{path} is a folder")
     except OSError as error:
         raise UserError(
-            f"the output {path} cannot be written ({error}). Choose another place with -o."
+            f"{option} is {str(path)!r}, which cannot be written ({error}). Choose another place."
         ) from None
 
 
@@ -172,11 +199,13 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     part.rename(path)
 
 
-def write_left_out(out: Path, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+def write_left_out(
+    out: Path, found: Predicted, names: Sequence[str], archives: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
     """Writes `out.left_out.csv`, `file` and `reason`, if there is any; returns it."""
     rows = [(names[n], reason) for n, reason in sorted(found.reasons.items())]
-    table = pd.DataFrame(rows, columns=["file", "reason"])
-    path = out.with_name(f"{out.stem}.left_out.csv")
+    table = pd.DataFrame([*archives, *rows], columns=["file", "reason"])
+    path = left_out_path(out)
     if len(table):
         write_table(table, path)
     else:
@@ -238,6 +267,12 @@ def study_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.D
     return pd.DataFrame(rows, columns=columns)
 
 
+def _image_id(name: str) -> str:
+    """A file's name without a DICOM ending; other dots belong to it."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in (".dcm", ".dicom", ".ima") else path.name
+
+
 def check_submission(model: Ensemble) -> None:
     """Raises UserError if the labels are not the competition's."""
     if not set(RSNA_LABELS) <= set(model.labels):
@@ -293,10 +328,12 @@ def _print(
     for file, reason in left_out.head(_SHOWN).itertuples(index=False):
         said.append(f"left out: {file}: {reason}")
     if len(left_out):
-        said.append(f"{len(left_out):,} files left out, listed in {args.out.stem}.left_out.csv.")
+        said.append(f"{len(left_out):,} files left out, listed in {left_out_path(args.out).name}.")
         if args.submission:
             said.append("The submission lacks them, and the competition refuses one with gaps.")
-    said.append(f"{len(found.study) - len(left_out):,} slices: {args.out}. Research only.")
+    if args.tta != "none":
+        said.append("Averaged over flips; the thresholds are of slices as they are.")
+    said.append(f"{len(found.study) - len(found.reasons):,} slices: {args.out}. Research only.")
     title = f"{model.name}: highest probability of each study"
     headings = ["study", "slices", *model.labels, "positive"]
     terminal.tables(title, [(headings, rows)], said)

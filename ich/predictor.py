@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ich.comparison import Predictions, read_predictions
 from ich.config import TrackingConfig, UserError
@@ -26,7 +28,8 @@ from ich.inputs import Inputs
 from ich.metrics import best_thresholds
 from ich.model import Classifier, Metadata, fold_batch_norms, load_trained
 from ich.pool import available_cores, run_parallel
-from ich.results import RunPaths, SweepPaths
+from ich.provenance import code_version
+from ich.results import RunPaths
 from ich.tracking import fetch_run, is_mlflow_name
 from ich.transforms import CTWindows, Resample
 
@@ -39,6 +42,10 @@ _FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 TTA = tuple(_FLIPS)
 _PER_WORKER = 200  # a process takes about as long to start as this many slices take to decode
+_KILLED = (
+    "not read: a decoding process was killed, for want of memory or by a file that crashes its "
+    "decoder; --workers 1 shows which"
+)
 _HALF = 0.5  # where validation had no positive to choose a threshold by
 
 
@@ -78,13 +85,17 @@ class Network:
         return self.model(x).cpu().numpy()
 
 
-def _session(weights: Path, model: Classifier, metadata: Metadata, folder: Path) -> Session:
-    digest = hashlib.sha256(weights.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    path = folder / f"{digest}.onnx"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_onnx(Graph(model, metadata), path)
-    return Session(path, available_cores())
+def _session(weights: Path, model: Classifier, metadata: Metadata, folder: Path) -> Session | None:
+    made_by = f"{torch.__version__} {code_version()}".encode()
+    path = folder / f"{hashlib.sha256(weights.read_bytes() + made_by).hexdigest()[:16]}.onnx"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_onnx(Graph(model, metadata), path)
+        return Session(path, available_cores())
+    except UserError as error:
+        log.warning("torch computes instead of onnxruntime: %s", error)
+        return None
 
 
 @dataclass(frozen=True)
@@ -138,11 +149,12 @@ class Ensemble:
         try:
             values = {label.strip(): float(number) for label, _, number in pairs}
         except ValueError:
-            values = {"": math.nan}
-        if list(values) == [""]:
+            values = {}
+        whole = len(values) == len(pairs)  # else no number, or a label twice
+        if [label for label, _, _ in pairs] == [""] and whole:
             values = dict.fromkeys(self.labels, values[""])
-        unknown = [k for k in values if k not in self.labels]
-        if unknown or not all(0 <= t <= 1 for t in values.values()):
+        known = set(values) <= set(self.labels)
+        if not (whole and known and all(0 <= t <= 1 for t in values.values())):
             raise UserError(
                 f"--threshold is {given!r}, but must be a number from 0 to 1, or such numbers for "
                 f"labels, as {self.labels[-1]}=0.3. The labels are {', '.join(self.labels)}."
@@ -209,8 +221,7 @@ def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]
     if path.is_file() and path.suffix == ".safetensors":
         beside = RunPaths(path.parent)
         return path, beside if beside.best == path else None
-    jobs = SweepPaths(path).read_record().get("jobs", []) if path.is_dir() else []
-    if done := [job for job in jobs if SweepPaths(path).run(job).best.is_file()]:
+    if done := sorted(p.parent.name for p in path.glob(f"*/{RunPaths(path).best.name}")):
         raise UserError(
             f"the model is {name!r}, which is a sweep. Give one of its runs, as "
             f"{path / done[0]}; it has {', '.join(done[:12])}."
@@ -224,9 +235,15 @@ def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]
 
 def _title(weights: Path, run: RunPaths | None) -> str:
     """The name of a run's job, or of a lone file."""
-    if run is None or not run.config.is_file():
-        return weights.stem
-    return str(OmegaConf.select(OmegaConf.load(run.config), "job") or weights.stem)
+    return str(said_in_config(run, "job") or weights.stem)
+
+
+def said_in_config(run: RunPaths | None, key: str) -> object:
+    """A setting of a run, of whatever version of ich; None if nothing tells."""
+    try:
+        return OmegaConf.select(OmegaConf.load(run.config), key) if run else None
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError):
+        return None
 
 
 def _titles(names: Sequence[str]) -> list[str]:
@@ -238,13 +255,11 @@ def _titles(names: Sequence[str]) -> list[str]:
 
 def _check_run(member: Member) -> None:
     """A run's folder must hold the weights of its own network."""
-    if member.run is None or not member.run.config.is_file():
-        return
-    said = OmegaConf.select(OmegaConf.load(member.run.config), "model.name")
-    if said != member.metadata.model:
+    said = said_in_config(member.run, "model.name")
+    if said is not None and said != member.metadata.model:
         raise UserError(
             f"{member.weights} holds weights of {member.metadata.model}, but the run beside it "
-            f"({member.run.config.name}) trained {said}. Put the run's own weights back, or give "
+            f"(config.yaml) trained {said}. Put the run's own weights back, or give "
             f"the file alone, from another folder."
         )
 
@@ -323,11 +338,15 @@ def predict_files(
     out = Predicted(np.full(shape, np.nan, np.float32), {}, [""] * count, [""] * count,
                     np.full(count, np.nan))  # fmt: skip
     crew = workers or min(available_cores(), -(-count // _PER_WORKER))
-    done = 0
-    for read in run_parallel(read_chunk, inputs.batches(batch_size, ensemble.sizes), crew):
-        fill(out, read, ensemble, key, tta)
-        done += len(read)
-        progress(done, count)
+    left, done = set(range(count)), 0
+    try:
+        for read in run_parallel(read_chunk, inputs.batches(batch_size, ensemble.sizes), crew):
+            fill(out, read, ensemble, key, tta)
+            left.difference_update(one.number for one in read)
+            done += len(read)
+            progress(done, count)
+    except BrokenProcessPool:
+        out.reasons.update(dict.fromkeys(left, _KILLED))
     return out
 
 

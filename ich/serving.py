@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from ich.decode import resize_area, square
-from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_hu
+from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_slice
 from ich.metrics import sigmoid
 from ich.predictor import load_ensemble
 from ich.store import MAX_BYTES
@@ -64,7 +64,7 @@ def _slices(rows: pd.DataFrame) -> Iterator[np.ndarray | str]:
         dicom, hu = row.get("dicom"), row.get("hu")
         try:
             if isinstance(dicom, str) and dicom:
-                yield read_hu(_bytes(dicom))
+                yield read_slice(_bytes(dicom)).hu
             elif hu is not None and not (isinstance(hu, float) and np.isnan(hu)):
                 yield _array(hu)
             else:

@@ -100,15 +100,23 @@ class SliceStore:
 
     @cached_property
     def paths(self) -> list[str]:
-        """Every file, relative to `root`, with forward slashes, sorted; no hidden folder."""
+        """Every file, relative to `root`, with forward slashes, sorted; no hidden folder.
+
+        A folder that is a link, or cannot be opened, stands for itself: reading it tells why not.
+        """
         if self.is_zip:
             return self._directory[0]
-        found = []
-        for folder, below, files in os.walk(self.root):
+        found: list[str] = []
+
+        def keep_closed(error: OSError) -> None:
+            found.append(Path(os.fsdecode(error.filename)).relative_to(self.root).as_posix())
+
+        for folder, below, files in os.walk(self.root, onerror=keep_closed):
             below[:] = sorted(d for d in below if not d.startswith("."))
             place = Path(folder).relative_to(self.root).as_posix()
             prefix = "" if place == "." else f"{place}/"
-            found += [prefix + name for name in files]
+            links = [d for d in below if Path(folder, d).is_symlink()]
+            found += [prefix + name for name in [*files, *links]]
         return sorted(found)
 
     @cached_property

@@ -591,11 +591,13 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
     Raises:
         UserError: there is no such run or model, it holds no weights, or MLflow cannot be used.
     """
-    uri = cfg.uri or "mlflow.db"
-    if cfg.uri is None and not Path(uri).exists():
+    uri, _ = _locations(cfg)
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():  # MLflow would make one
         raise UserError(
-            f"the model is {name!r}, but there is no MLflow database {uri} in this folder. Go to "
-            f"the folder of the sweep, give --tracking-uri, or give a run's folder as the model."
+            f"the model is {name!r}, but there is no MLflow database {database.name} here. Go to "
+            f"the folder of the sweep, give --tracking-uri (tracking.uri), or give a run's folder "
+            f"as the model."
         )
     try:
         folder = MlflowStore(cfg).fetch(name)

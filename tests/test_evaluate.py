@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,8 @@ def test_decisions_are_scikit_learns_at_the_models_thresholds() -> None:
 
 def test_a_decisions_interval_is_that_of_rows_really_repeated() -> None:
     here = predictions(12, 1)
-    found = metrics_table(evaluation(here, None), 400).set_index("metric")
+    table = metrics_table(evaluation(here, None), 400)
+    found = table[table["level"] == "slice"].set_index("metric")
     rng = np.random.default_rng(0)
     said, truth = sigmoid(here.scored.logits[:, 5]) >= 0.4, here.scored.target[:, 5] > 0.5
     values = []
@@ -82,6 +85,28 @@ def test_a_difference_is_unpaired_and_told_from_chance_only_where_it_is() -> Non
     assert row["difference_low"] < 0 < row["difference_high"]
     width = row["here_high"] - row["here_low"]
     assert row["difference_high"] - row["difference_low"] > 1.2 * width
+
+
+def test_the_same_rows_are_paired() -> None:
+    one = predictions(30, 4)
+    other = replace(one, scored=replace(one.scored, group=one.scored.group[::-1].copy()))
+    found = evaluation(one, other)
+    table = metrics_table(found, 100).set_index(["level", "metric"])
+    for name in ("auc", "auc_any", "accuracy", "sensitivity_any"):
+        row = table.loc[("slice", name)]
+        assert (row["difference_low"], row["difference_high"]) == (0, 0)
+        assert row["here_low"] == row["validation_low"]
+
+
+def test_a_study_is_positive_where_any_of_its_slices_is() -> None:
+    here = predictions(40, 0, signal=4.0)
+    table = metrics_table(evaluation(here, None), 0).set_index(["level", "metric"])["here"]
+    i = LABELS.index("subdural")
+    said = (sigmoid(here.scored.logits[:, i]) >= 0.4).reshape(40, 8).any(1)
+    truth = (here.scored.target[:, i] > 0.5).reshape(40, 8).any(1)
+    assert table["study", "sensitivity_subdural"] == pytest.approx(said[truth].mean())
+    specificity = table["study", "specificity_subdural"]
+    assert specificity == pytest.approx((~said[~truth]).mean())
 
 
 def test_few_patients_have_no_interval() -> None:
@@ -142,6 +167,31 @@ def test_the_runs_own_validation_rows_score_as_in_training(
     assert f"{leak['image']:.1%} the image, {leak['study']:.1%} the study" in said
 
 
+def test_rows_of_another_split_than_the_runs_are_refused(config: Callable, phantom: Path) -> None:
+    with pytest.raises(UserError, match=r"make another cohort \(\w+\) than .*seed=0 was trained"):
+        evaluate(config(f'data.root="{phantom}"', "rows=val", "data.subset=0.5"))
+    with pytest.raises(UserError, match="make another cohort"):
+        evaluate(config(f'data.root="{phantom}"', "rows=val", "protocol.seed=1"))
+
+
+def test_patients_under_another_key_are_unknown_not_none(
+    config: Callable, phantom: Path, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = next((trained / "multirun_reports" / "s").glob("*seed=0"))
+    shutil.copytree(run, tmp_path / "run")
+    saved = tmp_path / "run" / "config.yaml"
+    own = f"cache_dir: {trained / '.ich-cache'}"
+    saved.write_text(saved.read_text().replace("cache_dir: .ich-cache", own))
+    given = [f'data.root="{phantom}"', f"models='{tmp_path / 'run'}'"]
+    evaluate(config(*given, f"data.cache_dir={tmp_path / 'elsewhere'}"))
+    said = capsys.readouterr().out
+    assert "unknown how many the study, unknown how many the patient" in said
+    evaluate(config(*given))
+    assert "unknown how many" not in capsys.readouterr().out
+    saved.write_text("a_key_of_another_version: 1\n" + saved.read_text())
+    evaluate(config(*given))
+
+
 def test_another_phantom_shares_nobody(config: Callable, tmp_path: Path,
                                        capsys: pytest.CaptureFixture) -> None:  # fmt: skip
     other = write_phantom(tmp_path / "other", PhantomSpec(patients=10, seed=5, size=64), workers=1)
@@ -200,11 +250,19 @@ def test_rows_that_the_protocol_lacks_are_refused(config: Callable, phantom: Pat
         evaluate(config(f'data.root="{phantom}"', "rows=test"))
 
 
-def test_a_mistake_is_one_paragraph(trained: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["models=nothing"], "ich: the model is 'nothing', which is nothing to predict with"),
+        ([], "ich: models is missing. Give the folder of a run with models=PATH"),
+        (["models=[]"], "ich: models is empty"),
+    ],
+)
+def test_a_mistake_is_one_paragraph(trained: Path, given: list[str], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ich.evaluate", "models=nothing"],
+        [sys.executable, "-m", "ich.evaluate", *given],
         cwd=trained, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "ich: the model is 'nothing', which is nothing to predict with" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

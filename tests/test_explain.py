@@ -105,6 +105,42 @@ def test_a_study_gets_a_page_and_every_finding_a_picture(
     assert "no diagnosis" in index
 
 
+def test_another_time_leaves_nothing_of_the_one_before(
+    model: Ensemble, one_study: list[Path], tmp_path: Path
+) -> None:
+    inputs, found = predicted(model, one_study[:3])
+    explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    assert len(list((tmp_path / "aaaa").iterdir())) == 3 * len(LABELS)
+    (tmp_path / "notes.txt").touch()
+    check_folder(tmp_path)
+    few = model.deciding("1").deciding("any=0,subdural=1,epidural=1,subarachnoid=1,"
+                                       "intraparenchymal=1,intraventricular=1")  # fmt: skip
+    explain(few, inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
+    assert len(list((tmp_path / "aaaa").iterdir())) == 3
+    explain(model.deciding("1"), inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["index.html", "notes.txt"]
+
+
+def test_many_slices_without_a_study_are_split(
+    model: Ensemble, one_study: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ich.explain._MOST_WITHOUT", 2)
+    inputs, found = predicted(model, one_study[:3])
+    found.study[:] = [""] * 3
+    pages = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    assert [p.name for p in pages] == ["no-study-1.html", "no-study-2.html"]
+
+
+def test_a_slice_of_unknown_place_comes_last(
+    model: Ensemble, one_study: list[Path], tmp_path: Path
+) -> None:
+    inputs, found = predicted(model, one_study[:3])
+    found.position[:] = [np.nan, 30, -20]
+    (page,) = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    shown = re.findall(r"<h3>\d+ of \d+: ([^<]+)</h3>", page.read_text())
+    assert shown == ["c", "b", "a"]
+
+
 def test_without_a_finding_the_index_says_so(
     model: Ensemble, one_study: list[Path], tmp_path: Path
 ) -> None:

@@ -265,3 +265,11 @@ def test_oversampling_a_label_that_is_not_there_is_refused(
     root, labels = hospital / "scans of a hospital", hospital / "by_name.csv"
     with pytest.raises(UserError, match="protocol.oversample is 'epidural', but the labels are"):
         load_dataset(composed("data=folder", f'data.root="{root}"', f"data.labels={labels}"))
+
+
+@pytest.mark.parametrize("label", ["file", "study", "slices", "positive", "reason"])
+def test_a_label_called_like_a_column_of_predictions_is_refused(label: str) -> None:
+    csv = f"image_id,any,{label}\na,0,1\n".encode()
+    with pytest.raises(UserError, match=f"has a label '{label}', but where predictions are"):
+        read_labels(io.BytesIO(csv), "labels.csv")
+    assert read_labels(io.BytesIO(csv), "labels.csv", ["any"]).names == ("any",)

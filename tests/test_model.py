@@ -265,6 +265,14 @@ def test_weights_of_another_architecture_are_refused_with_both_names(tmp_path: P
         load_trained(path)
 
 
+def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
+    for tag in ("mobilenetv2_100.none", "nothing", "hf-hub:somebody/net"):
+        save(build_model(config("mobilenet_v2")), tmp_path / "w.safetensors",
+             replace(METADATA, timm=tag))  # fmt: skip
+        with pytest.raises(UserError, match=r"a network that timm .* does not have"):
+            load_trained(tmp_path / "w.safetensors")
+
+
 @pytest.mark.parametrize(
     "entries",
     [
@@ -273,8 +281,18 @@ def test_weights_of_another_architecture_are_refused_with_both_names(tmp_path: P
         {"ich": "[1"},
         {"ich": METADATA.to_json().replace('"format": 1', '"format": 99')},
         {"other": "x"},
+        {"ich": "3"},
+        *(
+            {"ich": replace(METADATA, **change).to_json()}
+            for change in (
+                {"cache_size": "128"}, {"cache_size": 0}, {"image_size": 10**6}, {"std": (0.0,) * 3},
+                {"windows": (WindowConfig("w", 40, 0),)}, {"windows": ()}, {"thresholds": {}},
+                {"labels": ("a", "a")}, {"thresholds": METADATA.thresholds | {"a": 7.0}},
+                {"mean": (float("nan"),) * 3},
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_weights_that_do_not_say_how_they_are_used(
     tmp_path: Path, entries: dict[str, str] | None
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +33,10 @@ from ich.dicom import read_hu, read_slice
 from ich.inputs import Inputs
 from ich.metrics import best_thresholds, sigmoid
 from ich.phantom import LABELS
-from ich.predict import LEFT_OUT, RSNA_LABELS, conversions, main, parse
+from ich.predict import LEFT_OUT, RSNA_LABELS, _image_id, conversions, main, parse
 from ich.predictor import Ensemble, load_ensemble
 from ich.results import RunPaths, SweepPaths
+from ich.store import SliceStore
 from ich.tracking import MlflowStore, TrackingConfig
 
 CPU = torch.device("cpu")
@@ -125,7 +128,21 @@ def test_thresholds_are_those_of_the_best_epochs_validation(runs: list[Path]) ->
     assert model.thresholds == {k: 0.5 if t is None else t for k, t in expected.items()}
 
 
-@pytest.mark.parametrize("given", ["x", "1.5", "any=0.5,any2=0.5", "nan", "any=", "=0.5,any=0.1"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "x",
+        "1.5",
+        "any=0.5,any2=0.5",
+        "nan",
+        "any=",
+        "=0.5,any=0.1",
+        "0,1",
+        "0.3,0.5",
+        "any=0.3,any=0.9",
+        "",
+    ],
+)
 def test_a_threshold_that_is_none_is_refused(runs: list[Path], given: str) -> None:
     model = load_ensemble([str(runs[0])], CPU)
     with pytest.raises(UserError, match=r"--threshold is .* from 0 to 1, .* The labels are"):
@@ -271,8 +288,10 @@ def test_without_a_database_an_mlflow_name_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="there is no MLflow database mlflow.db in this folder"):
-        load_ensemble(["models:/ich@best"], CPU)
+    for uri, name in ((None, "mlflow.db"), ("sqlite:///typo/no.db", "no.db")):
+        store = TrackingConfig(mlflow=True, uri=uri)
+        with pytest.raises(UserError, match=f"there is no MLflow database {name} here"):
+            load_ensemble(["models:/ich@best"], CPU, store)
     assert not list(tmp_path.iterdir())
 
 
@@ -319,11 +338,57 @@ def test_files_folders_and_archives_mixed(phantom: Path, tmp_path: Path) -> None
     assert sorted(n for a in asked for n in a.numbers) == [0, 3, 8]
 
 
+def test_what_is_given_twice_is_there_once(phantom: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "scans" / "deep"
+    deep.mkdir(parents=True)
+    for file in slices_of(phantom)[:3]:
+        shutil.copy(file, deep)
+    inputs = Inputs.find([f"{tmp_path}/scans", str(deep), str(next(deep.iterdir()))])
+    assert len(inputs) == 3
+
+
+def test_nothing_vanishes(
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int]
+) -> None:
+    scans, files = tmp_path / "scans", slices_of(phantom)
+    scans.mkdir()
+    shutil.copy(files[0], scans / "a.dcm")
+    (scans / "linked").symlink_to(phantom / "stage_2_train")
+    (tmp_path / "tail.dcm").write_bytes(files[1].read_bytes() + b"PK\5\6" + bytes(18))
+    (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
+    given = [scans, tmp_path / "cut.zip", tmp_path / "tail.dcm"]
+    assert predict("--model", runs[0], *given, "-o", "out.csv") == LEFT_OUT
+    assert pd.read_csv("out.csv")["file"].tolist() == [
+        str(scans / "a.dcm"), str(tmp_path / "tail.dcm"),
+    ]  # fmt: skip
+    listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
+    assert listed[str(scans / "linked")] == "not a regular file"
+    assert "cannot be read" in listed[str(tmp_path / "cut.zip")]
+
+
+def test_a_folder_that_cannot_be_opened_stands_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "a.dcm").touch()
+    (tmp_path / "b.dcm").touch()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert SliceStore(tmp_path).paths == ["b.dcm", "closed"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("none", "the input is 'none', which does not exist"),
         ("a.dcm/x", "the input is 'a.dcm/x', which does not exist"),
+        ("broken.zip", "the directory of the zip archive broken.zip cannot be read"),
         ("z.zip/x", "the archive z.zip holds no 'x'"),
         ("empty", "there is no file in empty"),
     ],
@@ -333,6 +398,7 @@ def test_an_input_that_is_not_there_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.dcm").write_bytes(b"x")
+    Path("broken.zip").write_bytes(b"PK\3\4 and no more")
     Path("empty").mkdir()
     with zipfile.ZipFile("z.zip", "w") as z:
         z.writestr("a.dcm", b"x")
@@ -353,6 +419,14 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "frames.dcm": (lambda: encoded(dataset(STORED), NumberOfFrames="2"), "multi-frame file"),
     "mr.dcm": (lambda: encoded(dataset(STORED), Modality="MR"), "Modality is 'MR'"),
+    "scout.dcm": (
+        lambda: encoded(dataset(STORED), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        "ImageType says LOCALIZER",
+    ),
+    "coronal.dcm": (
+        lambda: encoded(dataset(STORED), ImageOrientationPatient=["1", "0", "0", "0", "0", "-1"]),
+        "more than 45 degrees from axial",
+    ),
     "rgb.dcm": (lambda: encoded(dataset(STORED), SamplesPerPixel=3), "SamplesPerPixel is 3"),
     "bomb.dcm": (lambda: encoded(dataset(STORED), Rows=60000), "Rows is 60000"),
 }
@@ -379,7 +453,7 @@ def test_what_is_no_slice_is_listed_and_stops_nothing(
         assert message in listed[str(scans / name)], name
     said = capsys.readouterr().out
     assert f"left out: {scans / 'mr.dcm'}: Modality is 'MR', not 'CT'" in said
-    assert "13 files left out, listed in out.left_out.csv" in said
+    assert "15 files left out, listed in out.left_out.csv" in said
     # Given themselves, the same; and with nothing else there is nothing to write.
     assert predict("--model", runs[0], scans / "pipe.dcm", scans / "link.dcm", "-o", "x.csv") == 1
     assert "none of the 2 files is a CT slice" in capsys.readouterr().err
@@ -420,12 +494,98 @@ def test_a_submission_is_the_competitions(
 ) -> None:
     files = slices_of(phantom)[:4]
     words = ["--model", runs[0], *files, "-o", "out.csv", "--submission", "sub.csv"]
-    assert predict(*words, "--names", "pseudonym") == 0
+    assert predict(*words) == 0
     found, slices = pd.read_csv("sub.csv"), pd.read_csv("out.csv")
     assert found.columns.tolist() == ["ID", "Label"]
     assert found["ID"].tolist() == [f"{f.stem}_{k}" for f in files for k in RSNA_LABELS]
     assert found["Label"].tolist() == slices[list(RSNA_LABELS)].to_numpy().ravel().tolist()
-    assert slices["file"].str.fullmatch("[0-9a-f]{16}").all()
+
+
+def test_a_pseudonym_is_the_files_wherever_it_is_named_from(
+    runs: list[Path], phantom: Path, predict: Callable[..., int]
+) -> None:
+    first = slices_of(phantom)[0]
+    for n, name in enumerate((first, os.path.relpath(first))):
+        assert predict("--model", runs[0], name, "-o", f"{n}.csv", "--names", "pseudonym") == 0
+    (one,), (other,) = (pd.read_csv(f"{n}.csv")["file"] for n in (0, 1))
+    assert one == other
+    assert re.fullmatch("[0-9a-f]{16}", one)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--submission", "sub.parquet"], "--submission is 'sub.parquet', but must end with .csv"),
+        (["--submission", "./out.csv"], "which is also where -o out.csv writes"),
+        (["--submission", "out.studies.csv"], "which is also where -o out.csv writes"),
+        (["--submission", "s.csv", "--names", "pseudonym"], "does not go with --names pseudonym"),
+        (["--explain", "full"], "--explain is 'full', which holds something else than explan"),
+        (["--explain", "full/file/x"], "--explain is 'full/file/x', which cannot be made a folder"),
+    ],
+)
+def test_outputs_in_each_others_way_are_refused(
+    predict: Callable[..., int], capsys: pytest.CaptureFixture, words: list[str], message: str
+) -> None:
+    Path("full").mkdir()
+    Path("full/file").touch()
+    assert predict("--model", "none", "nothing", "-o", "out.csv", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_only_a_dicom_ending_is_cut_from_an_image_id() -> None:
+    names = ("a/ID_1.dcm", "ID_2.DCM", "1.2.840.113", "x.ima")
+    assert [_image_id(n) for n in names] == ["ID_1", "ID_2", "1.2.840.113", "x"]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_a_count_that_is_none_is_refused(count: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse(["a", "--model", "b", "-o", "c.csv", f"--batch-size={count}"])
+    assert f"'{count}' is not a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_a_killed_decoding_process_costs_what_it_had(
+    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = predictor.run_parallel
+
+    def broken(*args: object) -> object:
+        for n, read in enumerate(real(*args)):
+            if n == 3:
+                raise BrokenProcessPool
+            yield read
+
+    monkeypatch.setattr(predictor, "run_parallel", broken)
+    files = slices_of(phantom)[:40]
+    words = ["--model", runs[0], *files, "-o", "out.csv", "--batch-size", 8, "--workers", 1]
+    assert predict(*words) == LEFT_OUT
+    assert len(pd.read_csv("out.csv")) == 24
+    listed = pd.read_csv("out.left_out.csv")
+    assert len(listed) == 16
+    assert listed["reason"].str.contains("a decoding process was killed").all()
+
+
+def test_a_network_that_cannot_be_converted_is_computed_by_torch(
+    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise torch.onnx.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    words = ["--model", runs[0], slices_of(phantom)[0], "-o", "out.csv", "--engine", "onnx"]
+    assert predict(*words) == 0
+    assert "cannot be converted to ONNX (no such operator)" in caplog.text
+    assert "torch computes instead of onnxruntime" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["model: [", "a: b: c", "", "- x"])
+def test_a_damaged_config_beside_the_weights_does_not_matter(
+    runs: list[Path], tmp_path: Path, text: str
+) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    assert load_ensemble([str(tmp_path / "run")], CPU).name == "best"
 
 
 def test_the_submission_has_the_samples_order(shared: Path) -> None:
@@ -448,7 +608,7 @@ def test_a_submission_needs_the_labels(runs: list[Path]) -> None:
     ("out", "message"),
     [
         ("out.txt", r"must end with .csv or .parquet"),
-        ("file/out.csv", r"the output file/out.csv cannot be written"),
+        ("file/out.csv", r"-o is 'file/out.csv', which cannot be written"),
         ("folder.csv", r"folder.csv is a folder"),
     ],
 )
