@@ -41,45 +41,48 @@ _WARNING = (
 )
 
 
-class _Features(nn.Module):
-    """A network with its last feature maps as a layer that Captum can find."""
+class _Head(nn.Module):
+    """What follows a network's last feature maps, these as a layer that Captum can find."""
 
     def __init__(self, model: Classifier):
         super().__init__()
-        self.base, self.head, self.features = model.base, model.head, nn.Identity()
+        self.maps, self.head = nn.Identity(), model.head
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = self.features(self.base.forward_features(x))  # type: ignore[operator]
-        return self.head(maps.mean((2, 3)))
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.head(self.maps(maps).mean((2, 3)))
 
 
-def grad_cam(network: Network, hu: np.ndarray, label: int, size: int) -> np.ndarray:
-    """The Grad-CAM maps of one label.
+def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int) -> np.ndarray:
+    """The Grad-CAM maps of some labels.
 
     Args:
         network: the network.
         hu: int16 [B, S, S], HU, S the cache size of its metadata.
-        label: place of the label.
+        labels: places of K labels.
         size: side of the maps, pixels.
 
     Returns:
-        float32 [B, size, size], each 0..1 with its own maximum at 1; all 0 where nothing moved the
-        logit up.
+        float32 [K, B, size, size], each 0..1 with its own maximum at 1; all 0 where nothing moved
+        the logit up.
     """
-    x = network.windows(network.planes(torch.from_numpy(hu)))
-    model = _Features(network.model)
-    found = LayerGradCam(model, model.features).attribute(x, label, relu_attributions=True)
-    maps = LayerAttribution.interpolate(found.detach(), (size, size), "bilinear")[:, 0]
-    highest = maps.amax((1, 2), keepdim=True)
-    scaled = torch.where(highest > 0, maps / highest.clamp(min=1e-12), 0)
+    with torch.no_grad():  # gradients are needed from the maps on: one pass serves all labels
+        x = network.windows(network.planes(torch.from_numpy(hu)))
+        maps = network.model.base.forward_features(x).float()  # type: ignore[operator]
+    head = _Head(network.model)
+    cam = LayerGradCam(head, head.maps)
+    found = [cam.attribute(maps, k, relu_attributions=True).detach() for k in labels]
+    each = [LayerAttribution.interpolate(f, (size, size), "bilinear")[:, 0] for f in found]
+    cams = torch.stack(each)
+    highest = cams.amax((2, 3), keepdim=True)
+    scaled = torch.where(highest > 0, cams / highest.clamp(min=1e-12), 0)
     return scaled.float().cpu().numpy()
 
 
-def ensemble_cam(
-    model: Ensemble, hu: dict[int, np.ndarray], label: int, size: int = _SHOWN_SIZE
+def ensemble_cams(
+    model: Ensemble, hu: dict[int, np.ndarray], labels: Sequence[int], size: int = _SHOWN_SIZE
 ) -> np.ndarray:
-    """The mean of the members' maps of one label, float32 [B, size, size]; see `grad_cam`."""
-    each = [grad_cam(m.network, hu[m.metadata.cache_size], label, size) for m in model.members]
+    """The mean of the members' maps, float32 [K, B, size, size]; see `grad_cams`."""
+    each = [grad_cams(m.network, hu[m.metadata.cache_size], labels, size) for m in model.members]
     return np.mean(each, axis=0)
 
 
@@ -187,17 +190,31 @@ def _by_study(found: Predicted, positive: np.ndarray) -> dict[str, list[int]]:
 def _frames(
     model: Ensemble, inputs: Inputs, names: Sequence[str], study: _Study, folder: Path
 ) -> Iterator[Frame]:
-    place = {number: n for n, number in enumerate(study.members)}
     sizes = (*model.sizes, _SHOWN_SIZE)
     for start in range(0, len(study.members), _AT_ONCE):
         part = study.members[start : start + _AT_ONCE]
         read = {r.number: r for asked in inputs.ask(part, sizes) for r in read_chunk(asked)}
-        for number in part:
-            n = place[number]
-            yield _frame(model, study, n, read[number], names[number], folder)
+        there = [n for n in part if not read[n].reason]
+        labels = np.flatnonzero(study.positive[start : start + _AT_ONCE].any(0)).tolist()
+        maps: dict[tuple[int, int], np.ndarray] = {}
+        if labels and there:
+            hu = {size: np.stack([read[n].hu[size] for n in there]) for size in model.sizes}
+            cams = ensemble_cams(model, hu, labels)
+            maps = {(n, k): cams[i, b] for i, k in enumerate(labels) for b, n in enumerate(there)}
+        for at, number in enumerate(part, start=start):
+            of_slice = {k: maps[number, k] for k in labels if (number, k) in maps}
+            yield _frame(model, study, at, read[number], names[number], of_slice, folder)
 
 
-def _frame(model: Ensemble, study: _Study, n: int, read: Read, name: str, folder: Path) -> Frame:
+def _frame(
+    model: Ensemble,
+    study: _Study,
+    n: int,
+    read: Read,
+    name: str,
+    maps: dict[int, np.ndarray],
+    folder: Path,
+) -> Frame:
     """One slice: its windows, an overlay per finding, and a PNG of each of these."""
     title = f"{n + 1} of {len(study.members)}: {name}"
     if read.reason:  # the file was taken away since
@@ -207,11 +224,10 @@ def _frame(model: Ensemble, study: _Study, n: int, read: Read, name: str, folder
     grey = [_window(shown, w) for w in windows]
     pictures = [(w.name, _encoded(g)) for w, g in zip(windows, grey, strict=True)]
     said = []
-    batch = {size: read.hu[size][None] for size in model.sizes}
     for i, label in enumerate(model.labels):
         said.append((f"{label} {study.probability[n, i]:.3f}", bool(study.positive[n, i])))
         if study.positive[n, i]:
-            overlay = _overlay(grey[0], ensemble_cam(model, batch, i)[0])
+            overlay = _overlay(grey[0], maps[i])
             pictures.append((f"Grad-CAM of {label}", _encoded(overlay)))
             folder.mkdir(exist_ok=True)
             strip = np.concatenate([*(np.stack([g] * 3, -1) for g in grey), overlay], 1)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ich.config import UserError
 from ich.dicom import read_hu, read_slice
-from ich.explain import check_folder, ensemble_cam, explain, grad_cam
+from ich.explain import check_folder, ensemble_cams, explain, grad_cams
 from ich.inputs import Inputs
 from ich.phantom import LABELS
 from ich.predict import slice_table
@@ -55,11 +55,11 @@ def test_the_map_is_the_weighted_sum_of_the_last_features(
     weights = network.model.head.weight.detach().numpy()
     for label in (0, 5):
         expected = np.maximum(np.einsum("bchw,c->bhw", maps, weights[label]), 0)
-        found = grad_cam(network, hu, label, maps.shape[-1])
+        found = grad_cams(network, hu, [5, label], maps.shape[-1])[1]
         highest = expected.max((1, 2), keepdims=True)
         scaled = np.divide(expected, highest, out=np.zeros_like(expected), where=highest > 0)
         np.testing.assert_allclose(found, scaled, atol=1e-4)
-    larger = grad_cam(network, hu, 5, 64)
+    (larger,) = grad_cams(network, hu, [5], 64)
     assert larger.shape == (4, 64, 64)
     assert larger.min() >= 0
     assert larger.max() <= 1 + 1e-6
@@ -67,8 +67,8 @@ def test_the_map_is_the_weighted_sum_of_the_last_features(
 
 def test_an_ensembles_map_is_the_mean(model: Ensemble, one_study: list[Path]) -> None:
     hu = read_hu(one_study[5].read_bytes())[None, 8:56, 8:56]
-    each = [grad_cam(m.network, hu, 1, 32) for m in model.members]
-    np.testing.assert_allclose(ensemble_cam(model, {48: hu}, 1, 32), np.mean(each, axis=0))
+    each = [grad_cams(m.network, hu, [1], 32) for m in model.members]
+    np.testing.assert_allclose(ensemble_cams(model, {48: hu}, [1], 32), np.mean(each, axis=0))
 
 
 def test_a_study_gets_a_page_and_every_finding_a_picture(

@@ -285,7 +285,8 @@ def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
         *(
             {"ich": replace(METADATA, **change).to_json()}
             for change in (
-                {"cache_size": "128"}, {"cache_size": 0}, {"image_size": 10**6}, {"std": (0.0,) * 3},
+                {"cache_size": "128"}, {"cache_size": 0}, {"image_size": 10**6},
+                {"std": (0.0,) * 3},
                 {"windows": (WindowConfig("w", 40, 0),)}, {"windows": ()}, {"thresholds": {}},
                 {"labels": ("a", "a")}, {"thresholds": METADATA.thresholds | {"a": 7.0}},
                 {"mean": (float("nan"),) * 3},
