@@ -67,7 +67,7 @@ def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int
     """
     with torch.no_grad():  # gradients are needed from the maps on: one pass serves all labels
         x = network.windows(network.planes(torch.from_numpy(hu)))
-        maps = network.model.base.forward_features(x).float()  # type: ignore[operator]
+        maps = network.model.base.forward_features(x).float()
     head = _Head(network.model)
     cam = LayerGradCam(head, head.maps)
     found = [cam.attribute(maps, k, relu_attributions=True).detach() for k in labels]
@@ -231,7 +231,8 @@ def _frame(
             pictures.append((f"Grad-CAM of {label}", _encoded(overlay)))
             folder.mkdir(exist_ok=True)
             strip = np.concatenate([*(np.stack([g] * 3, -1) for g in grey), overlay], 1)
-            Image.fromarray(strip).save(folder / f"{n + 1:03d}-{_safe(label)}.png")
+            place = folder / f"{n + 1:03d}-{_safe(label)}.png"
+            Image.fromarray(strip).save(place, compress_level=2)
     return Frame(title, pictures, said)
 
 

@@ -174,7 +174,7 @@ a{color:#0969da}h1{font-size:1.7rem;line-height:1.2}
 h2{margin:2.5rem 0 .75rem;padding-bottom:.25rem;border-bottom:1px solid var(--line)}
 p,li{max-width:48rem}
 dl{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0;color:var(--soft)}
-dl div{display:flex;gap:.4rem}dd{margin:0;color:var(--ink)}
+dl div{display:flex;gap:.4rem}dt{white-space:nowrap}dd{margin:0;color:var(--ink)}
 figure{margin:1.25rem 0}
 figcaption{color:var(--soft);font-size:.9em;max-width:48rem;padding:.5rem 0}
 .scroll{overflow-x:auto;max-width:100%;overflow-wrap:normal}
@@ -200,8 +200,8 @@ background:var(--card)}
 cursor:pointer}
 .stack .curve{display:grid;grid-template-columns:9rem 1fr;gap:.5rem;align-items:center}
 .stack .curve svg{height:2rem;margin:1px 0}.frames:focus-visible{outline:2px solid}
-.frame .row{display:flex;flex-wrap:wrap;gap:.5rem}.frame figure{margin:0;flex:1 1 12rem;
-max-width:24rem}
+.frame .row{display:grid;grid-template-columns:repeat(auto-fill,minmax(14rem,1fr));gap:.5rem}
+.frame figure{margin:0}
 .frame img{width:100%;height:auto;display:block;background:#000;border-radius:4px}
 .frame figcaption{padding:.15rem 0}.frame ul{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;
 list-style:none;padding:0;font-variant-numeric:tabular-nums;color:var(--soft)}
