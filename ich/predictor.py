@@ -332,6 +332,9 @@ def predict_files(
         tta: one of `TTA`.
         batch_size: files in a batch.
         workers: decoding processes, this one included; None is up to one per core.
+
+    Raises:
+        UserError: the GPU's memory does not suffice.
     """
     count = len(inputs)
     shape = (count, len(ensemble.members), len(ensemble.labels))
@@ -347,6 +350,12 @@ def predict_files(
             progress(done, count)
     except BrokenProcessPool:
         out.reasons.update(dict.fromkeys(left, _KILLED))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory at {batch_size} slices at a time: {str(error).splitlines()[0]} "
+            f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on "
+            f"the CPU (--device cpu, device=cpu)."
+        ) from None
     return out
 
 

@@ -565,6 +565,20 @@ def test_a_killed_decoding_process_costs_what_it_had(
     assert listed["reason"].str.contains("a decoding process was killed").all()
 
 
+def test_out_of_gpu_memory_says_what_to_change(
+    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(predictor.Network, "logits", full)
+    assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 1
+    said = capsys.readouterr().err
+    assert "out of GPU memory at 32 slices at a time: CUDA out of memory. Tried to" in said
+    assert "Lower the batch size" in said
+
+
 def test_a_network_that_cannot_be_converted_is_computed_by_torch(
     runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
