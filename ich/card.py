@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
+import yaml
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.comparison import Predictions, read_predictions
@@ -85,10 +86,11 @@ def _record(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
         )
     try:
         return run, load(run.config), run.read_result()
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(
-            f"{run.config} is of another version of ich ({str(error).splitlines()[0]}), so nothing "
-            f"is known for the model card. Export with the version that trained the run."
+            f"{run.config} is damaged or of another version of ich "
+            f"({str(error).splitlines()[0]}), so nothing is known for the model card. Export with "
+            f"the version that trained the run."
         ) from None
 
 

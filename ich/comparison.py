@@ -303,6 +303,10 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
 def _predictions(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
     split = split or ("test" if "test_logits" in arrays else "val")
     image_id = arrays[f"{split}_image_id"]
+    for name in {split, "val"}:
+        logits, target = arrays[f"{name}_logits"], arrays[f"{name}_target"]
+        if logits.shape != target.shape or len(logits) != len(arrays[f"{name}_image_id"]):
+            raise ValueError("arrays of different lengths")
     group, drawn = group_rows(arrays[f"{split}_patient"], image_id)
     return Predictions(
         scored=Scored(

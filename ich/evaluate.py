@@ -90,6 +90,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     names = [config.models] if isinstance(config.models, str) else [str(m) for m in config.models]
     model = load_ensemble(names, pick_device(config.device), config.tracking)
     model = model.deciding(config.threshold)
+    folder = Path(config.output) / (config.name or _folder(config, model))
+    _check_folder(folder)
     with terminal.preparing() as report:
         store = open_store(config.data, report)
         assert store is not None
@@ -98,7 +100,6 @@ def evaluate(config: EvaluateConfig) -> Path:
         evaluation = score(config, model, store, rows, labels,
                            lambda done, total: report("predicting", done, total))  # fmt: skip
     table = metrics_table(evaluation, config.resamples)
-    folder = Path(config.output) / (config.name or _folder(config, model))
     page = write_evaluation(evaluation, table, folder)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     (folder / "config.yaml").write_text(text)
@@ -110,6 +111,17 @@ def evaluate(config: EvaluateConfig) -> Path:
     )
     terminal.say(f"evaluation: {page}")
     return page
+
+
+def _check_folder(folder: Path) -> None:
+    """Makes it before anything is spent; raises UserError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the evaluation goes to {folder}, which cannot be made a folder ({error}). Choose "
+            f"another with output= and name=."
+        ) from None
 
 
 def _folder(config: EvaluateConfig, model: Ensemble) -> str:

@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +57,12 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     """
     card = model_card(model, _takes(kind, side), resamples)  # first: it may be refused
     member = model.members[0]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"-o is {str(folder)!r}, which cannot be made a folder ({error}). Choose another."
+        ) from None
     with TemporaryDirectory(dir=folder) as scratch:
         part = Path(scratch) / FORMATS[kind]
         if kind == "safetensors":
@@ -178,13 +184,16 @@ def _check_size(size: int, metadata: Metadata) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 1 after a mistake."""
+    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half is left
     try:
         return run(args)
     except (UserError, OSError) as error:
         print(f"ich: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Inputs:
         at = bisect_right(self._ends, number)
         group = self.groups[at]
         name = group.prefix + group.paths[number - self._ends[at] + len(group.paths)]
-        return name.encode("utf-8", "replace").decode()  # whatever a file system allows
+        return name.encode("utf-8", "backslashreplace").decode()  # whatever a file system allows
 
     def ask(self, numbers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[Asked]:
         """What a reading process needs for these files; of each folder or archive in one piece."""
@@ -122,7 +122,7 @@ def _expand(name: str) -> tuple[SliceStore, str, list[str]]:
         try:
             there = store.paths
         except UserError as error:
-            raise BrokenArchive(str(error)) from None
+            raise BrokenArchive(str(error).replace(f" {path}", "")) from None
         inside = [p for p in there if not below or p == below or p.startswith(f"{below}/")]
         if below and not inside:
             raise UserError(

@@ -58,6 +58,7 @@ class Labels:
     repeated: int
 
 
+_NUMBER = re.compile(r"[-+]?[0-9.]{1,8}")  # what may be shown of a value
 # Columns of tables that have one column per label too (`ich.predict`, `ich.serving`).
 RESERVED = frozenset({"file", "study", "slices", "positive", "reason"})
 
@@ -200,11 +201,16 @@ def _zero_or_one(name: str, values: pd.Series) -> pd.Series:
 def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> None:
     if bad.any():
         rows = np.flatnonzero(bad.to_numpy())
-        shown = "; ".join(f"line {row + 2}: {values.iloc[row][:80]!r}" for row in rows[:5])
-        where = "" if values.name in ("ID", "Label") else f" in the column {values.name}"
+        own = values.name in ("ID", "Label", "image_id", "path")
+        # Any other column may hold names: one that was taken for a label, or patients.
+        cells = [values.iloc[row][:80] for row in rows[:5]]
+        texts = [repr(c) if own or not c or _NUMBER.fullmatch(c) else "a text" for c in cells]
+        shown = "; ".join(f"line {row + 2}: {t}" for row, t in zip(rows[:5], texts, strict=True))
+        where = "" if own else f" in the column {values.name}"
         raise UserError(
             f"the label file {name} has {len(rows)} bad row(s){where}: a value {what} ({shown}). "
-            f"Mend or remove them; the heading is line 1."
+            f"Mend or remove them, or name the columns that are labels with data.label_columns; "
+            f"the heading is line 1."
         )
 
 

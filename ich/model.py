@@ -334,19 +334,23 @@ class Metadata:
     def check(self) -> None:
         """Raises ValueError or TypeError if a network could not be used by it."""
         sizes, labels = (self.cache_size, self.image_size), self.labels
+        texts = (self.model, self.timm, *labels)
+        if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):
+            raise TypeError("a value is of another type")
         numbers = [n for w in self.windows for n in (w.center, w.width)]
         limits = [t for t in self.thresholds.values() if t is not None]
         if not (
             all(isinstance(s, int) and 1 <= s <= _LARGEST for s in sizes)
             and labels
             and len(set(labels)) == len(labels)
+            and not any(set(k) & set(";\n") for k in labels)
             and set(self.thresholds) == set(labels)
             and all(0 <= t <= 1 for t in limits)
             and self.windows
             and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
             and all(w.width > 0 for w in self.windows)
-            and self.mean
             and len(self.mean) == len(self.std)
+            and len(self.mean) in (3, len(self.windows))
             and all(s > 0 for s in self.std)
         ):
             raise ValueError("a value is out of range")
@@ -382,11 +386,11 @@ def read_metadata(path: Path) -> Metadata:
         ) from None
     try:
         return Metadata.from_json(entries[_ENTRY])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"the weights {path} do not say how their input is made (windows, sizes, labels): they "
-            f"are of another tool or an earlier version of ich. Train again, for example with "
-            f"python -m ich.rerun on the folder of a run, and use what that makes."
+            f"the weights {path} do not say how their input is made (windows, sizes, labels), or "
+            f"say it wrongly: they are of another tool or an earlier version of ich. Train again, "
+            f"for example with python -m ich.rerun on the folder of a run, and use what that makes."
         ) from None
 
 

@@ -19,6 +19,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_MOST = 512  # processes, whatever is asked for
 _AHEAD = 2  # jobs given to each worker: one it does, one it need not wait for
 
 
@@ -73,6 +74,7 @@ def run_parallel(
     if workers <= 1:
         yield from map(function, jobs)
         return
+    workers = min(workers, _MOST)
     due = iter(jobs)
     # Spawned, not forked: the parent may hold torch's and a progress bar's threads.
     context = multiprocessing.get_context("spawn")

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,8 +102,12 @@ def run(args: argparse.Namespace) -> int:
         )
     names = [inputs.name(n) for n in range(len(inputs))]
     if args.names == "pseudonym":
-        names = [keys.key("file", os.path.abspath(name)) for name in names]  # noqa: PTH100
-    left_out = write_left_out(args.out, found, names, inputs.refused)
+        names = [_pseudonym(keys, name) for name in names]
+    refused = [
+        (_pseudonym(keys, name) if args.names == "pseudonym" else name, reason)
+        for name, reason in inputs.refused
+    ]
+    left_out = write_left_out(args.out, found, names, refused)
     if len(found.reasons) == len(inputs):
         raise UserError(_nothing(found, names))
     slices = slice_table(model, found, names)
@@ -119,6 +124,11 @@ def run(args: argparse.Namespace) -> int:
                             lambda done, total: report("explaining", done, total))  # fmt: skip
         terminal.say(f"{len(pages)} studies with findings: {args.explain / 'index.html'}")
     return LEFT_OUT if len(left_out) else 0
+
+
+def _pseudonym(keys: Pseudonyms, name: str) -> str:
+    # Quoted, for a file's name may end in a space, and wherever it is named from.
+    return keys.key("file", repr(os.path.abspath(name)))  # noqa: PTH100
 
 
 def conversions(args: argparse.Namespace, device: torch.device, files: int) -> Path | None:
@@ -153,7 +163,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     Raises:
         UserError: an ending, a place, or two outputs in one file.
     """
-    check_writable("-o", args.out, tuple(_WRITERS))
+    for path in (args.out, studies_path(args.out), left_out_path(args.out)):
+        check_writable("-o", path, tuple(_WRITERS))
+        if path.resolve() in [Path(name).resolve() for name in args.inputs]:
+            raise UserError(
+                f"-o {args.out} would write over the input {path}. Choose another file."
+            )
     if args.explain:
         check_folder(args.explain)
     if not args.submission:
@@ -195,8 +210,11 @@ def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """CSV or Parquet, by the name's ending; whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    getattr(table, _WRITERS[path.suffix])(part, index=False)
-    part.rename(path)
+    try:
+        getattr(table, _WRITERS[path.suffix])(part, index=False)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_left_out(
@@ -290,6 +308,13 @@ def write_submission(slices: pd.DataFrame, stems: Sequence[str], path: Path) -> 
         stems: the N names of the images, as the competition gives them to its files.
         path: a CSV.
     """
+    twice = sorted({stem for stem, count in Counter(stems).items() if count > 1})
+    if twice:
+        raise UserError(
+            f"{len(twice):,} images have several files (the first: {twice[0]}), so {path.name} "
+            f"would name them twice and was not written; the other tables are there. Give each "
+            f"image once."
+        )
     ids = [f"{stem}_{k}" for stem in stems for k in RSNA_LABELS]
     values = slices[list(RSNA_LABELS)].to_numpy().ravel()
     write_table(pd.DataFrame({"ID": ids, "Label": values}), path)

@@ -151,7 +151,7 @@ class Ensemble:
         except ValueError:
             values = {}
         whole = len(values) == len(pairs)  # else no number, or a label twice
-        if [label for label, _, _ in pairs] == [""] and whole:
+        if whole and "=" not in given:
             values = dict.fromkeys(self.labels, values[""])
         known = set(values) <= set(self.labels)
         if not (whole and known and all(0 <= t <= 1 for t in values.values())):
@@ -289,7 +289,7 @@ def _thresholds(
             k: None if None in v else float(np.mean([t for t in v if t is not None]))
             for k, v in each.items()
         }
-        text = "the mean of the members' thresholds, who were validated on different rows"
+        text = "the mean of the members' thresholds, for their validation rows differ or are gone"
     unknown = [k for k in labels if found[k] is None]
     if unknown:
         text += f"; {_HALF} for {', '.join(unknown)}, which validation could not tell"

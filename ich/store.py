@@ -265,7 +265,8 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
                 if not name.endswith("/"):
                     names.append(name)
                     fields.extend((*entry, offset + shift, packed, kind))
-    except (OSError, ValueError, struct.error) as error:
+    # Sizes that contradict each other end an iterator early, or do not fit 64 bits.
+    except (OSError, ValueError, struct.error, OverflowError, RuntimeError) as error:
         raise UserError(
             f"the directory of the zip archive {path} cannot be read ({error}). A broken download "
             f"must be repeated; `zip -FF` may mend an archive."

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -691,6 +692,25 @@ def test_flipped_bytes_of_a_member_are_found(tmp_path: Path) -> None:
         with pytest.raises(DicomError, match="damaged|cannot be read"):
             read_bytes(path, location)
         data[place] ^= 4
+
+
+@pytest.mark.parametrize(
+    "extra", [struct.pack("<HHL", 1, 4, 7), struct.pack("<HHQQ", 1, 16, 2**64 - 1, 5)]
+)
+def test_zip64_sizes_that_are_none_are_refused(tmp_path: Path, extra: bytes) -> None:
+    path = members(tmp_path / "a.zip", **{"a.dcm": b"x"})
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\1\2")
+    data[at + 20 : at + 28] = b"\xff" * 8
+    data[at + 30 : at + 32] = len(extra).to_bytes(2, "little")
+    name = at + 46 + int.from_bytes(data[at + 28 : at + 30], "little")
+    data[name:name] = extra
+    end = data.index(b"PK\5\6")
+    size = int.from_bytes(data[end + 12 : end + 16], "little") + len(extra)
+    data[end + 12 : end + 16] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="the directory of the zip archive .* cannot be read"):
+        read_directory(path)
 
 
 def test_a_damaged_directory_is_refused(tmp_path: Path) -> None:

@@ -273,3 +273,10 @@ def test_a_label_called_like_a_column_of_predictions_is_refused(label: str) -> N
     with pytest.raises(UserError, match=f"has a label '{label}', but where predictions are"):
         read_labels(io.BytesIO(csv), "labels.csv")
     assert read_labels(io.BytesIO(csv), "labels.csv", ["any"]).names == ("any",)
+
+
+def test_what_may_be_a_name_is_not_shown() -> None:
+    csv = b"image_id,any,PatientName\na,0,CANARY^JANE\nb,1,1\n"
+    message = r"the column PatientName: .*\(line 2: a text\).*or name the columns that are labels"
+    with pytest.raises(UserError, match=message):
+        read_labels(io.BytesIO(csv), "labels.csv")

@@ -282,6 +282,7 @@ def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
         {"ich": METADATA.to_json().replace('"format": 1', '"format": 99')},
         {"other": "x"},
         {"ich": "3"},
+        {"ich": "[" * 100_000},
         *(
             {"ich": replace(METADATA, **change).to_json()}
             for change in (
@@ -289,7 +290,8 @@ def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
                 {"std": (0.0,) * 3},
                 {"windows": (WindowConfig("w", 40, 0),)}, {"windows": ()}, {"thresholds": {}},
                 {"labels": ("a", "a")}, {"thresholds": METADATA.thresholds | {"a": 7.0}},
-                {"mean": (float("nan"),) * 3},
+                {"mean": (float("nan"),) * 3}, {"mean": (0.5,), "std": (0.5,)}, {"timm": 5},
+                {"labels": ("a;b",), "thresholds": {"a;b": 0.5}}, {"thresholds": [0.5]},
             )
         ),
     ],

@@ -140,6 +140,7 @@ def test_thresholds_are_those_of_the_best_epochs_validation(runs: list[Path]) ->
         "0,1",
         "0.3,0.5",
         "any=0.3,any=0.9",
+        "=0.5",
         "",
     ],
 )
@@ -212,7 +213,7 @@ def test_members_without_common_rows_have_the_mean_of_their_thresholds(
     model = load_ensemble([str(tmp_path / "a.safetensors"), str(runs[1])], CPU)
     each = [load_ensemble([str(r)], CPU).thresholds["any"] for r in runs]
     assert model.thresholds["any"] == pytest.approx(np.mean(each))
-    assert "who were validated on different rows" in model.chosen_by
+    assert "for their validation rows differ or are gone" in model.chosen_by
     assert model.name.startswith("a + ")
 
 
@@ -530,6 +531,62 @@ def test_outputs_in_each_others_way_are_refused(
     Path("full/file").touch()
     assert predict("--model", "none", "nothing", "-o", "out.csv", *words) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_input_is_not_written_over_nor_half_the_outputs(
+    runs: list[Path], phantom: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copy(slices_of(phantom)[0], "in.csv")
+    before = Path("in.csv").read_bytes()
+    assert predict("--model", runs[0], "in.csv", "-o", "./in.csv") == 1
+    assert "-o in.csv would write over the input in.csv" in capsys.readouterr().err
+    assert Path("in.csv").read_bytes() == before
+    Path("out.studies.csv").mkdir()
+    assert predict("--model", runs[0], "in.csv", "-o", "out.csv") == 1
+    assert "-o is 'out.studies.csv', which cannot be written" in capsys.readouterr().err
+    assert not Path("out.csv").exists()
+
+
+def test_an_image_with_two_files_makes_no_submission(
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    for folder, file in zip("ab", slices_of(phantom), strict=False):
+        (tmp_path / folder).mkdir()
+        shutil.copy(file, tmp_path / folder / "ID_1.dcm")
+    given = [tmp_path / "a", tmp_path / "b"]
+    assert predict("--model", runs[0], *given, "-o", "out.csv", "--submission", "s.csv") == 1
+    assert "1 images have several files (the first: ID_1), so s.csv" in capsys.readouterr().err
+    assert len(pd.read_csv("out.csv")) == 2
+    assert not Path("s.csv").exists()
+
+
+def test_names_that_differ_little_have_their_own_pseudonyms(
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    names = [b"a.dcm", b"a.dcm ", b"a\xff.dcm", b"a\xfe.dcm"]
+    (tmp_path / "scans").mkdir()
+    for name in names:
+        shutil.copy(slices_of(phantom)[0], os.fsencode(tmp_path / "scans") + b"/" + name)
+    (tmp_path / "CANARY.zip").write_bytes(b"PK\3\4")
+    words = [tmp_path / "scans", tmp_path / "CANARY.zip", "-o", "out.csv"]
+    assert predict("--model", runs[0], *words, "--names", "pseudonym") == LEFT_OUT
+    assert pd.read_csv("out.csv")["file"].nunique() == 4
+    assert "CANARY" not in Path("out.left_out.csv").read_text() + capsys.readouterr().out
+    assert predict("--model", runs[0], *words) == LEFT_OUT
+    assert pd.read_csv("out.csv")["file"].nunique() == 4
+
+
+def test_a_damaged_npz_is_none(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "run")
+    with np.load(runs[0] / "predictions.npz") as file:
+        arrays = dict(file)
+    np.savez(
+        tmp_path / "run" / "predictions.npz", **arrays | {"val_logits": arrays["val_logits"][:5]}
+    )
+    model = load_ensemble([str(tmp_path / "run"), str(runs[1])], CPU)
+    assert model.validation is None
 
 
 def test_only_a_dicom_ending_is_cut_from_an_image_id() -> None:
