@@ -206,7 +206,7 @@ def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> Non
         cells = [values.iloc[row][:80] for row in rows[:5]]
         texts = [repr(c) if own or not c or _NUMBER.fullmatch(c) else "a text" for c in cells]
         shown = "; ".join(f"line {row + 2}: {t}" for row, t in zip(rows[:5], texts, strict=True))
-        where = "" if own else f" in the column {values.name}"
+        where = "" if values.name in ("ID", "Label") else f" in the column {values.name}"
         raise UserError(
             f"the label file {name} has {len(rows)} bad row(s){where}: a value {what} ({shown}). "
             f"Mend or remove them, or name the columns that are labels with data.label_columns; "
