@@ -66,7 +66,7 @@ class Inputs:
                 groups.append(Group(store, prefix, new))
         if not any(g.paths for g in groups):
             if refused:
-                raise UserError(refused[0][1])
+                raise UserError(f"{refused[0][0]}: {refused[0][1]}")
             raise UserError(
                 f"there is no file in {', '.join(given)}. Give DICOM files, folders or zip "
                 f"archives that hold some."

@@ -389,7 +389,7 @@ def test_a_folder_that_cannot_be_opened_stands_for_itself(
     [
         ("none", "the input is 'none', which does not exist"),
         ("a.dcm/x", "the input is 'a.dcm/x', which does not exist"),
-        ("broken.zip", "the directory of the zip archive broken.zip cannot be read"),
+        ("broken.zip", "broken.zip: the directory of the zip archive cannot be read"),
         ("z.zip/x", "the archive z.zip holds no 'x'"),
         ("empty", "there is no file in empty"),
     ],

@@ -141,7 +141,7 @@ def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None
         "data/leak_patient",
     } <= set(job.data.metrics)
     files = {f.path for f in client.list_artifacts(job.info.run_id)}
-    assert {"config.yaml", "best.safetensors", "predictions.npz"} <= files
+    assert {"config.yaml", "model", "predictions.npz"} <= files
     kept = {f.path for f in client.list_artifacts(runs["three"].info.run_id)}
     assert {"comparison.csv", "comparison.md", "figures"} <= kept
     (data,) = [path for path in kept if path.startswith("data-")]
