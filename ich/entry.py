@@ -1,4 +1,4 @@
-"""What the commands that compose one config have in common: signals, mistakes in a paragraph."""
+"""What commands have in common: mistakes in one paragraph, signals, and the exit status."""
 
 from __future__ import annotations
 
@@ -24,10 +24,24 @@ def one_paragraph() -> Iterator[None]:
 
 
 def run(command: Callable[[], object]) -> None:
-    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
+    """Runs a command that composes one config with Hydra: exit status 0, 1 after a mistake, 130 or
+    143 after Ctrl-C or SIGTERM."""
     register()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
     try:
         command()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def status(command: Callable[[], int]) -> int:
+    """The exit status of a command without Hydra: its own, else as `run` has it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with one_paragraph():
+            return command()
+    except CompactHydraException as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -19,7 +19,8 @@ from captum.attr import LayerAttribution, LayerGradCam
 from PIL import Image
 from torch import nn
 
-from ich.config import UserError, WindowConfig
+from ich.config import UserError
+from ich.data_report import compose
 from ich.decode import Read, read_chunk
 from ich.inputs import Inputs
 from ich.metrics import sigmoid
@@ -221,7 +222,8 @@ def _frame(
         return Frame(title, [], [(read.reason, True)])
     windows = model.members[0].metadata.windows
     shown = read.hu[_SHOWN_SIZE]
-    grey = [_window(shown, w) for w in windows]
+    shares = compose(shown, windows)[: len(windows)]  # without the picture of all together
+    grey = [(255 * share).round().astype(np.uint8) for share in shares]
     pictures = [(w.name, _encoded(g)) for w, g in zip(windows, grey, strict=True)]
     said = []
     for i, label in enumerate(model.labels):
@@ -234,12 +236,6 @@ def _frame(
             place = folder / f"{n + 1:03d}-{_safe(label)}.png"
             Image.fromarray(strip).save(place, compress_level=2)
     return Frame(title, pictures, said)
-
-
-def _window(hu: np.ndarray, window: WindowConfig) -> np.ndarray:
-    """int16 HU [S, S] -> uint8 [S, S]."""
-    share = (hu.astype(np.float32) - (window.center - window.width / 2)) / window.width
-    return (255 * np.clip(share, 0, 1)).round().astype(np.uint8)
 
 
 def _overlay(grey: np.ndarray, cam: np.ndarray) -> np.ndarray:
@@ -304,5 +300,4 @@ def _index(model: Ensemble, studies: Sequence[_Study]) -> str:
 
 
 def _facts(model: Ensemble, slices: int) -> dict[str, str]:
-    limits = ", ".join(f"{k} {t:.3f}" for k, t in model.thresholds.items())
-    return {"model": model.name, "slices": f"{slices:,}", "thresholds": limits}
+    return {"model": model.name, "slices": f"{slices:,}", "thresholds": model.limits}

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from ich import entry
 from ich.card import model_card
 from ich.config import TrackingConfig, UserError
 from ich.decode import resize_area
@@ -186,14 +186,7 @@ def _check_size(size: int, metadata: Metadata) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half is left
-    try:
-        return run(args)
-    except (UserError, OSError) as error:
-        print(f"ich: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return entry.status(lambda: run(args))
 
 
 if __name__ == "__main__":

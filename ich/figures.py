@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes
 _BINS = 10  # of a reliability diagram
 _HARDEST = 4  # cases of each kind
 _LEGEND_ROWS = 18  # lines of a legend; more settings than that are not told apart by colour anyway
-_FIRST = "Of several seeds, the first."
+_FIRST = " Of several seeds, the first."
 _STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -63,9 +63,7 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
 def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
     """Of those figures the ones that need nothing but predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = (replace(f, caption=f.caption.replace(_FIRST, "").strip())
-              for f in _of_predictions(comparison))  # fmt: skip
-    return [_save(figure, comparison, folder) for figure in wanted]
+    return [_save(figure, comparison, folder) for figure in _of_predictions(comparison)]
 
 
 def _wanted(comparison: Comparison) -> Iterator[Figure]:
@@ -102,25 +100,26 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
 
 
 def _of_predictions(comparison: Comparison) -> Iterator[Figure]:
+    first = _FIRST if any(len(g.runs) > 1 for g in comparison.groups) else ""
     yield Figure(
         "roc",
         lambda c: _curves(c, _roc_points, "1 - specificity", "sensitivity"),
         "receiver operating characteristic of each label",
-        f"Receiver operating characteristic per label. {_FIRST}",
+        f"Receiver operating characteristic per label.{first}",
     )
     yield Figure(
         "precision_recall",
         lambda c: _curves(c, _precision_recall_points, "recall", "precision"),
         "precision against recall of each label",
-        f"Precision and recall per label. Dotted: the share of positives, which chance reaches. "
-        f"{_FIRST}",
+        f"Precision and recall per label. Dotted: the share of positives, which chance "
+        f"reaches.{first}",
     )
     yield Figure(
         "calibration",
         _calibration,
         "share of positives against predicted probability",
         f"Calibration: in {_BINS} bins of predicted probability, all labels pooled, the share "
-        f"that is positive. On the diagonal a probability means what it says. {_FIRST}",
+        f"that is positive. On the diagonal a probability means what it says.{first}",
     )
 
 

@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +30,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from ich import clusters
-from ich.config import Config, Device, Monitor, UserError, job_name, sweep_name, typed
+from ich.config import Config, Device, Monitor, job_name, sweep_name, typed
+from ich.entry import one_paragraph
 from ich.jobs import (
     VISIBLE,
     Slot,
@@ -177,7 +178,7 @@ class CheckedLauncher(OnceLauncher):
             [*overrides, f"name={job.name}", f"job='{job.job}'"]
             for overrides, job in zip(job_overrides, jobs, strict=True)
         ]
-        with _one_paragraph():
+        with one_paragraph():
             return self._launch(named, initial_job_idx, configs, sweep)
 
     def _launch(
@@ -306,7 +307,7 @@ def compose_jobs(
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
-    with _one_paragraph(), Terminal().preparing() as report:
+    with one_paragraph(), Terminal().preparing() as report:
         sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:
         launched.append(sweep)
@@ -317,7 +318,7 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
 
 def plan(configs: Sequence[Config], at_once: int = 1) -> None:
     """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
-    with _one_paragraph():
+    with one_paragraph():
         from ich.plan import describe_plan, make_plan  # torch takes seconds
 
         with Terminal().preparing() as report:
@@ -325,17 +326,6 @@ def plan(configs: Sequence[Config], at_once: int = 1) -> None:
     headings, rows, sentences = describe_plan(made, at_once)
     place = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).root
     Terminal().tables(f"Plan of {place} (nothing is started)", [(headings, rows)], sentences)
-
-
-@contextmanager
-def _one_paragraph() -> Iterator[None]:
-    """A user's mistake is one paragraph in Hydra's eyes, too."""
-    try:
-        yield
-    except UserError as error:
-        raise CompactHydraException(f"ich: {error}") from None
-    except OSError as error:
-        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
 
 
 def train(

@@ -13,16 +13,17 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ich import entry
 from ich.config import Device, TrackingConfig, UserError
 from ich.explain import check_folder, explain
 from ich.graph import has_onnx
@@ -100,13 +101,9 @@ def run(args: argparse.Namespace) -> int:
             args.batch_size,
             args.workers,
         )
-    names = [inputs.name(n) for n in range(len(inputs))]
-    if args.names == "pseudonym":
-        names = [_pseudonym(keys, name) for name in names]
-    refused = [
-        (_pseudonym(keys, name) if args.names == "pseudonym" else name, reason)
-        for name, reason in inputs.refused
-    ]
+    called = partial(_pseudonym, keys) if args.names == "pseudonym" else str
+    names = [called(inputs.name(n)) for n in range(len(inputs))]
+    refused = [(called(name), reason) for name, reason in inputs.refused]
     left_out = write_left_out(args.out, found, names, refused)
     if len(found.reasons) == len(inputs):
         raise UserError(_nothing(found, names))
@@ -343,8 +340,7 @@ def _print(
         [str(r["study"]), f"{r['slices']}", *(f"{r[k]:.3f}" for k in model.labels), r["positive"]]
         for _, r in studies.head(_SHOWN).iterrows()
     ]
-    limits = ", ".join(f"{k} {t:.3f}" for k, t in model.thresholds.items())
-    said = [f"Thresholds: {limits}: {model.chosen_by}."]
+    said = [f"Thresholds: {model.limits}: {model.chosen_by}."]
     alone = sum(not key for n, key in enumerate(found.study) if n not in found.reasons)
     if alone:
         said.append(f"{alone:,} slices name no study and are in none of these rows.")
@@ -367,18 +363,8 @@ def _print(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as the help says; 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
     keep_memory()
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"ich: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"ich: a folder or file cannot be used: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return entry.status(lambda: run(args))
 
 
 if __name__ == "__main__":

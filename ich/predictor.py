@@ -133,6 +133,11 @@ class Ensemble:
         return " + ".join(m.name for m in self.members)
 
     @property
+    def limits(self) -> str:
+        """The thresholds as text."""
+        return ", ".join(f"{k} {t:.3f}" for k, t in self.thresholds.items())
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The sides, pixels, in which its members need a slice."""
         return tuple(sorted({m.metadata.cache_size for m in self.members}))

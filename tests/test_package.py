@@ -201,22 +201,14 @@ def test_every_sweep_command_of_the_readme_composes() -> None:
             compose("config", overrides=overrides)
 
 
-def test_every_prepare_command_of_the_readme_composes() -> None:
-    commands = re.findall(r"^python -m ich\.prepare (.+)$", readme(), re.M)
-    assert len(commands) >= 4
+@pytest.mark.parametrize(("module", "least"), [("prepare", 4), ("evaluate", 3)])
+def test_every_command_of_the_readme_with_one_config_composes(module: str, least: int) -> None:
+    commands = re.findall(rf"^python -m ich\.{module} (.+)$", readme(), re.M)
+    assert len(commands) >= least
     register()
     for command in commands:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            compose("prepare", overrides=shlex.split(command))
-
-
-def test_every_evaluate_command_of_the_readme_composes() -> None:
-    commands = re.findall(r"^python -m ich\.evaluate (.+)$", readme(), re.M)
-    assert len(commands) >= 3
-    register()
-    for command in commands:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            compose("evaluate", overrides=shlex.split(command))
+            compose(module, overrides=shlex.split(command))
 
 
 @pytest.mark.parametrize("module", ["predict", "export"])
