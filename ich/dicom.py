@@ -11,6 +11,7 @@ import io
 import logging
 import re
 import warnings
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
 )
+
+from ich.elements import Elements, find_elements
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -48,7 +51,18 @@ _KEYWORDS = (
     *_ALLOWED,
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
 )
-_TAGS = tuple(Tag(keyword) for keyword in _KEYWORDS)
+_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
+_IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _PLACE = tuple(
+    int(Tag(keyword))
+    for keyword in (
+        "ImageType",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "ImageOrientationPatient",
+        "ImagePositionPatient",
+    )
+)
+_WANTED = frozenset((*_TAGS, *_PLACE))
 _PIXEL_DATA = Tag("PixelData")
 
 
@@ -102,56 +116,63 @@ def read_slice(data: bytes) -> Slice:
         DicomError: as `read_hu`; also for an overview (scout) or a slice that is not axial, which a
             scanner or a workstation keeps beside the axial ones.
     """
-    dataset, hu = _read(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if "LOCALIZER" in _text(dataset, "ImageType"):
-            raise DicomError("ImageType says LOCALIZER: an overview, no axial slice")
-        study, series = (_text(dataset, k) for k in ("StudyInstanceUID", "SeriesInstanceUID"))
-        normal = _normal(dataset)
-        if abs(normal[2]) < _MOSTLY_AXIAL:
-            raise DicomError(
-                "ImageOrientationPatient is more than 45 degrees from axial: a reformat"
-            )
-        return Slice(hu, study, series, _position(dataset, normal))
+    elements, hu = _read(data)
+    if "LOCALIZER" in _text(elements, _IMAGE_TYPE):
+        raise DicomError("ImageType says LOCALIZER: an overview, no axial slice")
+    normal = _normal(_text(elements, _ORIENTATION))
+    if abs(normal[2]) < _MOSTLY_AXIAL:
+        raise DicomError("ImageOrientationPatient is more than 45 degrees from axial: a reformat")
+    position = float(normal @ _numbers(_text(elements, _POSITION), 3))
+    return Slice(hu, _text(elements, _STUDY), _text(elements, _SERIES), position)
 
 
-def _read(data: bytes) -> tuple[pydicom.Dataset, np.ndarray]:
+def _read(data: bytes) -> tuple[Elements, np.ndarray]:
+    elements = find_elements(data, _WANTED)
+    header = _seen.get(_key(elements)) if elements else None
+    if elements and header:
+        stored = _uncompressed(elements, header, data)
+    else:
+        elements, header, stored = _read_by_pydicom(data)
+    if header.wrapped:
+        return elements, unwrap_12bit(stored, round(header.intercept))
+    return elements, _rescale(stored, header.slope, header.intercept)
+
+
+def _read_by_pydicom(data: bytes) -> tuple[Elements, _Header, np.ndarray]:
     with warnings.catch_warnings():
         # RSNA's identifiers look like ID_..., which is no valid UID; nothing here reads them.
         warnings.simplefilter("ignore")
         # The pixel data are not copied out of `data`: pydicom only says where they are.
         dataset = _parse(data, defer_size=4096)
-        header = _header(dataset)
-        stored = _stored_values(dataset, header, data)
-    if header.wrapped:
-        return dataset, unwrap_12bit(stored, round(header.intercept))
-    return dataset, _rescale(stored, header.slope, header.intercept)
+        elements = _elements(dataset)
+        header = _header(dataset, elements)
+        if not elements.start:
+            raise DicomError("PixelData is missing")
+        if header.syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
+            return elements, header, _uncompressed(elements, header, data)
+        return elements, header, _decoded(_parse(data), header)
 
 
-def _text(dataset: pydicom.Dataset, keyword: str) -> str:
+def _text(elements: Elements, tag: int) -> str:
+    """An element's bytes as text without padding; empty if it is not there."""
+    return elements.values.get(tag, ("", b""))[1].decode("latin-1").strip("\0 ")
+
+
+def _numbers(text: str, count: int) -> np.ndarray:
+    """float64 [count] of a text `1.5\\2\\...`; NaN if it is anything else."""
     try:
-        return str(dataset.get(keyword) or "")
-    except Exception:  # a damaged element raises when it is first looked at
-        return ""
+        return np.array(text.split("\\"), float).reshape(count)
+    except ValueError:
+        return np.full(count, np.nan)
 
 
-def _normal(dataset: pydicom.Dataset) -> np.ndarray:
+@lru_cache(maxsize=64)
+def _normal(orientation: str) -> np.ndarray:
     """The unit vector along which slices follow one another [3]; NaN if the file does not say."""
-    try:
-        across, down = np.array(dataset.get("ImageOrientationPatient"), float).reshape(2, 3)
-        normal = np.cross(across, down)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(normal / np.linalg.norm(normal))
-    except Exception:  # missing, damaged, or of another length: then nothing is known
-        return np.full(3, np.nan)
-
-
-def _position(dataset: pydicom.Dataset, normal: np.ndarray) -> float:
-    try:
-        return float(normal @ np.array(dataset.get("ImagePositionPatient"), float))
-    except Exception:  # as above
-        return float("nan")
+    across, down = _numbers(orientation, 6).reshape(2, 3)
+    normal = np.cross(across, down)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(normal / np.linalg.norm(normal))
 
 
 def read_keys(data: bytes) -> tuple[str, str]:
@@ -226,9 +247,9 @@ _seen: dict[tuple, _Header] = {}
 _SEEN_LIMIT = 256
 
 
-def _header(dataset: pydicom.Dataset) -> _Header:
+def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
     try:
-        key = (dataset.file_meta.get("TransferSyntaxUID"), *_raw(dataset))
+        key = _key(elements)
         if (header := _seen.get(key)) is None:
             header = _check(dataset)
             if len(_seen) >= _SEEN_LIMIT:
@@ -241,9 +262,17 @@ def _header(dataset: pydicom.Dataset) -> _Header:
         raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
 
-def _raw(dataset: pydicom.Dataset) -> list[tuple[str | None, Any] | None]:
-    items = (dataset.get_item(tag) for tag in _TAGS)
-    return [item and (item.VR, item.value) for item in items]
+def _key(elements: Elements) -> tuple[Any, ...]:
+    return elements.syntax, *map(elements.values.get, _TAGS)
+
+
+def _elements(dataset: pydicom.Dataset) -> Elements:
+    """What `find_elements` would have found. Of values longer than any that counts, nothing."""
+    items = ((tag, dataset.get_item(tag, keep_deferred=True)) for tag in _WANTED)
+    values = {tag: (i.VR, i.value or b"") for tag, i in items if isinstance(i, RawDataElement)}
+    pixels = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
+    place = (pixels.value_tell, pixels.length) if isinstance(pixels, RawDataElement) else (0, 0)
+    return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, *place)
 
 
 def _check(dataset: pydicom.Dataset) -> _Header:
@@ -317,21 +346,16 @@ def _syntax(dataset: pydicom.Dataset) -> UID:
     return syntax
 
 
-def _stored_values(dataset: pydicom.Dataset, header: _Header, data: bytes) -> np.ndarray:
+def _uncompressed(elements: Elements, header: _Header, data: bytes) -> np.ndarray:
     """Integers [Rows, Columns] as stored; unsigned or signed as the header says."""
-    item = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
-    if not isinstance(item, RawDataElement):
-        raise DicomError("PixelData is missing")
-    if header.syntax not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
-        return _decoded(_parse(data), header)
     count = header.rows * header.columns
-    present = min(item.length, len(data) - item.value_tell)
+    present = min(elements.length, len(data) - elements.start)
     if not 0 <= present - 2 * count <= 1:  # one byte of padding may follow
         raise DicomError(
             f"pixel data cannot be decoded: {present:,} bytes, but {header.rows} x "
             f"{header.columns} pixels of 16 bits take {2 * count:,}"
         )
-    stored = np.frombuffer(data, header.dtype, count, item.value_tell)
+    stored = np.frombuffer(data, header.dtype, count, elements.start)
     return stored.reshape(header.rows, header.columns)
 
 

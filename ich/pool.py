@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import types
@@ -82,7 +83,8 @@ def run_parallel(
     running: set[Future[Result]] = set()
 
     def give(each: int) -> None:
-        with _without_main(), _one_thread_each():  # submitting is what starts the processes
+        # Submitting is what starts the processes.
+        with _undisturbed(), _without_main(), _one_thread_each():
             for job in islice(due, each * (workers - 1) - len(running)):
                 running.add(pool.submit(function, job))
 
@@ -110,6 +112,32 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until this is left, in the main thread, where Python handles them.
+
+    An exception between the start of a process and the pool's noting it leaves a process that
+    nobody tells to end, and for which Python would wait for ever at its own end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {
+        number: h for number, h in handlers.items() if h is not None
+    }  # others cannot be put back
+    for number in ours:
+        signal.signal(number, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 @contextmanager

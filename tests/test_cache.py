@@ -746,6 +746,31 @@ def test_an_error_in_a_worker_ends_the_run() -> None:
         list(run_parallel(_double, [-1, *range(99)], 2))
 
 
+_DISTURBED = """
+import concurrent.futures.process as processes, signal, sys, time
+from ich.pool import run_parallel
+
+start = processes.ProcessPoolExecutor._spawn_process
+
+def disturbed(pool):
+    start(pool)
+    if len(pool._processes) == int(sys.argv[1]):
+        time.sleep(1)  # until it waits for jobs
+        signal.raise_signal(signal.SIGTERM)
+
+processes.ProcessPoolExecutor._spawn_process = disturbed
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+list(run_parallel(abs, range(10), 3))
+"""
+
+
+@pytest.mark.parametrize("process", [1, 2])
+def test_a_signal_while_a_process_starts_leaves_none(process: int) -> None:
+    command = [sys.executable, "-c", _DISTURBED, str(process)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 def test_decoding_processes_import_little() -> None:
     code = "import sys, ich.decode; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["pandas", "torch", "scipy", "omegaconf", "hydra", "mlflow", "matplotlib"]

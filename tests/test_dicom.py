@@ -25,7 +25,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ich.dicom import DicomError, read_hu, read_keys, unwrap_12bit
+from ich import dicom
+from ich.dicom import DicomError, read_hu, read_keys, read_slice, unwrap_12bit
+from ich.elements import find_elements
 
 CANARY = "CANARY^PATIENT"
 
@@ -262,6 +264,64 @@ def test_flipped_bytes_never_crash() -> None:
         data[at] = before
 
 
+# The short way around pydicom
+
+
+def outcome(data: bytes, monkeypatch: pytest.MonkeyPatch, by_pydicom: bool) -> object:
+    with monkeypatch.context() as patch:
+        if by_pydicom:
+            patch.setattr(dicom, "find_elements", lambda *_: None)
+        try:
+            found = read_slice(data)
+        except DicomError as error:
+            return str(error)
+    return found.hu.tolist(), found.study, found.series, str(found.position)
+
+
+def placed(syntax: UID) -> bytes:
+    d = dataset(STORED, syntax)
+    d.SeriesInstanceUID, d.ImageType = "2.25.31", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    d.ImageOrientationPatient = ["1", "0", "0", "0", "0.95", "0.31"]
+    d.ImagePositionPatient = ["-125.0", "-110.5", "37.25"]
+    d.RequestAttributesSequence = [Dataset()]  # of known length
+    d.RequestAttributesSequence[0].Rows = 7
+    d.add_new(0x00091010, "UN", b"private" * 3 + b"\0")
+    return encoded(d)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_both_ways_of_reading_a_header_agree_whatever_is_damaged(
+    syntax: UID, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = placed(syntax)
+    expected = outcome(whole, monkeypatch, by_pydicom=True)
+    assert isinstance(expected, tuple)
+    assert find_elements(whole, ()) is not None
+    assert outcome(whole, monkeypatch, by_pydicom=False) == expected
+    rng, header = np.random.default_rng(4), len(whole) - STORED.nbytes
+    for number in range(3000):
+        data = bytearray(whole)
+        for _ in range(1 + number % 2):
+            data[int(rng.integers(header))] = int(rng.integers(256))
+        if number % 5 == 0:
+            data = data[: int(rng.integers(header, len(data) + 1))]
+        found = [outcome(bytes(data), monkeypatch, by_pydicom=way) for way in (True, False)]
+        assert found[0] == found[1], number
+
+
+def test_what_is_not_plain_is_left_to_pydicom() -> None:
+    d = dataset(STORED)
+    whole = encoded(d)
+    assert find_elements(whole, ()) is not None
+    nested = Dataset()
+    nested.is_undefined_length_sequence_item = True
+    d.RequestAttributesSequence = [nested]
+    d["RequestAttributesSequence"].is_undefined_length = True
+    for odd in (b"", whole[:100], whole[132:], whole[:-1], whole + b"\0\0", encoded(d),
+                encoded(dataset(STORED, ExplicitVRBigEndian))):  # fmt: skip
+        assert find_elements(odd, ()) is None
+
+
 def test_a_missing_or_unknown_transfer_syntax_is_refused() -> None:
     d = dataset(STORED)
     whole = encoded(d)
@@ -349,6 +409,17 @@ def test_real_slices_equal_pydicoms_values(shared: Path) -> None:
         d = pydicom.dcmread(io.BytesIO(files[name]))
         expected = reference(d.pixel_array, float(d.RescaleSlope), float(d.RescaleIntercept))
         assert np.array_equal(read_hu(files[name]), expected), name
+
+
+def test_both_ways_of_reading_a_header_agree_on_real_slices(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = members(shared / "rsna_mini.zip") | members(shared / "ge_head.zip")
+    for name, data in files.items():
+        found = [outcome(data, monkeypatch, by_pydicom=way) for way in (True, False)]
+        assert found[0] == found[1], name
+    short = sum(find_elements(data, ()) is not None for data in files.values())
+    assert short >= len(files) - 5
 
 
 def test_the_odd_slices_of_the_rsna_set(shared: Path) -> None:
