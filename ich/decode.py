@@ -92,7 +92,8 @@ class Read(NamedTuple):
     """One file that was asked for.
 
     hu: int16 [S, S] for each side S, HU; none if there is a reason why not. study, series,
-    position: as in `ich.dicom.Slice`.
+    position: as in `ich.dicom.Slice`. logits: float32 [M, L] of M networks, if it was predicted
+    where it was read (`ich.session`).
     """
 
     number: int
@@ -101,6 +102,7 @@ class Read(NamedTuple):
     series: str = ""
     position: float = math.nan
     reason: str = ""
+    logits: np.ndarray | None = None
 
 
 def read_chunk(asked: Asked) -> list[Read]:

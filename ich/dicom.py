@@ -220,7 +220,7 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         low, high = max(HU_MIN - shift, span.min), min(HU_MAX - shift, span.max)
         if low <= high:  # clipped before it is shifted, so the sum fits int16, also modulo 65,536
             kind = stored.dtype.type  # Python's integers make clipping uint16 slow
-            hu = np.clip(stored, kind(low), kind(high)).astype(np.int16, copy=False)
+            hu = np.clip(stored, kind(low), kind(high)).view(np.int16)
             hu += np.int16(shift)
             return hu
     hu = stored.astype(np.float64) * slope + intercept

@@ -11,23 +11,43 @@ from hydra.errors import CompactHydraException
 
 from ich.config import UserError, register
 
+_asked: list[int] = []  # signals that asked this process to end
+
+
+def end_on_signals() -> None:
+    """SIGTERM ends this process as Ctrl-C does, by an exception, so that whatever it started is
+    ended and nothing half is left."""
+
+    def end(number: int, _: object) -> None:
+        _asked.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
+        signal.signal(signal.SIGINT, end)
+
 
 @contextmanager
 def one_paragraph() -> Iterator[None]:
     """Turns a user's mistake, or a file that cannot be used, into text without a traceback."""
     try:
         yield
-    except UserError as error:
-        raise CompactHydraException(f"ich: {error}") from None
-    except OSError as error:
-        raise CompactHydraException(f"ich: a folder or file cannot be used: {error}") from None
+    except Exception as error:
+        if _asked:  # an extension module turns what interrupts its import into an ImportError
+            sys.exit(128 + _asked[0])
+        if isinstance(error, UserError):
+            raise CompactHydraException(f"ich: {error}") from None
+        if isinstance(error, OSError):
+            text = f"ich: a folder or file cannot be used: {error}"
+            raise CompactHydraException(text) from None
+        raise
 
 
 def run(command: Callable[[], object]) -> None:
     """Runs a command that composes one config with Hydra: exit status 0, 1 after a mistake, 130 or
     143 after Ctrl-C or SIGTERM."""
     register()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
+    end_on_signals()
     try:
         command()
     except KeyboardInterrupt:
@@ -36,7 +56,7 @@ def run(command: Callable[[], object]) -> None:
 
 def status(command: Callable[[], int]) -> int:
     """The exit status of a command without Hydra: its own, else as `run` has it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_on_signals()
     try:
         with one_paragraph():
             return command()

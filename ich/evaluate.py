@@ -28,7 +28,6 @@ from ich.inputs import Group, Inputs
 from ich.page import cells
 from ich.patients import KEYS, Pseudonyms
 from ich.predictor import (
-    TTA,
     Ensemble,
     Member,
     Progress,
@@ -37,6 +36,7 @@ from ich.predictor import (
     said_in_config,
 )
 from ich.protocol import TRAIN, VAL
+from ich.session import TTA
 from ich.store import SliceStore
 from ich.terminal import Terminal
 from ich.train import pick_device

@@ -23,12 +23,13 @@ from ich.card import model_card
 from ich.config import TrackingConfig, UserError
 from ich.decode import resize_area
 from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE
-from ich.graph import Graph, Session, has_onnx, quiet, write_onnx
+from ich.graph import Graph, has_onnx, quiet, write_onnx
 from ich.metrics import sigmoid
 from ich.model import Metadata
 from ich.pool import available_cores
 from ich.predictor import Ensemble, Network, load_ensemble
 from ich.results import write_text
+from ich.session import Session
 from ich.terminal import Terminal
 from ich.uncertainty import RESAMPLES
 

@@ -15,9 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -129,24 +127,3 @@ def quiet() -> Iterator[None]:
 def has_onnx() -> bool:
     """Whether the extra `onnx` is installed."""
     return all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-
-
-class Session:
-    """An ONNX file on this machine's processor."""
-
-    def __init__(self, path: Path, threads: int):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Decoding processes want the cores while a batch waits.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"]
-        )
-
-    def __call__(self, hu: np.ndarray) -> np.ndarray:
-        """int16 HU [B, S, S] -> float32 [B, L], as the file gives it."""
-        (found,) = self._session.run(None, {"hu": np.ascontiguousarray(hu)})
-        return np.asarray(found)

@@ -19,6 +19,7 @@ import torch
 
 from ich.config import Feed
 from ich.data import Dataset, Split
+from ich.pool import available_memory
 from ich.transforms import stream_seed
 
 log = logging.getLogger(__name__)
@@ -136,19 +137,9 @@ def _in_turn(feed: Feed, device: torch.device, size: int, needed: int) -> list[F
         return [Feed.mapped]
     free, _ = torch.cuda.mem_get_info(device)
     fits = [Feed.resident] if size + needed < free else []
-    if size < _HOST_SHARE * _available_memory():
+    if size < _HOST_SHARE * available_memory():
         fits.append(Feed.pinned)
     return [*fits, Feed.mapped]
-
-
-def _available_memory() -> int:
-    """Bytes of main memory that can be had without swapping (Linux), else 0."""
-    try:
-        with open("/proc/meminfo") as file:  # noqa: PTH123
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 class Loader:

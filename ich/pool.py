@@ -31,6 +31,16 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping (Linux), else 0."""
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
 def return_memory() -> None:
     """Gives freed memory back to the system, which the allocators of C and Arrow would keep.
 

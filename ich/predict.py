@@ -31,7 +31,8 @@ from ich.inputs import Inputs
 from ich.metrics import sigmoid
 from ich.patients import Pseudonyms
 from ich.pool import keep_memory
-from ich.predictor import TTA, Ensemble, Predicted, load_ensemble, predict_files
+from ich.predictor import Ensemble, Predicted, load_ensemble, predict_files
+from ich.session import TTA
 from ich.terminal import Terminal
 from ich.train import pick_device
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,26 +22,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ich.comparison import Predictions, read_predictions
 from ich.config import TrackingConfig, UserError
-from ich.decode import Read, read_chunk
-from ich.graph import NO_AUGMENT, Graph, Session, write_onnx
+from ich.decode import Asked, Read, read_chunk
+from ich.graph import NO_AUGMENT, Graph, write_onnx
 from ich.inputs import Inputs
 from ich.metrics import best_thresholds
 from ich.model import Classifier, Metadata, fold_batch_norms, load_trained
-from ich.pool import available_cores, run_parallel
+from ich.pool import available_cores, available_memory, run_parallel
 from ich.provenance import code_version
 from ich.results import RunPaths
+from ich.session import Converted, Task, averaged, read_and_predict, session
 from ich.tracking import fetch_run, is_mlflow_name
 from ich.transforms import CTWindows, Resample
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # files done, of how many
 
-_FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "none": ((),),
-    "flips": ((), (2,), (1,), (1, 2)),  # axes of [B, H, W]
-}
-TTA = tuple(_FLIPS)
 _PER_WORKER = 200  # a process takes about as long to start as this many slices take to decode
+_MEMORY_SHARE = 0.25  # of free memory for networks in all processes; onnxruntime packs them anew
 _KILLED = (
     "not read: a decoding process was killed, for want of memory or by a file that crashes its "
     "decoder; --workers 1 shows which"
@@ -63,7 +60,7 @@ class Network:
         model, self.metadata = load_trained(weights)
         fold_batch_norms(model)
         meta = self.metadata
-        self._session = _session(weights, model, meta, converted) if converted else None
+        self.converted = _convert(weights, model, meta, converted) if converted else None
         self.device, self.model = device, model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.resample = Resample(meta.image_size, NO_AUGMENT)
         self.windows = CTWindows(meta.windows, device, meta.mean, meta.std)
@@ -74,25 +71,26 @@ class Network:
 
     def logits(self, hu: np.ndarray, tta: str = "none") -> np.ndarray:
         """int16 HU [B, S, S] -> float32 [B, L]; with `flips` the mean over the four of a slice."""
-        flipped = [np.flip(hu, axes) if axes else hu for axes in _FLIPS[tta]]
-        return np.mean([self._logits(np.ascontiguousarray(h)) for h in flipped], axis=0)
+        return averaged(self._logits, hu, tta)
 
     @torch.inference_mode()
     def _logits(self, hu: np.ndarray) -> np.ndarray:
-        if self._session is not None:
-            return self._session(hu)
+        if self.converted is not None:
+            return session(self.converted.path, available_cores())(hu)
         x = self.windows(self.planes(torch.from_numpy(hu)))
         return self.model(x).cpu().numpy()
 
 
-def _session(weights: Path, model: Classifier, metadata: Metadata, folder: Path) -> Session | None:
+def _convert(
+    weights: Path, model: Classifier, metadata: Metadata, folder: Path
+) -> Converted | None:
     made_by = f"{torch.__version__} {code_version()}".encode()
     path = folder / f"{hashlib.sha256(weights.read_bytes() + made_by).hexdigest()[:16]}.onnx"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_onnx(Graph(model, metadata), path)
-        return Session(path, available_cores())
+        return Converted(str(path.resolve()), metadata.cache_size)
     except UserError as error:
         log.warning("torch computes instead of onnxruntime: %s", error)
         return None
@@ -171,6 +169,14 @@ class Ensemble:
         """The labels whose probabilities [L] reach their thresholds, separated by `;`."""
         pairs = zip(self.labels, probability, strict=True)
         return ";".join(k for k, p in pairs if p >= self.thresholds[k])
+
+    def for_each_of(self, processes: int) -> tuple[Converted, ...]:
+        """Its networks if each of so many processes can hold them; else, or if one of them is not
+        converted, none."""
+        found = [m.network.converted for m in self.members]
+        networks = tuple(n for n in found if n)
+        needed = processes * sum(n.size for n in networks)
+        return networks if all(found) and needed < _MEMORY_SHARE * available_memory() else ()
 
     def logits(self, hu: dict[int, np.ndarray], tta: str = "none") -> np.ndarray:
         """int16 HU [B, S, S] of each side S -> float32 [B, M, L], one of each member."""
@@ -327,7 +333,8 @@ def predict_files(
 ) -> Predicted:
     """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time.
 
-    Batches are made of neighbouring files, so that the result does not depend on who is faster.
+    A converted network computes where its files are decoded. Batches are made of neighbouring
+    files, so that the result does not depend on who is faster.
 
     Args:
         ensemble: the networks.
@@ -348,7 +355,7 @@ def predict_files(
     crew = workers or min(available_cores(), -(-count // _PER_WORKER))
     left, done = set(range(count)), 0
     try:
-        for read in run_parallel(read_chunk, inputs.batches(batch_size, ensemble.sizes), crew):
+        for read in _read(ensemble, inputs.batches(batch_size, ensemble.sizes), crew, tta):
             fill(out, read, ensemble, key, tta)
             left.difference_update(one.number for one in read)
             done += len(read)
@@ -364,10 +371,21 @@ def predict_files(
     return out
 
 
+def _read(
+    ensemble: Ensemble, batches: Iterator[Asked], crew: int, tta: str
+) -> Iterator[list[Read]]:
+    """Reads files by so many processes, which predict them, too, if each can hold the networks."""
+    if not (networks := ensemble.for_each_of(crew)):
+        return run_parallel(read_chunk, batches, crew)
+    threads = max(1, available_cores() // crew)
+    tasks = (Task(asked, networks, threads, tta) for asked in batches)
+    return run_parallel(read_and_predict, tasks, crew)
+
+
 def fill(
     out: Predicted, read: list[Read], ensemble: Ensemble, key: Callable[[str, str], str], tta: str
 ) -> None:
-    """Predicts one batch of files into its places."""
+    """Puts one batch of files into its places, predicted if it is not yet."""
     for one in read:
         if one.reason:
             out.reasons[one.number] = one.reason
@@ -378,8 +396,12 @@ def fill(
     good = [one for one in read if not one.reason]
     if not good:
         return
-    hu = {size: np.stack([one.hu[size] for one in good]) for size in ensemble.sizes}
-    logits = ensemble.logits(hu, tta)
+    found = [one.logits for one in good if one.logits is not None]
+    if len(found) == len(good):
+        logits = np.stack(found)
+    else:
+        hu = {size: np.stack([one.hu[size] for one in good]) for size in ensemble.sizes}
+        logits = ensemble.logits(hu, tta)
     numbers = [one.number for one in good]
     out.logits[numbers] = logits
     for n in itertools.compress(numbers, ~np.isfinite(logits).all((1, 2))):

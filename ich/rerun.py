@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -34,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ich import provenance
 from ich.config import Config, UserError, identity, load, typed, validate
 from ich.data import cohort_key, prepare
+from ich.entry import end_on_signals
 from ich.jobs import Result, hold, run_job
 from ich.preflight import check_weights, weights_digest
 from ich.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths, write_json
@@ -434,5 +434,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training is ended
+    end_on_signals()  # so that the training is ended
     sys.exit(main())

@@ -12,7 +12,6 @@ single jobs, there is a comparison with intervals (`ich.report`).
 
 from __future__ import annotations
 
-import signal
 import sys
 
 import hydra
@@ -22,6 +21,7 @@ from omegaconf import DictConfig
 
 from ich import launcher
 from ich.config import CONF_DIR, register, typed
+from ich.entry import end_on_signals
 from ich.report import compare
 from ich.results import FINISHED
 from ich.tracking import close_sweep_run
@@ -60,7 +60,7 @@ def main() -> None:
     """Exit status 0 if every job finished, 1 if one failed, 130 or 143 after Ctrl-C or SIGTERM."""
     register()
     launcher.register_resolvers()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `except` is reached
+    end_on_signals()  # so that `except` is reached
     try:
         train_one()
     except (KeyboardInterrupt, SystemExit) as end:

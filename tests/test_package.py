@@ -34,7 +34,7 @@ HOMES = {
     "pydicom": {"dicom", "phantom"},
     "iterstrat": {"protocol"},
     "captum": {"explain"},
-    "onnxruntime": {"graph"},
+    "onnxruntime": {"session"},
 }
 LEAVES = {"transforms", "losses", "metrics", "model"}
 LIGHT = {
@@ -56,6 +56,7 @@ LIGHT = {
     "jobs",
     "launcher",
     "inputs",
+    "session",
 }  # what composing and decoding need: no torch
 
 

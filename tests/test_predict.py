@@ -34,7 +34,7 @@ from ich.inputs import Inputs
 from ich.metrics import best_thresholds, sigmoid
 from ich.phantom import LABELS
 from ich.predict import LEFT_OUT, RSNA_LABELS, _image_id, conversions, main, parse
-from ich.predictor import Ensemble, load_ensemble
+from ich.predictor import Ensemble, load_ensemble, predict_files
 from ich.results import RunPaths, SweepPaths
 from ich.store import SliceStore
 from ich.tracking import MlflowStore, TrackingConfig
@@ -161,6 +161,24 @@ def test_onnxruntime_gives_the_same_and_converts_once(
         assert len(made) == (engine == "onnx")
     by_torch, by_onnx = (probabilities(pd.read_csv(f"{e}.csv")) for e in ("torch", "onnx"))
     np.testing.assert_allclose(by_onnx, by_torch, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [2**40, 0])
+def test_processes_that_predict_give_what_one_does(
+    runs: list[Path], phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    monkeypatch.setattr(predictor, "available_memory", lambda: memory)
+    model = load_ensemble([str(r) for r in runs[:2]], CPU, None, tmp_path)
+    assert len(model.for_each_of(2)) == (2 if memory else 0)
+    inputs = Inputs.find([*map(str, slices_of(phantom)[:30]), __file__])
+    one, two = (
+        predict_files(model, inputs, lambda _, key: key, lambda *_: None, "flips", 8, workers)
+        for workers in (1, 2)
+    )
+    np.testing.assert_allclose(two.logits, one.logits, atol=1e-5)
+    assert two.reasons == one.reasons == {30: "not a DICOM file (no DICM prefix)"}
+    assert (two.study, two.series) == (one.study, one.series)
+    np.testing.assert_array_equal(two.position, one.position)
 
 
 def test_many_files_on_a_cpu_are_worth_converting(monkeypatch: pytest.MonkeyPatch) -> None:
