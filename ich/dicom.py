@@ -47,6 +47,11 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "BitsStored": tuple(range(16, 0, -1)),
     "PixelRepresentation": (0, 1),
 }
+# What a message may quote: modalities and interpretations (PS3.3 C.7.3.1.1.1, C.7.6.3.1.2).
+_TERM = re.compile(
+    "CR|CT|DX|ES|IO|KO|MG|MR|NM|OP|OT|PR|PT|PX|RF|RTDOSE|RTIMAGE|RTPLAN|RTSTRUCT|SC|SEG|SM|SR|US|"
+    "XA|XC|MONOCHROME[12]|PALETTE COLOR|RGB|YBR_(FULL|FULL_422|PARTIAL_420|ICT|RCT)"
+)
 _KEYWORDS = (
     *_ALLOWED,
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
@@ -71,11 +76,13 @@ class DicomError(ValueError):
 
 
 class _Header(NamedTuple):
-    """The checked elements of one slice. `syntax` says how its pixel data are encoded."""
+    """The checked elements of one slice. `syntax` says how its pixel data are encoded; `unused`
+    counts the bits of a pixel above its value."""
 
     rows: int
     columns: int
     dtype: np.dtype
+    unused: int
     slope: float
     intercept: float
     wrapped: bool
@@ -278,8 +285,7 @@ def _elements(dataset: pydicom.Dataset) -> Elements:
 def _check(dataset: pydicom.Dataset) -> _Header:
     for keyword, allowed in _ALLOWED.items():
         if (value := dataset.get(keyword)) not in allowed:
-            shown = _shown(value, word=isinstance(allowed[0], str))
-            raise DicomError(f"{keyword} is {shown}, not {allowed[0]!r}")
+            raise DicomError(f"{keyword} is {_shown(value)}, not {allowed[0]!r}")
     frames = dataset.get("NumberOfFrames")
     if int(frames or 1) != 1:
         raise DicomError(f"multi-frame file ({_shown(int(frames))} frames), not one slice")
@@ -300,21 +306,28 @@ def _check(dataset: pydicom.Dataset) -> _Header:
         raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
     dtype = np.dtype("<i2" if dataset.PixelRepresentation else "<u2")
     return _Header(
-        dataset.Rows, dataset.Columns, dtype, slope, intercept, wrapped, _syntax(dataset)
+        dataset.Rows,
+        dataset.Columns,
+        dtype,
+        16 - dataset.BitsStored,
+        slope,
+        intercept,
+        wrapped,
+        _syntax(dataset),
     )
 
 
-def _shown(value: Any, word: bool = False) -> str:
-    """A value for a message: a number or, where one is expected, a word in capitals.
+def _shown(value: Any) -> str:
+    """A value for a message: a number, or one of the standard's own terms.
 
     Anything else is not shown. In a damaged header an element can hold what follows it, or take
     another's place: a name would be printed as the number of rows.
     """
     if value is None or isinstance(value, int | float):
         return f"{value!r:.20}"
-    if word and re.fullmatch(r"[A-Z0-9_ ]{0,16}", str(value)):
-        return repr(str(value))
-    return "something else"
+    if not str(value):
+        return "empty"
+    return repr(str(value)) if _TERM.fullmatch(str(value)) else "something else"
 
 
 def _finite(dataset: pydicom.Dataset, keyword: str) -> float:
@@ -356,6 +369,8 @@ def _uncompressed(elements: Elements, header: _Header, data: bytes) -> np.ndarra
             f"{header.columns} pixels of 16 bits take {2 * count:,}"
         )
     stored = np.frombuffer(data, header.dtype, count, elements.start)
+    if header.unused:  # what stands there is not said (PS3.5 8.1.1): the sign, an overlay, anything
+        stored = stored << header.unused >> header.unused
     return stored.reshape(header.rows, header.columns)
 
 

@@ -189,7 +189,7 @@ def read_bytes(
         return _read_file(f"{root}/{location.path}", location, head)
     except (OSError, igzip_lib.IsalError, UnicodeError) as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise DicomError("not a regular file") from None
+            raise DicomError("a symbolic link, which is not followed") from None
         raise Unreadable(f"cannot be read ({type(error).__name__})") from None
 
 

@@ -703,7 +703,7 @@ def pick_device(device: Device) -> torch.device:
     if device is Device.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but torch finds no GPU. Use train.device=auto.")
+        raise UserError("the device is cuda, but torch finds no GPU. Set it to auto or cpu.")
     return torch.device(device.value)
 
 

@@ -18,17 +18,14 @@ import pandas as pd
 from ich.results import RunPaths, SweepPaths
 
 SABOTEUR = Path(__file__).parent / "saboteur"
-SMALL = [
+TINY = [
     "model=mobilenet_v2",
     "model.pretrained=false",
-    "train.precision=fp32",
     "data.image_size=32",
     "data.cache_size=32",
     "data.workers=1",
-    "data.subset=0.5",
-    "train.epochs=3",
-    "train.batch_size=8",
 ]
+SMALL = [*TINY, "train.precision=fp32", "data.subset=0.5", "train.epochs=3", "train.batch_size=8"]
 LOCAL = ["hydra.launcher.cpu_jobs=2"]
 
 

@@ -582,8 +582,11 @@ def test_links_pipes_and_folders_are_refused(phantom: Path, tmp_path: Path) -> N
     paths = ["link.dcm", "pipe.dcm", "folder.dcm", "none.dcm"]
     images = pd.DataFrame({"image_id": paths, "path": paths})
     cache = build(root, tmp_path / "cache", images, max_quarantine=1.0)
-    assert cache.quarantine["reason"].tolist() == ["not a regular file"] * 3 + [
-        "the file is missing"
+    assert cache.quarantine["reason"].tolist() == [
+        "a symbolic link, which is not followed",
+        "not a regular file",
+        "not a regular file",
+        "the file is missing",
     ]
 
 

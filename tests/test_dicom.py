@@ -150,6 +150,18 @@ def test_twelve_bits_with_the_usual_intercept_are_not_wrapped() -> None:
     assert np.array_equal(hu, reference(stored, 1, -1024))
 
 
+@pytest.mark.parametrize("bits", [12, 13, 16])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+def test_bits_above_the_highest_are_not_read(bits: int, dtype: type) -> None:
+    d = dataset(EVERY.view(dtype))
+    data = encoded(d, BitsStored=bits, HighBit=bits - 1)
+    expected = reference(pydicom.dcmread(io.BytesIO(data)).pixel_array, 1, -1024)
+    assert np.array_equal(read_hu(data), expected)
+    low = -(2 ** (bits - 1)) if dtype is np.int16 else 0
+    values = EVERY.view(dtype).astype(int)
+    assert np.array_equal(expected, reference((values - low) % 2**bits + low, 1, -1024))
+
+
 def test_headers_seen_before_are_told_apart() -> None:
     for intercept in (-1024, -1000, -1024):
         hu = read_hu(encoded(dataset(STORED), RescaleIntercept=str(intercept)))
@@ -171,6 +183,7 @@ def test_headers_seen_before_are_told_apart() -> None:
         ({"RescaleIntercept": None}, "RescaleIntercept is None, not a number"),
         ({"RescaleIntercept": "-1e300"}, r"RescaleIntercept is -1e\+300, not within 100,000 of 0"),
         ({"Modality": "MR"}, "Modality is 'MR', not 'CT'"),
+        ({"Modality": "CANARY PATIENT"}, "Modality is something else, not 'CT'"),
         ({"PhotometricInterpretation": "MONOCHROME1"}, "is 'MONOCHROME1', not 'MONOCHROME2'"),
         ({"PhotometricInterpretation": "RGB"}, "is 'RGB', not 'MONOCHROME2'"),
         ({"SamplesPerPixel": 3}, "SamplesPerPixel is 3, not 1"),
@@ -204,7 +217,7 @@ def test_what_is_no_ct_slice_is_refused_by_name(changes: dict[str, object], mess
         (b"nan ", "RescaleIntercept is nan, not finite"),
         (b"-inf", "RescaleIntercept is -inf, not finite"),
         (b"abc ", "RescaleIntercept is something else, not a number"),
-        (b"    ", "RescaleIntercept is something else, not a number"),
+        (b"    ", "RescaleIntercept is empty, not a number"),
         (b"\xff\xfe\n\0", "RescaleIntercept is something else, not a number"),
         (b"1" * 3000, "RescaleIntercept is inf, not finite"),
         (b"1" * 6000, r"RescaleIntercept is inf, not finite|unreadable header \(\w+\)"),
@@ -405,7 +418,7 @@ def members(archive: Path) -> dict[str, bytes]:
 def test_real_slices_equal_pydicoms_values(shared: Path) -> None:
     files = members(shared / "rsna_mini.zip")
     assert len(files) == 185
-    for name in [*list(files)[::9], "ID_000aa2bce", "ID_0a2e1269e"]:
+    for name in files:
         d = pydicom.dcmread(io.BytesIO(files[name]))
         expected = reference(d.pixel_array, float(d.RescaleSlope), float(d.RescaleIntercept))
         assert np.array_equal(read_hu(files[name]), expected), name

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sweeps import TINY
 
 from ich.config import Config, ModelConfig, to_yaml
 from ich.data import cohort_sizes, load_dataset
@@ -20,12 +21,8 @@ from ich.preflight import look_up
 from ich.results import State, SweepPaths, write_json
 
 SMALL = [
-    "model=mobilenet_v2",
-    "model.pretrained=false",
+    *TINY,
     "train.precision=fp32",
-    "data.image_size=32",
-    "data.cache_size=32",
-    "data.workers=1",
     "data.subset=0.5",
     "train.epochs=2",
     "train.threads=1",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sweeps import TINY
 
 from ich.config import Config, Graph, Precision
 from ich.data import load_dataset
@@ -20,16 +21,7 @@ from ich.tracking import Journal
 from ich.train import Trainer, fit, settle_mode, wants_graph
 
 CPU = torch.device("cpu")
-SMALL = [
-    "model=mobilenet_v2",
-    "model.pretrained=false",
-    "data.image_size=32",
-    "data.cache_size=32",
-    "data.workers=1",
-    "tracking=none",
-    "train.epochs=1",
-    "train.device=cpu",
-]
+SMALL = [*TINY, "tracking=none", "train.epochs=1", "train.device=cpu"]
 
 
 def quiet(*_: object) -> None:

@@ -381,7 +381,7 @@ def test_nothing_vanishes(
         str(scans / "a.dcm"), str(tmp_path / "tail.dcm"),
     ]  # fmt: skip
     listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
-    assert listed[str(scans / "linked")] == "not a regular file"
+    assert listed[str(scans / "linked")] == "a symbolic link, which is not followed"
     assert "cannot be read" in listed[str(tmp_path / "cut.zip")]
 
 
@@ -462,17 +462,20 @@ def test_what_is_no_slice_is_listed_and_stops_nothing(
     (scans / "tall.dcm").write_bytes(encoded(dataset(stored)))  # FAULTS 20: read, not refused
     os.mkfifo(scans / "pipe.dcm")
     (scans / "link.dcm").symlink_to(scans / "tall.dcm")
+    (scans / "\x1b[31mred.dcm").write_bytes(b"")
     assert predict("--model", runs[0], scans, "-o", "out.csv") == LEFT_OUT
     assert pd.read_csv("out.csv")["file"].tolist() == [str(scans / "tall.dcm")]
     listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
     expected = {k: message for k, (_, message) in REFUSED.items()}
-    expected |= dict.fromkeys(("pipe.dcm", "link.dcm"), "not a regular file")
+    expected |= {"pipe.dcm": "not a regular file", "link.dcm": "a symbolic link"}
+    expected["\x1b[31mred.dcm"] = "the file is empty"
     assert len(listed) == len(expected)
     for name, message in expected.items():
         assert message in listed[str(scans / name)], name
     said = capsys.readouterr().out
     assert f"left out: {scans / 'mr.dcm'}: Modality is 'MR', not 'CT'" in said
-    assert "15 files left out, listed in out.left_out.csv" in said
+    assert r"\x1b[31mred.dcm: the file is empty" in said
+    assert "16 files left out, listed in out.left_out.csv" in said
     # Given themselves, the same; and with nothing else there is nothing to write.
     assert predict("--model", runs[0], scans / "pipe.dcm", scans / "link.dcm", "-o", "x.csv") == 1
     assert "none of the 2 files is a CT slice" in capsys.readouterr().err

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from sweeps import TINY
 
-from ich.config import Config, Monitor, UserError, to_yaml
+from ich.config import Config, Device, Monitor, UserError, to_yaml
 from ich.data import load_dataset
 from ich.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
 from ich.metrics import multilabel_metrics
@@ -23,19 +24,10 @@ from ich.phantom import LABELS
 from ich.precision import Mode
 from ich.results import Origin, RunPaths, write_json
 from ich.tracking import Journal
-from ich.train import Terminated, Trainer, fit, is_better, main
+from ich.train import Terminated, Trainer, fit, is_better, main, pick_device
 
 Compose = Callable[..., Config]
-SMALL = [
-    "model=mobilenet_v2",
-    "model.pretrained=false",
-    "data.image_size=32",
-    "data.cache_size=32",
-    "data.workers=1",
-    "tracking=none",
-    "train.precision=fp32",
-    "optimizer.lr=3e-3",
-]
+SMALL = [*TINY, "tracking=none", "train.precision=fp32", "optimizer.lr=3e-3"]
 
 
 CPU, FP32 = torch.device("cpu"), Mode("fp32", "channels_last")
@@ -105,6 +97,13 @@ def test_a_loss_that_is_not_finite_stops_the_training_by_name(
     config.optimizer.lr = 1e30
     with pytest.raises(UserError, match=r"the loss is not finite in epoch 1, step \d+"):
         train(config, tmp_path / "run")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(Device.auto) == pick_device(Device.cpu) == torch.device("cpu")
+    with pytest.raises(UserError, match="the device is cuda, but .* Set it to auto or cpu"):
+        pick_device(Device.cuda)
 
 
 @pytest.mark.parametrize(
