@@ -28,7 +28,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from ich.elements import Elements, find_elements
+from ich.elements import Elements, find_elements, transfer_syntax
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -55,6 +55,7 @@ _TERM = re.compile(
 _KEYWORDS = (
     *_ALLOWED,
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
+    "SpecificCharacterSet",  # pydicom refuses the whole header for one that it does not know
 )
 _TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
 _IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _PLACE = tuple(
@@ -129,7 +130,8 @@ def read_slice(data: bytes) -> Slice:
     normal = _normal(_text(elements, _ORIENTATION))
     if abs(normal[2]) < _MOSTLY_AXIAL:
         raise DicomError("ImageOrientationPatient is more than 45 degrees from axial: a reformat")
-    position = float(normal @ _numbers(_text(elements, _POSITION), 3))
+    with np.errstate(all="ignore"):  # a file may say "inf"
+        position = float(normal @ _numbers(_text(elements, _POSITION), 3))
     return Slice(hu, _text(elements, _STUDY), _text(elements, _SERIES), position)
 
 
@@ -151,7 +153,7 @@ def _read_by_pydicom(data: bytes) -> tuple[Elements, _Header, np.ndarray]:
         warnings.simplefilter("ignore")
         # The pixel data are not copied out of `data`: pydicom only says where they are.
         dataset = _parse(data, defer_size=4096)
-        elements = _elements(dataset)
+        elements = _elements(dataset, data)
         header = _header(dataset, elements)
         if not elements.start:
             raise DicomError("PixelData is missing")
@@ -177,8 +179,8 @@ def _numbers(text: str, count: int) -> np.ndarray:
 def _normal(orientation: str) -> np.ndarray:
     """The unit vector along which slices follow one another [3]; NaN if the file does not say."""
     across, down = _numbers(orientation, 6).reshape(2, 3)
-    normal = np.cross(across, down)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
+        normal = np.cross(across, down)
         return np.asarray(normal / np.linalg.norm(normal))
 
 
@@ -237,7 +239,8 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
     if not data:
         raise DicomError("the file is empty")
-    if DeflatedExplicitVRLittleEndian.encode() in data[:4096]:
+    said, deflated = transfer_syntax(data), DeflatedExplicitVRLittleEndian.encode()
+    if said == deflated or (not said and deflated in data[:4096]):
         # pydicom would inflate it whole, to up to a thousand times its size, before any check.
         raise DicomError(f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read")
     try:
@@ -251,7 +254,7 @@ def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
 # The slices of a data set share few distinct headers, and converting and checking these twelve
 # elements takes longer than reading the pixel data, so each combination of raw values is seen once.
 _seen: dict[tuple, _Header] = {}
-_SEEN_LIMIT = 256
+_SEEN_LIMIT, _SEEN_BYTES = 256, 1024  # headers, and bytes of each
 
 
 def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
@@ -261,7 +264,8 @@ def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
             header = _check(dataset)
             if len(_seen) >= _SEEN_LIMIT:
                 _seen.clear()
-            _seen[key] = header
+            if sum(len(value) for _, value in filter(None, key[1:])) <= _SEEN_BYTES:
+                _seen[key] = header
         return header
     except DicomError:
         raise
@@ -273,10 +277,15 @@ def _key(elements: Elements) -> tuple[Any, ...]:
     return elements.syntax, *map(elements.values.get, _TAGS)
 
 
-def _elements(dataset: pydicom.Dataset) -> Elements:
-    """What `find_elements` would have found. Of values longer than any that counts, nothing."""
-    items = ((tag, dataset.get_item(tag, keep_deferred=True)) for tag in _WANTED)
-    values = {tag: (i.VR, i.value or b"") for tag, i in items if isinstance(i, RawDataElement)}
+def _elements(dataset: pydicom.Dataset, data: bytes) -> Elements:
+    """What `find_elements` would have found."""
+    values = {}
+    for tag in _WANTED:
+        item = dataset.get_item(tag, keep_deferred=True)
+        if isinstance(item, RawDataElement):
+            long = item.value is None and item.length  # then pydicom has not read it yet
+            value = data[item.value_tell :][: item.length] if long else item.value
+            values[tag] = item.VR, value or b""
     pixels = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
     place = (pixels.value_tell, pixels.length) if isinstance(pixels, RawDataElement) else (0, 0)
     return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, *place)
@@ -284,7 +293,8 @@ def _elements(dataset: pydicom.Dataset) -> Elements:
 
 def _check(dataset: pydicom.Dataset) -> _Header:
     for keyword, allowed in _ALLOWED.items():
-        if (value := dataset.get(keyword)) not in allowed:
+        value = dataset.get(keyword)
+        if value not in allowed or isinstance(value, float):  # 16.0 is in allowed
             raise DicomError(f"{keyword} is {_shown(value)}, not {allowed[0]!r}")
     frames = dataset.get("NumberOfFrames")
     if int(frames or 1) != 1:
@@ -378,11 +388,14 @@ def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
     """Pixel data in any other encoding, by pydicom and its plug-ins."""
     try:
         if header.syntax.is_encapsulated:
-            size = _stream_size(get_frame(dataset.PixelData, 0, number_of_frames=1))
+            table = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
+            offsets = table if all(table) else None
+            frame = get_frame(dataset.PixelData, 0, number_of_frames=1, extended_offsets=offsets)
+            size = _stream_size(frame)
             if size not in (None, (header.rows, header.columns)):
                 # Checked first, because a plug-in allocates what the stream asks for.
                 raise RuntimeError(f"a stream of {size} pixels, not {header.rows, header.columns}")
-        return dataset.pixel_array
+        return get_decoder(header.syntax).as_array(dataset, index=0)[0]
     except Exception as error:  # decoder plug-ins raise their own types
         # Only decoding itself raises this one; the text of others can quote any element.
         plain = isinstance(error, RuntimeError)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 _PREFIX_END = 132  # 128 bytes of preamble, and "DICM" (PS3.10 7.1)
 _META_GROUP, _ITEM_GROUP = 0x0002, 0xFFFE
-_SYNTAX, _PIXEL_DATA = 0x0002_0010, 0x7FE0_0010
+_GROUP_LENGTH, _SYNTAX = 0x0000, 0x0010  # of the file meta information
+_PIXEL_DATA = 0x7FE0_0010
 _EXPLICIT, _IMPLICIT = b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"
 _UNDEFINED = 0xFFFF_FFFF
 # PS3.5 7.1.2: the length is two bytes, or four after two reserved ones.
@@ -59,6 +60,16 @@ def find_elements(data: bytes, wanted: Container[int]) -> Elements | None:
         return None
 
 
+def transfer_syntax(data: bytes) -> bytes:
+    """What the file meta information names, empty if anything about it is odd."""
+    if data[_PREFIX_END - 4 : _PREFIX_END] != b"DICM":
+        return b""
+    try:
+        return _meta(data)[1]
+    except struct.error:
+        return b""
+
+
 def _meta(data: bytes) -> tuple[int, bytes]:
     """Where the file meta information (PS3.10 7.1) ends, and the transfer syntax it names; no
     syntax if anything is odd."""
@@ -71,9 +82,12 @@ def _meta(data: bytes) -> tuple[int, bytes]:
         if vr in _LONG:
             (length,) = _four_bytes(data, at)
             at += 4
-        elif vr not in _SHORT:
+        odd = vr not in _LONG and vr not in _SHORT
+        odd |= element == _GROUP_LENGTH and (vr, length) != (b"UL", 4)
+        odd |= element == _SYNTAX and vr != b"UI"
+        if odd:
             return at, b""
-        if group << 16 | element == _SYNTAX:
+        if element == _SYNTAX:
             syntax = data[at : at + length].rstrip(b"\0 ")
         at += length
 

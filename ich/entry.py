@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from hydra.errors import CompactHydraException
 
 from ich.config import UserError, register
+from ich.terminal import harmless
 
 _asked: list[int] = []  # signals that asked this process to end
 
@@ -35,12 +36,10 @@ def one_paragraph() -> Iterator[None]:
     except Exception as error:
         if _asked:  # an extension module turns what interrupts its import into an ImportError
             sys.exit(128 + _asked[0])
-        if isinstance(error, UserError):
-            raise CompactHydraException(f"ich: {error}") from None
-        if isinstance(error, OSError):
-            text = f"ich: a folder or file cannot be used: {error}"
-            raise CompactHydraException(text) from None
-        raise
+        if not isinstance(error, UserError | OSError):
+            raise
+        what = "" if isinstance(error, UserError) else "a folder or file cannot be used: "
+        raise CompactHydraException(harmless(f"ich: {what}{error}")) from None
 
 
 def run(command: Callable[[], object]) -> None:

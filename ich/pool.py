@@ -32,13 +32,14 @@ def available_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping (Linux), else 0."""
+    """Bytes of main memory that can be had without swapping; half of all there is where the system
+    is no Linux and does not say."""
     try:
         with open("/proc/meminfo") as file:  # noqa: PTH123
             lines = dict(line.split(":", 1) for line in file)
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 0
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def return_memory() -> None:
@@ -134,17 +135,25 @@ def _undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Others than Python's stay: what is ignored is so in the new process, too.
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: h for number, h in found.items() if callable(h)}
     caught: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = {
-        number: h for number, h in handlers.items() if h is not None
-    }  # others cannot be put back
-    for number in ours:
-        signal.signal(number, lambda number, _: caught.append(number))
+    waiting = True
+
+    def wait_for_it(number: int, frame: types.FrameType | None) -> None:
+        if waiting:
+            caught.append(number)
+        else:  # between two of the lines that put the handlers back
+            handlers[signal.Signals(number)](number, frame)
+
     try:
+        for number in handlers:
+            signal.signal(number, wait_for_it)
         yield
     finally:
-        for number, handler in ours.items():
+        waiting = False
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         if caught:
             signal.raise_signal(caught[0])

@@ -368,6 +368,8 @@ def predict_files(
             f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on "
             f"the CPU (--device cpu, device=cpu)."
         ) from None
+    finally:
+        session.cache_clear()
     return out
 
 

@@ -68,7 +68,7 @@ class Session:
 
 @lru_cache
 def session(path: str, threads: int) -> Session:
-    """The session of a file, opened once in a process."""
+    """The session of a file, opened once in a process, or again after `session.cache_clear()`."""
     return Session(Path(path), threads)
 
 

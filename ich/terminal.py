@@ -76,7 +76,7 @@ class Terminal:
 
     def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
         # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
-        self.out.print(_harmless(text), markup=markup, end=end, soft_wrap=True)
+        self.out.print(harmless(text), markup=markup, end=end, soft_wrap=True)
 
     def tables(
         self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
@@ -250,7 +250,7 @@ class _Row:
         return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text that moves no cursor and sets no colour, whatever a file is called."""
     kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return "".join(kept)

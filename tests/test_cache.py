@@ -750,18 +750,19 @@ def test_an_error_in_a_worker_ends_the_run() -> None:
 
 
 _DISTURBED = """
-import concurrent.futures.process as processes, signal, sys, time
+import multiprocessing.process as processes, signal, sys, time
 from ich.pool import run_parallel
 
-start = processes.ProcessPoolExecutor._spawn_process
+start, started = processes.BaseProcess.start, []
 
-def disturbed(pool):
-    start(pool)
-    if len(pool._processes) == int(sys.argv[1]):
+def disturbed(process):
+    start(process)
+    started.append(process)
+    if len(started) == int(sys.argv[1]):
         time.sleep(1)  # until it waits for jobs
         signal.raise_signal(signal.SIGTERM)
 
-processes.ProcessPoolExecutor._spawn_process = disturbed
+processes.BaseProcess.start = disturbed
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 list(run_parallel(abs, range(10), 3))
 """

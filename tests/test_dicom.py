@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
@@ -280,19 +280,31 @@ def test_flipped_bytes_never_crash() -> None:
 # The short way around pydicom
 
 
-def outcome(data: bytes, monkeypatch: pytest.MonkeyPatch, by_pydicom: bool) -> object:
-    with monkeypatch.context() as patch:
-        if by_pydicom:
-            patch.setattr(dicom, "find_elements", lambda *_: None)
-        try:
-            found = read_slice(data)
-        except DicomError as error:
-            return str(error)
+def outcome(data: bytes) -> object:
+    try:
+        found = read_slice(data)
+    except DicomError as error:
+        return str(error)
     return found.hu.tolist(), found.study, found.series, str(found.position)
+
+
+def outcomes(data: bytes, before: bytes, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """By pydicom with nothing seen before; then by pydicom, and the short way, after `before`."""
+    dicom._seen.clear()
+    found = [outcome(data)]
+    for by_pydicom in (True, False):
+        with monkeypatch.context() as patch:
+            if by_pydicom:
+                patch.setattr(dicom, "find_elements", lambda *_: None)
+            dicom._seen.clear()
+            outcome(before)
+            found.append(outcome(data))
+    return found
 
 
 def placed(syntax: UID) -> bytes:
     d = dataset(STORED, syntax)
+    d.SpecificCharacterSet = "ISO_IR 100"
     d.SeriesInstanceUID, d.ImageType = "2.25.31", ["ORIGINAL", "PRIMARY", "AXIAL"]
     d.ImageOrientationPatient = ["1", "0", "0", "0", "0.95", "0.31"]
     d.ImagePositionPatient = ["-125.0", "-110.5", "37.25"]
@@ -307,19 +319,74 @@ def test_both_ways_of_reading_a_header_agree_whatever_is_damaged(
     syntax: UID, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = placed(syntax)
-    expected = outcome(whole, monkeypatch, by_pydicom=True)
-    assert isinstance(expected, tuple)
     assert find_elements(whole, ()) is not None
-    assert outcome(whole, monkeypatch, by_pydicom=False) == expected
+    assert isinstance(outcome(whole), tuple)
     rng, header = np.random.default_rng(4), len(whole) - STORED.nbytes
     for number in range(3000):
         data = bytearray(whole)
-        for _ in range(1 + number % 2):
+        for _ in range(number % 3):
             data[int(rng.integers(header))] = int(rng.integers(256))
         if number % 5 == 0:
             data = data[: int(rng.integers(header, len(data) + 1))]
-        found = [outcome(bytes(data), monkeypatch, by_pydicom=way) for way in (True, False)]
-        assert found[0] == found[1], number
+        cold, by_pydicom, short = outcomes(bytes(data), whole, monkeypatch)
+        assert cold == by_pydicom == short, number
+
+
+@pytest.mark.parametrize(
+    ("keyword", "old", "new"),
+    [
+        ("SpecificCharacterSet", b"ISO_IR 100", b"ISO\0IR 100"),
+        ("FileMetaInformationGroupLength", b"", b""),
+        ("TransferSyntaxUID", b"UI", b"OB"),
+        ("Modality", b"CT", b"CT" + b" " * 5000),
+        ("Modality", b"CT", b""),
+        ("RescaleIntercept", b"-1024 ", b"-1024" + b" " * 5001),
+        ("RescaleIntercept", b"-1024 ", b"-1000" + b" " * 5001),
+        ("RescaleIntercept", b"-1024 ", b""),
+        ("ImageType", b"ORIGINAL", b"ORIGINAL" + b" " * 5000 + b"\\LOCALIZER"),
+        ("StudyInstanceUID", b"2.25.2", b"2" * 5000),
+    ],
+)
+def test_both_ways_agree_on_what_chance_would_not_find(
+    keyword: str, old: bytes, new: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = placed(ExplicitVRLittleEndian)
+    if keyword == "FileMetaInformationGroupLength":
+        data = whole.replace(b"\2\0\0\0UL\4\0", b"\2\0\0\0UL\2\0", 1)
+    elif keyword == "TransferSyntaxUID":
+        data = whole.replace(b"\2\0\x10\0UI", b"\2\0\x10\0OB", 1)
+    else:
+        data = raw_element(whole, keyword, old, new)
+    assert data != whole
+    padded = raw_element(whole, "RescaleIntercept", b"-1024 ", b"-1024" + b" " * 5001)
+    for before in (whole, padded, data):
+        found = outcomes(data, before, monkeypatch)
+        assert found[0] == found[1] == found[2]
+
+
+def test_a_number_of_the_wrong_kind_is_refused() -> None:
+    whole = placed(ExplicitVRLittleEndian)
+    tag = b"\x28\0\1\1"  # BitsStored
+    data = whole.replace(tag + b"US\2\0\x10\0", tag + b"FL\4\0" + np.float32(16).tobytes(), 1)
+    assert data != whole
+    with pytest.raises(DicomError, match=r"BitsStored is 16\.0, not 16"):
+        read_hu(data)
+
+
+def test_a_file_may_name_the_deflated_syntax_if_it_is_not_its_own() -> None:
+    d = dataset(STORED)
+    d.AvailableTransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    assert np.array_equal(read_hu(encoded(d)), reference(STORED, 1, -1024))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ["inf", "1e200", "nan", "x"])
+def test_a_place_that_is_none_is_unknown(value: str) -> None:
+    data = placed(ExplicitVRLittleEndian)
+    text = f"{value}\\0\\0\\0\\{value}\\0".encode()
+    text += b" " * (len(text) % 2)
+    data = raw_element(data, "ImageOrientationPatient", b"1\\0\\0\\0\\0.95\\0.31 ", text)
+    assert np.isnan(read_slice(data).position)
 
 
 def test_what_is_not_plain_is_left_to_pydicom() -> None:
@@ -385,9 +452,19 @@ def test_a_compressed_stream_of_another_size_is_refused_before_decoding(
     d = dataset(STORED, syntax)
     data = encoded(d, PixelData=encapsulate([bytes.fromhex(stream)]))
     if message != "cannot be decoded":
-        monkeypatch.setattr(Dataset, "pixel_array", property(lambda self: pytest.fail("decoded")))
+        decoder = type(get_decoder(syntax))
+        monkeypatch.setattr(decoder, "as_array", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(DicomError, match=f"pixel data cannot be decoded: .*{message}|{message}"):
         read_hu(data)
+
+
+def test_a_second_frame_that_is_not_announced_is_not_decoded() -> None:
+    d = dataset(np.random.default_rng(3).integers(-1000, 3000, (32, 48)).astype(np.int16))
+    d.compress(JPEGLSLossless, generate_instance_uid=False)
+    frame = get_frame(d.PixelData, 0, number_of_frames=1)
+    one = read_hu(encoded(d))
+    absurd = bytes.fromhex("ffd8 fff7 000b 10 ea60 ea60 01 01 11 00")
+    assert np.array_equal(read_hu(encoded(d, PixelData=encapsulate([frame, absurd]))), one)
 
 
 def test_absurd_rows_are_refused_before_decoding_also_when_compressed() -> None:
@@ -429,8 +506,8 @@ def test_both_ways_of_reading_a_header_agree_on_real_slices(
 ) -> None:
     files = members(shared / "rsna_mini.zip") | members(shared / "ge_head.zip")
     for name, data in files.items():
-        found = [outcome(data, monkeypatch, by_pydicom=way) for way in (True, False)]
-        assert found[0] == found[1], name
+        cold, by_pydicom, short = outcomes(data, data, monkeypatch)
+        assert cold == by_pydicom == short, name
     short = sum(find_elements(data, ()) is not None for data in files.values())
     assert short >= len(files) - 5
 
