@@ -251,8 +251,8 @@ def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
         raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
 
-# The slices of a data set share few distinct headers, and converting and checking these twelve
-# elements takes longer than reading the pixel data, so each combination of raw values is seen once.
+# The slices of a data set share few distinct headers, and converting and checking `_TAGS`
+# takes longer than reading the pixel data, so each combination of raw values is seen once.
 _seen: dict[tuple, _Header] = {}
 _SEEN_LIMIT, _SEEN_BYTES = 256, 1024  # headers, and bytes of each
 
@@ -283,9 +283,10 @@ def _elements(dataset: pydicom.Dataset, data: bytes) -> Elements:
     for tag in _WANTED:
         item = dataset.get_item(tag, keep_deferred=True)
         if isinstance(item, RawDataElement):
-            long = item.value is None and item.length  # then pydicom has not read it yet
-            value = data[item.value_tell :][: item.length] if long else item.value
-            values[tag] = item.VR, value or b""
+            value, start = item.value, item.value_tell
+            if value is None:  # empty, or so long that pydicom has not read it yet
+                value = data[start : start + item.length]
+            values[tag] = item.VR, value
     pixels = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
     place = (pixels.value_tell, pixels.length) if isinstance(pixels, RawDataElement) else (0, 0)
     return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, *place)
