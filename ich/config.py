@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-_HERE = Path(__file__).resolve().parent
+import ich
+
+_PACKAGE = Path(ich.__file__).resolve().parent
 # The wheel carries conf/ as ich/conf; a checkout or an editable install has it beside the package.
-CONF_DIR = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())
+CONF_DIR = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
 
 
 class UserError(ValueError):

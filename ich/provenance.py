@@ -11,7 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parent
+import ich
+
+# Of the whole package, wherever in it this module stands.
+_PACKAGE = Path(ich.__file__).resolve().parent
 _GIT_SECONDS = 10
 _MAX_DIFF = 1 << 20
 # Those whose version can change a number or a file of a run.
@@ -23,10 +26,15 @@ _PACKAGES = (
 
 @lru_cache
 def code_version(package: Path = _PACKAGE) -> str:
-    """A fingerprint of the package's own modules, 12 hex digits: what tells other code apart."""
+    """A fingerprint of the package's own modules, 12 hex digits: what tells other code apart.
+
+    Names are relative to the package, so that a module that moves within it is other code and a
+    checkout at another place is not.
+    """
     digest = hashlib.sha256()
-    for path in sorted(package.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

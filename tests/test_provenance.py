@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+import ich
 from ich import provenance
 
 
@@ -78,6 +80,26 @@ def test_other_code_has_another_version(package: Path) -> None:
     provenance.code_version.cache_clear()
     (package / "a.py").write_text("x = 2\n")
     assert provenance.code_version(package) != before
+
+
+def test_the_version_is_of_this_package_with_all_its_sub_packages(tmp_path: Path) -> None:
+    copy = tmp_path / "ich"
+    shutil.copytree(Path(ich.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    assert provenance.code_version() == provenance.code_version(copy)
+    (copy / "sub" / "package").mkdir(parents=True)
+    (copy / "sub" / "package" / "module.py").write_text("x = 1\n")
+    with_it = _version(copy)
+    assert with_it != provenance.code_version()
+    (copy / "sub" / "package" / "module.py").write_text("x = 2\n")
+    changed = _version(copy)
+    assert changed != with_it
+    (copy / "sub" / "package" / "module.py").rename(copy / "sub" / "module.py")
+    assert _version(copy) not in (with_it, changed)
+
+
+def _version(package: Path) -> str:
+    provenance.code_version.cache_clear()
+    return provenance.code_version(package)
 
 
 def test_the_record_is_json_and_names_neither_person_nor_machine(package: Path) -> None:
