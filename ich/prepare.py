@@ -12,14 +12,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from ich import entry
-from ich.cache import verify_cache
-from ich.config import CONF_DIR, PrepareConfig, typed, validate_data
-from ich.data import load_cohort, open_store, prepare
-from ich.data_report import balance_table, counts_table, leak_table, write_data_report
-from ich.page import cells
-from ich.protocol import Cohort
-from ich.terminal import Terminal
+from ich.base import entry
+from ich.base.config import CONF_DIR, PrepareConfig, typed, validate_data
+from ich.base.terminal import Terminal
+from ich.data.cache import verify_cache
+from ich.data.dataset import load_cohort, open_store, prepare
+from ich.data.protocol import Cohort
+from ich.pages.data_page import balance_table, counts_table, leak_table, write_data_report
+from ich.pages.page import cells
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="prepare")

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ich.decode import resize_area, square
-from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_slice
-from ich.metrics import sigmoid
-from ich.predictor import load_ensemble
-from ich.store import MAX_BYTES
+from ich.data.decode import resize_area, square
+from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_slice
+from ich.data.store import MAX_BYTES
+from ich.inference.ensemble import load_ensemble
+from ich.scoring.metrics import sigmoid
 
 _AT_ONCE = 32  # slices
 

@@ -1,13 +1,13 @@
 """The sweep: `python -m ich.sweep -m model=vgg16,resnet50,...`, or `experiment=report`.
 
 Method. Hydra composes one config per job from `conf/`. Before the first job starts, all of them
-are checked and their data prepared once (`ich.preflight`): labels become a manifest, the protocol
-turns it into training, validation and, if it is sound, test rows, which are audited for leaks;
-their slices are decoded to int16 HU. Each job then trains in a process of its own (`ich.train`): CT
-windows as channels, flips and crops, an ImageNet network with one linear layer of an output per
-label, binary cross-entropy, Adam; the weights of the epoch with the best validation accuracy are
-kept, and scored. Every run is logged to MLflow under its sweep. In the end, whatever became of
-single jobs, there is a comparison with intervals (`ich.report`).
+are checked and their data prepared once (`ich.launch.preflight`): labels become a manifest, the
+protocol turns it into training, validation and, if it is sound, test rows, which are audited for
+leaks; their slices are decoded to int16 HU. Each job then trains in a process of its own
+(`ich.train`): CT windows as channels, flips and crops, an ImageNet network with one linear layer of
+an output per label, binary cross-entropy, Adam; the weights of the epoch with the best validation
+accuracy are kept, and scored. Every run is logged to MLflow under its sweep. In the end, whatever
+became of single jobs, there is a comparison with intervals (`ich.report`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ich import launcher
-from ich.config import CONF_DIR, register, typed
-from ich.entry import end_on_signals
-from ich.report import compare
-from ich.results import FINISHED
-from ich.tracking import close_sweep_run
-from ich.uncertainty import RESAMPLES
+from ich.base.config import CONF_DIR, register, typed
+from ich.base.entry import end_on_signals
+from ich.base.results import FINISHED
+from ich.launch import launcher
+from ich.pages.tables import compare
+from ich.scoring.uncertainty import RESAMPLES
+from ich.tracking.registry import close_sweep_run
 
 _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 

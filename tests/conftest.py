@@ -18,9 +18,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sweeps import SMALL, Folder
 
-from ich.config import CONF_DIR, Config, register, typed
-from ich.launcher import register_resolvers
-from ich.phantom import PhantomSpec, write_phantom
+from ich.base.config import CONF_DIR, Config, register, typed
+from ich.data.phantom.files import write_phantom
+from ich.data.phantom.spec import PhantomSpec
+from ich.launch.launcher import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ICH_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))

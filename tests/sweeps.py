@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich.results import RunPaths, SweepPaths
+from ich.base.results import RunPaths, SweepPaths
 
 SABOTEUR = Path(__file__).parent / "saboteur"
 TINY = [
@@ -116,3 +116,15 @@ def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group lives; zombies do not count."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = status.read_text().rsplit(")", 1)[1].split()[:3]
+        except OSError:
+            continue
+        if int(pgrp) == group and state not in "ZX":
+            return True
+    return False

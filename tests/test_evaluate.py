@@ -16,14 +16,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from ich.comparison import Predictions, read_predictions
-from ich.config import CONF_DIR, EvaluateConfig, UserError, register, typed
-from ich.evaluate import evaluate, validate
-from ich.evaluation import Evaluation, metrics_table, write_evaluation
-from ich.metrics import sigmoid
-from ich.phantom import LABELS, PhantomSpec, write_phantom
-from ich.results import SweepPaths
-from ich.uncertainty import Scored
+from ich.base.config import CONF_DIR, EvaluateConfig, UserError, register, typed
+from ich.base.results import SweepPaths
+from ich.data.phantom.files import write_phantom
+from ich.data.phantom.spec import LABELS, PhantomSpec
+from ich.inference.scores import evaluate, validate
+from ich.pages.evaluation_page import write_evaluation
+from ich.scoring.comparison import Predictions, read_predictions
+from ich.scoring.evaluation import Evaluation, metrics_table
+from ich.scoring.metrics import sigmoid
+from ich.scoring.uncertainty import Scored
 
 THRESHOLDS = dict.fromkeys(LABELS, 0.4)
 

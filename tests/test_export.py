@@ -14,19 +14,20 @@ import onnxruntime
 import pytest
 import torch
 
-from ich import export as exporting
-from ich.card import model_card
-from ich.config import UserError, WindowConfig
-from ich.decode import resize_area, square
-from ich.dicom import read_hu
-from ich.export import export, made_up_slices, main
-from ich.graph import NO_AUGMENT, Graph
-from ich.metrics import sigmoid
-from ich.model import Metadata
-from ich.phantom import LABELS
-from ich.predictor import Ensemble, load_ensemble
-from ich.results import RunPaths, SweepPaths
-from ich.transforms import CTWindows, Resample
+from ich.base.config import UserError, WindowConfig
+from ich.base.metadata import Metadata
+from ich.base.results import RunPaths, SweepPaths
+from ich.data.decode import resize_area, square
+from ich.data.dicom import read_hu
+from ich.data.phantom.spec import LABELS
+from ich.export import main
+from ich.inference import export as exporting
+from ich.inference.card import model_card
+from ich.inference.ensemble import Ensemble, load_ensemble
+from ich.inference.export import export, made_up_slices
+from ich.inference.graph import NO_AUGMENT, Graph
+from ich.scoring.metrics import sigmoid
+from ich.training.transforms import CTWindows, Resample
 
 CPU = torch.device("cpu")
 

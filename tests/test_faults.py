@@ -9,7 +9,7 @@ import time
 import pytest
 from sweeps import Folder, wait_for
 
-from ich.results import RunPaths
+from ich.base.results import RunPaths
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

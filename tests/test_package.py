@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import nibabel
@@ -19,45 +20,30 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ich.config import CONF_DIR, register
-from ich.dicom import read_hu
-from ich.launcher import register_resolvers
+from ich.base.config import CONF_DIR, register
+from ich.data.dicom import read_hu
+from ich.launch.launcher import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "ich"
-ENTRY_POINTS = {"sweep", "prepare", "predict", "evaluate", "export", "rerun", "bench"}
-# The only modules of ich that may import each library (bench and its peers excepted).
+ENTRY = "an entry point"
+# Which packages each one may import; an entry point and the benchmarks may import all, and nothing
+# imports them.
+BELOW = {"base": ""}
+BELOW |= {"data": "base", "scoring": "base", "tracking": "scoring base"}
+BELOW |= {"training": "tracking scoring data base", "pages": "scoring data base"}
+BELOW |= dict.fromkeys(("inference", "launch"), "training tracking pages scoring data base")
+BELOW |= dict.fromkeys(("benchmarks", ENTRY), "inference launch benchmarks " + BELOW["launch"])
+# The only places that may import each library; the benchmarks compare with several.
 HOMES = {
-    "hydra": {"config", "entry", "launcher", *ENTRY_POINTS},
+    "hydra": {ENTRY, "launch", "base.config", "base.entry"},
     "mlflow": {"tracking"},
-    "timm": {"model"},
-    "pydicom": {"dicom", "phantom"},
-    "iterstrat": {"protocol"},
-    "captum": {"explain"},
-    "onnxruntime": {"session"},
+    "timm": {"training.model"},
+    "pydicom": {"data.dicom", "data.phantom"},
+    "iterstrat": {"data.protocol"},
+    "captum": {"inference.explain"},
+    "onnxruntime": {"inference.session"},
 }
-LEAVES = {"transforms", "losses", "metrics", "model"}
-LIGHT = {
-    "config",
-    "manifest",
-    "protocol",
-    "dicom",
-    "cache",
-    "data",
-    "data_report",
-    "page",
-    "decode",
-    "patients",
-    "store",
-    "stratify",
-    "phantom",
-    "results",
-    "terminal",
-    "jobs",
-    "launcher",
-    "inputs",
-    "session",
-}  # what composing and decoding need: no torch
 
 
 def imports_of(path: Path) -> set[str]:
@@ -67,52 +53,74 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-MODULES = {p.stem: imports_of(p) for p in sorted(PACKAGE.glob("*.py")) if p.stem != "__init__"}
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def floor_of(module: str) -> str:
+    return module.split(".")[0] if "." in module else ENTRY
+
+
+MODULES = {module_of(p): imports_of(p) for p in PACKAGE.rglob("*.py") if p.stem != "__init__"}
+# Module -> the modules of ich that it imports; `ich.a.b.name` is of the module `a.b`.
+ARROWS = {
+    module: {m for n in names for m in MODULES if f"{n}.".startswith(f"ich.{m}.")}
+    for module, names in MODULES.items()
+}
+
+
+def test_packages_import_only_what_is_below_them() -> None:
+    for module, names in ARROWS.items():
+        own = floor_of(module)
+        for floor in {floor_of(name) for name in names} - {own}:
+            assert floor in BELOW[own].split(), f"ich.{module} imports {floor}"
+        assert own == ENTRY or ENTRY not in map(floor_of, names), module
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    TopologicalSorter(ARROWS).prepare()  # raises CycleError
+
+
+def test_a_network_is_used_without_what_trains_it() -> None:
+    for module in (m for m in MODULES if floor_of(m) == "inference"):
+        assert "training.fit" not in ARROWS[module]
 
 
 def test_each_library_has_one_home() -> None:
-    for module, found in MODULES.items():
-        if module in ("bench", "peers"):
-            continue
-        tops = {name.split(".")[0] for name in found}
-        for library, homes in HOMES.items():
-            assert library not in tops or module in homes, f"ich/{module}.py imports {library}"
+    for module, names in MODULES.items():
+        homes = {module, module.rpartition(".")[0], floor_of(module)}
+        for library in {name.split(".")[0] for name in names} & set(HOMES):
+            assert homes & {*HOMES[library], "benchmarks"}, f"ich.{module} imports {library}"
 
 
-def test_entry_points_are_imported_by_nothing() -> None:
-    for module, found in MODULES.items():
-        own = {n.split(".")[1] for n in found if n.startswith("ich.")}
-        assert not own & ENTRY_POINTS, f"ich/{module}.py imports an entry point"
+def test_packages_are_rooms_and_no_corridors() -> None:
+    for folder in (p for p in PACKAGE.rglob("*") if (p / "__init__.py").exists()):
+        assert (folder / "__init__.py").read_text() == ""
+        assert len(list(folder.glob("*.py"))) <= 16, folder
 
 
-def test_leaves_import_only_config() -> None:
-    for module in LEAVES:
-        own = {n.split(".")[1] for n in MODULES[module] if n.startswith("ich.")}
-        assert own <= {"config"}, f"ich/{module}.py imports {own}"
-
-
-def test_config_imports_nothing_heavy() -> None:
-    assert {n.split(".")[0] for n in MODULES["config"]} <= {
-        *sys.stdlib_module_names,
-        "omegaconf",
-        "hydra",
-    }
-
-
-def test_composing_and_decoding_need_no_torch() -> None:
-    modules = ", ".join(f"ich.{m}" for m in sorted(LIGHT))
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("base.config", "torch pandas numpy"),
+        ("launch.launcher", "torch mlflow"),  # composing
+        ("data.decode", "torch pandas hydra"),  # a decoding process
+        ("data.phantom.files", "torch pandas"),
+        ("inference.session", "torch pandas hydra"),
+    ],
+)
+def test_what_starts_often_starts_light(module: str, absent: str) -> None:
+    code = f"import sys, ich.{module}; print(*set({absent.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == ""
 
 
 def test_no_function_is_longer_than_eighty_lines() -> None:
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{path.name}: {node.name}"
@@ -287,9 +295,10 @@ def prepare_folder(folder: Path, root: str, *overrides: str) -> None:
     assert list(folder.glob("multirun_reports/data/folder-*/data_report.html"))
 
 
-def test_every_module_and_config_group_stands_in_the_readme() -> None:
+def test_every_command_package_and_config_group_stands_in_the_readme() -> None:
     for module in MODULES:
-        assert f"`{module}.py`" in readme(), module
+        where = f"`{module}.py`" if floor_of(module) == ENTRY else f"`ich/{floor_of(module)}`"
+        assert where in readme(), module
     for group in (p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra"):
         assert f"`{group}`" in readme(), group
 

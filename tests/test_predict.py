@@ -23,21 +23,22 @@ import pydicom
 import pytest
 import torch
 from canaries import Canaries
-from test_cache import alive, wait_for
-from test_dicom import STORED, dataset, encoded
-from test_model import Bomb
+from dicom_files import STORED, dataset, encoded
+from made_up import Bomb
+from sweeps import alive, wait_for
 
-from ich import predictor
-from ich.config import UserError
-from ich.dicom import read_hu, read_slice
-from ich.inputs import Inputs
-from ich.metrics import best_thresholds, sigmoid
-from ich.phantom import LABELS
-from ich.predict import LEFT_OUT, RSNA_LABELS, _image_id, conversions, main, parse
-from ich.predictor import Ensemble, load_ensemble, predict_files
-from ich.results import RunPaths, SweepPaths
-from ich.store import SliceStore
-from ich.tracking import MlflowStore, TrackingConfig
+from ich.base.config import UserError
+from ich.base.results import RunPaths, SweepPaths
+from ich.data.dicom import read_hu, read_slice
+from ich.data.inputs import Inputs
+from ich.data.phantom.spec import LABELS
+from ich.data.store import SliceStore
+from ich.inference import ensemble as predictor
+from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
+from ich.inference.outputs import RSNA_LABELS, image_id_of
+from ich.predict import LEFT_OUT, conversions, main, parse
+from ich.scoring.metrics import best_thresholds, sigmoid
+from ich.tracking.store import MlflowStore, TrackingConfig
 
 CPU = torch.device("cpu")
 
@@ -500,7 +501,7 @@ def test_weights_with_a_nan_predict_nothing(
     model, metadata = predictor.load_trained(runs[0] / "best.safetensors")
     with torch.no_grad():
         model.head.bias[2] = torch.nan
-    from ich.model import save_weights
+    from ich.training.model import save_weights
 
     save_weights(model, tmp_path / "nan.safetensors", metadata)
     files = slices_of(phantom)[:3]
@@ -610,9 +611,9 @@ def test_a_damaged_npz_is_none(runs: list[Path], tmp_path: Path) -> None:
     assert model.validation is None
 
 
-def test_only_a_dicom_ending_is_cut_from_an_image_id() -> None:
+def test_only_a_dicom_ending_is_cut_from_animage_id_of() -> None:
     names = ("a/ID_1.dcm", "ID_2.DCM", "1.2.840.113", "x.ima")
-    assert [_image_id(n) for n in names] == ["ID_1", "ID_2", "1.2.840.113", "x"]
+    assert [image_id_of(n) for n in names] == ["ID_1", "ID_2", "1.2.840.113", "x"]
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
@@ -689,7 +690,7 @@ def test_the_submission_has_the_samples_order(shared: Path) -> None:
 
 
 def test_a_submission_needs_the_labels(runs: list[Path]) -> None:
-    from ich.predict import check_submission
+    from ich.inference.outputs import check_submission
 
     model = load_ensemble([str(runs[0])], CPU)
     with pytest.raises(UserError, match="needs the competition's labels .* the model has a, b"):

@@ -12,15 +12,24 @@ import pytest
 from made_up import cohort, write_sweep
 from mlflow import MlflowClient
 
-from ich.comparison import BY, effects, load_comparison
-from ich.config import Config, UserError
-from ich.figures import hardest, pareto_front
-from ich.findings import FAILS, FINDINGS, HOLDS, REPORT_TABLE_2, UNKNOWN, imagenet_trend, judge
-from ich.page import Cell, Line, Ranking, to_html, to_markdown
-from ich.report import best_cells, compare, main
-from ich.report_page import without_paths
-from ich.results import SweepPaths
-from ich.tracking import alias_of, close_sweep_run, promote
+from ich.base.config import Config, UserError
+from ich.base.results import SweepPaths
+from ich.pages.comparison_page import without_paths
+from ich.pages.figures import hardest, pareto_front
+from ich.pages.page import Cell, Line, Ranking, to_html, to_markdown
+from ich.pages.tables import best_cells, compare
+from ich.report import main
+from ich.scoring.comparison import BY, effects, load_comparison
+from ich.scoring.findings import (
+    FAILS,
+    FINDINGS,
+    HOLDS,
+    REPORT_TABLE_2,
+    UNKNOWN,
+    imagenet_trend,
+    judge,
+)
+from ich.tracking.registry import alias_of, close_sweep_run, promote
 
 Compose = Callable[..., Config]
 EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)
@@ -182,7 +191,7 @@ def test_a_page_that_cannot_be_made_costs_no_table(
     def broken(*_: object) -> None:
         raise ValueError("no figure today")
 
-    monkeypatch.setattr("ich.report_page.figures.draw_all", broken)
+    monkeypatch.setattr("ich.pages.comparison_page.figures.draw_all", broken)
     compare(three, resamples=0)
     assert three.csv.exists()
     assert "no figure today" in caplog.text

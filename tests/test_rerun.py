@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from sweeps import SABOTEUR
 
-from ich import provenance
-from ich.config import Config, UserError, load, to_yaml
-from ich.jobs import hold
-from ich.rerun import Original, changes, main, rerun_config, restoring
-from ich.results import FINISHED, Origin, RunPaths, SweepPaths, write_json
-from ich.verdict import Outcome, compare_runs, describe
+from ich.base import provenance
+from ich.base.config import Config, UserError, load, to_yaml
+from ich.base.files import write_json
+from ich.base.processes import hold
+from ich.base.results import FINISHED, Origin, RunPaths, SweepPaths
+from ich.launch.rerun import Original, changes, rerun_config, restoring
+from ich.rerun import main
+from ich.scoring.verdict import Outcome, compare_runs, describe
 
-SABOTEUR = Path(__file__).parent / "saboteur"
 JOB = "mobilenet_v2"
 
 
@@ -236,7 +238,7 @@ def trains(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> Train:
             change(again)
             return again.read_result()
 
-        monkeypatch.setattr("ich.rerun.run_job", run_job)
+        monkeypatch.setattr("ich.launch.rerun.run_job", run_job)
 
     return install
 
@@ -544,7 +546,7 @@ def test_a_rerun_goes_on_unless_it_began_with_other_code(
         seen.append(run.has_checkpoint())
         return {"status": "killed", "reason": "a test"}
 
-    monkeypatch.setattr("ich.rerun.run_job", run_job)
+    monkeypatch.setattr("ich.launch.rerun.run_job", run_job)
     again.result.unlink()
     (again.root / "checkpoint-a.ich").write_bytes(b"a checkpoint")
     assert main([str(run.root)]) == 1

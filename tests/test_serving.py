@@ -22,15 +22,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from test_dicom import STORED, dataset, encoded
+from dicom_files import STORED, dataset, encoded
 
-from ich.dicom import read_hu
-from ich.metrics import sigmoid
-from ich.phantom import LABELS
-from ich.predictor import load_ensemble
-from ich.results import RunPaths, SweepPaths
+from ich.base.results import RunPaths, SweepPaths
+from ich.data.dicom import read_hu
+from ich.data.phantom.spec import LABELS
+from ich.inference.ensemble import load_ensemble
+from ich.scoring.metrics import sigmoid
 from ich.serving import Server
-from ich.tracking import MlflowStore, TrackingConfig
+from ich.tracking.store import MlflowStore, TrackingConfig
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def files(phantom: Path) -> list[bytes]:
 
 
 def expected(run: RunPaths, files: list[bytes]) -> np.ndarray:
-    from ich.decode import resize_area
+    from ich.data.decode import resize_area
 
     model = load_ensemble([str(run.root)], torch.device("cpu"))
     hu = np.stack([resize_area(read_hu(f), 48) for f in files])

@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from ich.config import UserError
-from ich.phantom import LABELS
-from ich.report import best_cells, build_table, compare
-from ich.results import SweepPaths
+from ich.base.config import UserError
+from ich.base.results import SweepPaths
+from ich.data.phantom.spec import LABELS
+from ich.pages.tables import best_cells, build_table, compare
 
 # What other people's scripts rely on, in this order.
 COLUMNS = [

@@ -39,7 +39,7 @@ class Source(Enum):
 
 
 class ProtocolName(Enum):
-    """How images become training, validation and test rows, see `ich.protocol`."""
+    """How images become training, validation and test rows, see `ich.data.protocol`."""
 
     report = "report"
     sound = "sound"
@@ -54,7 +54,7 @@ class Monitor(Enum):
 
 
 class LossName(Enum):
-    """Losses of logits and targets, see `ich.losses`."""
+    """Losses of logits and targets, see `ich.training.losses`."""
 
     bce = "bce"
     weighted_bce = "weighted_bce"
@@ -94,7 +94,7 @@ class Graph(Enum):
 
 
 class Feed(Enum):
-    """Where a training's slices are kept (`ich.loader`)."""
+    """Where a training's slices are kept (`ich.training.loader`)."""
 
     auto = "auto"
     resident = "resident"
@@ -137,7 +137,7 @@ class DataConfig:
 
 @dataclass
 class ProtocolConfig:
-    """How the manifest becomes training, validation and test rows (`ich.protocol`)."""
+    """How the manifest becomes training, validation and test rows (`ich.data.protocol`)."""
 
     name: ProtocolName = MISSING
     seed: int = MISSING

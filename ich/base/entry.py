@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from hydra.errors import CompactHydraException
 
-from ich.config import UserError, register
-from ich.terminal import harmless
+from ich.base.config import UserError, register
+from ich.base.terminal import harmless
 
 _asked: list[int] = []  # signals that asked this process to end
 

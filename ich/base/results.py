@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from typing import Any, NotRequired, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
 
-from ich.config import Config, identity, load
+from ich.base.config import Config, identity, load
+from ich.base.files import write_json
 
 FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
 
@@ -30,7 +29,7 @@ class State(Enum):
 
 class Origin(TypedDict):
     """What a run is made from beside its config: fingerprints of data, weights and code, and what
-    it computes in (`ich.precision.Mode`), once that is settled."""
+    it computes in (`ich.training.mode.Mode`), once that is settled."""
 
     cohort: str
     weights: str
@@ -154,7 +153,7 @@ class RunPaths:
         return _read_json(self.origin)
 
     def read_provenance(self) -> dict[str, Any]:
-        """What `ich.provenance.record` returned as the run began, empty if nothing tells."""
+        """What `ich.base.provenance.record` returned as the run began, empty if nothing tells."""
         return _read_json(self.provenance)
 
     def read_tracking(self) -> dict[str, Any]:
@@ -275,43 +274,12 @@ class SweepPaths:
         return record
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text in UTF-8, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
-
-
-def write_json(path: Path, value: Any, sync: bool = True) -> None:
-    """Writes JSON atomically: a temporary name, sync, rename. NaN and infinities become null.
-
-    `sync=False` is for files that nobody misses after a power cut.
-    """
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w") as file:
-        json.dump(_finite(value), file, indent=1, allow_nan=False)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    part.rename(path)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:

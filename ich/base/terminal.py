@@ -30,8 +30,8 @@ from rich.progress import (
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from ich.config import Config
-from ich.results import FAILED, FINISHED, KILLED, RunPaths, State, SweepPaths
+from ich.base.config import Config
+from ich.base.results import FAILED, FINISHED, KILLED, RunPaths, State, SweepPaths
 
 _TEXTS = ("what", "state", "weights", "time from")  # columns that are not numbers
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file

@@ -20,8 +20,8 @@ import pydicom
 import torch
 import torch.nn.functional as F
 
-from ich.store import SliceStore
-from ich.uncertainty import Scored
+from ich.data.store import SliceStore
+from ich.scoring.uncertainty import Scored
 
 Rate = Callable[[], float]  # a timing: items per second
 

@@ -40,12 +40,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ich.config import UserError
-from ich.decode import DECODER_VERSION, Chunk, Decoded, checksum, decode_chunk
-from ich.decode import resize_area as resize_area
-from ich.decode import square as square
-from ich.pool import available_cores, return_memory, run_parallel
-from ich.store import SliceStore
+from ich.base.config import UserError
+from ich.base.files import lock
+from ich.base.workers import available_cores, return_memory, run_parallel
+from ich.data.decode import DECODER_VERSION, Chunk, Decoded, checksum, decode_chunk
+from ich.data.store import SliceStore
 
 _CHUNK = 32  # slices a process takes at a time
 _SLICES_PER_WORKER = 500  # a process takes about as long to start as this many take to decode
@@ -177,14 +176,6 @@ def verify_cache(
                     progress(done, len(entries))
         _append(place / "index.csv", [(_UNKNOWN, path, "", 0, "") for path in damaged])
     return damaged
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file; whoever comes second waits."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 # The journal

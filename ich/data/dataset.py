@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich.cache import Cache, build_cache, cache_folder, lock, read_cache, rows_in
-from ich.config import (
+from ich.base.config import (
     Config,
     DataConfig,
     EvaluateConfig,
@@ -27,12 +26,16 @@ from ich.config import (
     Source,
     UserError,
 )
-from ich.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
-from ich.patients import KEYS, Pseudonyms, read_metadata, scan_headers
-from ich.phantom import PhantomSpec, count_slices, ensure_phantom
-from ich.pool import return_memory
-from ich.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
-from ich.store import SliceStore
+from ich.base.files import lock
+from ich.base.workers import return_memory
+from ich.data.cache import Cache, build_cache, cache_folder, read_cache, rows_in
+from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
+from ich.data.patients import KEYS, Pseudonyms, read_metadata, scan_headers
+from ich.data.phantom.files import ensure_phantom
+from ich.data.phantom.rendering import count_slices
+from ich.data.phantom.spec import PhantomSpec
+from ich.data.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
+from ich.data.store import SliceStore
 
 # Called with (what is done, done, in all).
 Report = Callable[[str, int, int], None]
@@ -187,7 +190,7 @@ def load_cohort(
     """The cohort and its fingerprint, kept on disk once made: eight jobs would each split again.
 
     Raises:
-        UserError: see `ich.manifest`, `ich.patients` and `ich.protocol`.
+        UserError: see `ich.data.manifest`, `ich.data.patients` and `ich.data.protocol`.
     """
     key = _cohort_key(cfg, store)
     place = Path(cfg.data.cache_dir) / f"cohort-{key}"

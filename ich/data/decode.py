@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ich.dicom import HU_MIN, DicomError, read_hu, read_slice
-from ich.store import Location, Unreadable, read_bytes
+from ich.data.dicom import HU_MIN, DicomError, read_hu, read_slice
+from ich.data.store import Location, Unreadable, read_bytes
 
 DECODER_VERSION = 3  # raise it when the same file would decode to other values
 
@@ -92,8 +92,8 @@ class Read(NamedTuple):
     """One file that was asked for.
 
     hu: int16 [S, S] for each side S, HU; none if there is a reason why not. study, series,
-    position: as in `ich.dicom.Slice`. logits: float32 [M, L] of M networks, if it was predicted
-    where it was read (`ich.session`).
+    position: as in `ich.data.dicom.Slice`. logits: float32 [M, L] of M networks, if it was
+    predicted where it was read (`ich.inference.session`).
     """
 
     number: int

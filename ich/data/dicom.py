@@ -28,7 +28,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from ich.elements import Elements, find_elements, transfer_syntax
+from ich.data.elements import Elements, find_elements, transfer_syntax
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -187,7 +187,7 @@ def _normal(orientation: str) -> np.ndarray:
 def read_keys(data: bytes) -> tuple[str, str]:
     """PatientID and StudyInstanceUID of one file's bytes, empty where the file has none.
 
-    They name a person: whoever calls this replaces them at once (`ich.patients`).
+    They name a person: whoever calls this replaces them at once (`ich.data.patients`).
 
     Raises:
         DicomError: the file is no DICOM, or its header is damaged.

@@ -11,9 +11,9 @@ from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
-from ich.config import UserError
-from ich.decode import Asked
-from ich.store import SliceStore
+from ich.base.config import UserError
+from ich.data.decode import Asked
+from ich.data.store import SliceStore
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import IO
 import numpy as np
 import pandas as pd
 
-from ich.config import DataConfig, Source, UserError
-from ich.store import SliceStore
+from ich.base.config import DataConfig, Source, UserError
+from ich.data.store import SliceStore
 
 # An id becomes part of a path and of tables, so only harmless characters are accepted.
 _ROW_ID = r"^(ID_[0-9A-Za-z]+)_(\w+)\Z"

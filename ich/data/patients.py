@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ich.cache import lock
-from ich.config import UserError
-from ich.dicom import DicomError, read_keys
-from ich.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
-from ich.pool import available_cores, run_parallel
-from ich.store import Location, SliceStore, Unreadable, read_bytes
+from ich.base.config import UserError
+from ich.base.files import lock
+from ich.base.workers import available_cores, run_parallel
+from ich.data.dicom import DicomError, read_keys
+from ich.data.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
+from ich.data.store import Location, SliceStore, Unreadable, read_bytes
 
 _CHUNK = 256  # headers a worker reads at a time
 _PER_WORKER = 1000  # a process takes about as long to start as this many headers take to read

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich.config import ProtocolConfig, ProtocolName, UserError
-from ich.stratify import partition
+from ich.base.config import ProtocolConfig, ProtocolName, UserError
+from ich.data.stratify import partition
 
 TRAIN, VAL, TEST = "train", "val", "test"
 SPLITS = (TRAIN, VAL, TEST)

@@ -26,7 +26,7 @@ from isal import (
     isal_zlib,
 )  # inflates twice as fast as zlib: 0.77 against 1.51 ms a slice
 
-from ich.dicom import DicomError
+from ich.data.dicom import DicomError
 
 MAX_BYTES = 64 << 20  # of a slice's file, before and after inflating; a CT slice has half a MB
 _LABEL_BYTES = 1 << 30
@@ -79,7 +79,7 @@ class SliceStore:
         Raises:
             UserError: it does not exist or is neither.
         """
-        from ich.config import UserError  # here, because decoding processes need no Hydra
+        from ich.base.config import UserError
 
         path = Path(root)
         if not path.exists():
@@ -253,7 +253,7 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
     Raises:
         UserError: the directory is damaged.
     """
-    from ich.config import UserError
+    from ich.base.config import UserError
 
     names: list[str] = []
     fields = array("q")

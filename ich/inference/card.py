@@ -12,15 +12,16 @@ import pandas as pd
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from ich.comparison import Predictions, read_predictions
-from ich.config import Config, Source, UserError, load
-from ich.evaluation import OVERALL, PER_LABEL, VALIDATION, Evaluation, metrics_table, shown_table
-from ich.model import count_parameters
-from ich.page import Block, Bullets, Grid, Section, Text, to_markdown
-from ich.predictor import Ensemble, Member
-from ich.report_page import cohort_text, scoring_text
-from ich.results import FINISHED, RunPaths
-from ich.uncertainty import FEWEST_GROUPS
+from ich.base.config import Config, Source, UserError, load
+from ich.base.results import FINISHED, RunPaths
+from ich.inference.ensemble import Ensemble, Member
+from ich.pages.comparison_page import cohort_text, scoring_text
+from ich.pages.evaluation_page import OVERALL, PER_LABEL, shown_table
+from ich.pages.page import Block, Bullets, Grid, Section, Text, to_markdown
+from ich.scoring.comparison import Predictions, read_predictions
+from ich.scoring.evaluation import VALIDATION, Evaluation, metrics_table
+from ich.scoring.uncertainty import FEWEST_GROUPS
+from ich.training.model import count_parameters
 
 _LICENCES = {
     Source.rsna: "RSNA 2019 Brain CT Hemorrhage data, copyright RSNA 2019 (A. E. Flanders et al., "

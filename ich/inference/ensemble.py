@@ -20,19 +20,20 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ich.comparison import Predictions, read_predictions
-from ich.config import TrackingConfig, UserError
-from ich.decode import Asked, Read, read_chunk
-from ich.graph import NO_AUGMENT, Graph, write_onnx
-from ich.inputs import Inputs
-from ich.metrics import best_thresholds
-from ich.model import Classifier, Metadata, fold_batch_norms, load_trained
-from ich.pool import available_cores, available_memory, run_parallel
-from ich.provenance import code_version
-from ich.results import RunPaths
-from ich.session import Converted, Task, averaged, read_and_predict, session
-from ich.tracking import fetch_run, is_mlflow_name
-from ich.transforms import CTWindows, Resample
+from ich.base.config import TrackingConfig, UserError
+from ich.base.metadata import Metadata
+from ich.base.provenance import code_version
+from ich.base.results import RunPaths
+from ich.base.workers import available_cores, available_memory, run_parallel
+from ich.data.decode import Asked, Read, read_chunk
+from ich.data.inputs import Inputs
+from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
+from ich.inference.session import Converted, Task, averaged, read_and_predict, session
+from ich.scoring.comparison import Predictions, read_predictions
+from ich.scoring.metrics import best_thresholds
+from ich.tracking.registry import fetch_run, is_mlflow_name
+from ich.training.model import Classifier, fold_batch_norms, load_trained
+from ich.training.transforms import CTWindows, Resample
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # files done, of how many

@@ -19,15 +19,15 @@ from captum.attr import LayerAttribution, LayerGradCam
 from PIL import Image
 from torch import nn
 
-from ich.config import UserError
-from ich.data_report import compose
-from ich.decode import Read, read_chunk
-from ich.inputs import Inputs
-from ich.metrics import sigmoid
-from ich.model import Classifier
-from ich.page import Cell, Curve, Frame, Line, Link, Ranking, Section, Stack, Text, to_html
-from ich.predictor import Ensemble, Network, Predicted
-from ich.results import write_text
+from ich.base.config import UserError
+from ich.base.files import write_text
+from ich.data.decode import Read, read_chunk
+from ich.data.inputs import Inputs
+from ich.inference.ensemble import Ensemble, Network, Predicted
+from ich.pages.data_page import compose
+from ich.pages.page import Cell, Curve, Frame, Line, Link, Ranking, Section, Stack, Text, to_html
+from ich.scoring.metrics import sigmoid
+from ich.training.model import Classifier
 
 _SHOWN_SIZE = 384  # pixels of a picture's side
 _OPACITY = 0.55  # of the map where it is highest

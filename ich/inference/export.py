@@ -6,32 +6,26 @@ compared with our own prediction before anything says it is there, and a model c
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from ich import entry
-from ich.card import model_card
-from ich.config import TrackingConfig, UserError
-from ich.decode import resize_area
-from ich.dicom import HU_MAX, HU_MIN, MAX_SIDE
-from ich.graph import Graph, has_onnx, quiet, write_onnx
-from ich.metrics import sigmoid
-from ich.model import Metadata
-from ich.pool import available_cores
-from ich.predictor import Ensemble, Network, load_ensemble
-from ich.results import write_text
-from ich.session import Session
-from ich.terminal import Terminal
-from ich.uncertainty import RESAMPLES
+from ich.base.config import UserError
+from ich.base.files import write_text
+from ich.base.metadata import Metadata
+from ich.base.workers import available_cores
+from ich.data.decode import resize_area
+from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE
+from ich.inference.card import model_card
+from ich.inference.ensemble import Ensemble, Network
+from ich.inference.graph import Graph, has_onnx, quiet, write_onnx
+from ich.inference.session import Session
+from ich.scoring.metrics import sigmoid
 
 FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}
 CARD = "model_card.md"
@@ -56,7 +50,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     Raises:
         UserError: the card cannot be made, a package is missing, or the difference is too large.
     """
-    card = model_card(model, _takes(kind, side), resamples)  # first: it may be refused
+    card = model_card(model, input_text(kind, side), resamples)  # first: it may be refused
     member = model.members[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +78,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     return difference
 
 
-def _takes(kind: str, side: int) -> str:
+def input_text(kind: str, side: int) -> str:
     if kind == "safetensors":
         return f"The file {FORMATS[kind]} holds weights and metadata, for ich itself to read."
     return (
@@ -95,7 +89,7 @@ def _takes(kind: str, side: int) -> str:
 
 def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
     graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
-    said = {"ich": network.metadata.to_json(), "input": _takes(kind, side),
+    said = {"ich": network.metadata.to_json(), "input": input_text(kind, side),
             "intended_use": "research and education only; not a medical device"}  # fmt: skip
     if kind == "onnx":
         if not has_onnx():
@@ -148,47 +142,9 @@ def made_up_slices(side: int) -> np.ndarray:
     return np.rint(slices).astype(np.int16)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m ich.export", description=__doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="a run's folder, an MLflow run id, or models:/ich@ALIAS")
-    add("--format", choices=tuple(FORMATS), required=True)
-    add("-o", "--out", type=Path, help="a folder; else exports/<run>")
-    add("--size", type=int, default=512, help="side of the slices it takes, pixels (512)")
-    add("--resamples", type=int, default=RESAMPLES, help="of the card's intervals; 0 for none")
-    add("--tracking-uri", help="MLflow's; else the database in this folder")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Exports and says so."""
-    if args.resamples < 0:
-        raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
-    tracking = TrackingConfig(mlflow=True, uri=args.tracking_uri)
-    model = load_ensemble([args.model], torch.device("cpu"), tracking)
-    _check_size(args.size, model.members[0].metadata)
-    folder = args.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
-    difference = export(model, args.format, folder, args.size, args.resamples)
-    say = Terminal().say
-    say(f"{folder / FORMATS[args.format]}: {_takes(args.format, args.size)}")
-    say(f"Largest difference from ich's own probabilities: {difference:.2g}")
-    say(f"Model card: {folder / CARD}")
-    return 0
-
-
-def _check_size(size: int, metadata: Metadata) -> None:
+def check_size(size: int, metadata: Metadata) -> None:
     if not metadata.cache_size <= size <= MAX_SIDE:
         raise UserError(
             f"--size is {size}, but must be from {metadata.cache_size}, the size of the slices the "
             f"network was trained on, to {MAX_SIDE} pixels. 512 is what most scanners give."
         )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
-    args = parse(argv)
-    return entry.status(lambda: run(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """A trained network as one graph, from Hounsfield units to logits: for export, and for speed.
 
-Every step that `ich.predictor` takes one by one (averaging to the cache's size, resampling,
-windows, normalization) is a product with a constant matrix or one operation per channel, so the
-graph needs nothing from its caller but a square slice in HU.
+Every step that `ich.inference.ensemble` takes one by one (averaging to the cache's size,
+resampling, windows, normalization) is a product with a constant matrix or one operation per
+channel, so the graph needs nothing from its caller but a square slice in HU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ich.config import AugmentConfig, UserError
-from ich.decode import area_weights
-from ich.dicom import HU_MAX, HU_MIN
-from ich.model import Classifier, Metadata
-from ich.transforms import CTWindows, Resample
+from ich.base.config import AugmentConfig, UserError
+from ich.base.metadata import Metadata
+from ich.data.decode import area_weights
+from ich.data.dicom import HU_MAX, HU_MIN
+from ich.training.model import Classifier
+from ich.training.transforms import CTWindows, Resample
 
 NO_AUGMENT = AugmentConfig(hflip=0.0, vflip=0.0, crop=0.0, crop_min=1.0)
 

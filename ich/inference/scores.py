@@ -12,22 +12,20 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from ich import entry
-from ich.cache import check_quarantine
-from ich.comparison import Predictions
-from ich.config import CONF_DIR, EvaluateConfig, Rows, UserError, typed
-from ich.config import validate_data as validate_ranges
-from ich.data import Report, cohort_rows, labelled_images, load_cohort, numbers, open_store
-from ich.evaluation import Evaluation, metrics_table, shown_table, write_evaluation
-from ich.inputs import Group, Inputs
-from ich.page import cells
-from ich.patients import KEYS, Pseudonyms
-from ich.predictor import (
+from ich.base.config import EvaluateConfig, Rows, UserError
+from ich.base.config import validate_data as validate_ranges
+from ich.base.terminal import Terminal
+from ich.data.cache import check_quarantine
+from ich.data.dataset import Report, cohort_rows, labelled_images, load_cohort, numbers, open_store
+from ich.data.inputs import Group, Inputs
+from ich.data.patients import KEYS, Pseudonyms
+from ich.data.protocol import TRAIN, VAL
+from ich.data.store import SliceStore
+from ich.inference.ensemble import (
     Ensemble,
     Member,
     Progress,
@@ -35,26 +33,13 @@ from ich.predictor import (
     predict_files,
     said_in_config,
 )
-from ich.protocol import TRAIN, VAL
-from ich.session import TTA
-from ich.store import SliceStore
-from ich.terminal import Terminal
-from ich.train import pick_device
-from ich.uncertainty import FEWEST_GROUPS, Scored, group_rows
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
-def run(cfg: DictConfig) -> None:
-    """One evaluation; a user's mistake is one paragraph."""
-    with entry.one_paragraph():
-        if OmegaConf.is_missing(cfg, "models"):
-            raise UserError(
-                "models is missing. Give the folder of a run with models=PATH, an MLflow run id, "
-                "or models=models:/ich@best."
-            )
-        config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
-        validate(config)
-        evaluate(config)
+from ich.inference.session import TTA
+from ich.pages.evaluation_page import shown_table, write_evaluation
+from ich.pages.page import cells
+from ich.scoring.comparison import Predictions
+from ich.scoring.evaluation import Evaluation, metrics_table
+from ich.scoring.uncertainty import FEWEST_GROUPS, Scored, group_rows
+from ich.training.devices import pick_device
 
 
 def validate(config: EvaluateConfig) -> None:
@@ -279,7 +264,3 @@ def _overlap(config: EvaluateConfig, member: Member, rows: pd.DataFrame) -> Iter
             share = f"{rows[kind].isin(keys).mean():.1%}" if told else "unknown how many"
             shares.append(f"{share} the {kind}")
         yield f"Of the rows, these share with what {member.name} {what}: {', '.join(shares)}."
-
-
-if __name__ == "__main__":
-    entry.run(run)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ich.decode import Asked, Read, read_chunk
+from ich.data.decode import Asked, Read, read_chunk
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),

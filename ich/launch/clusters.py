@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ich.config import Config, UserError
-from ich.jobs import GRACE_SECONDS, hold, no_second_signal
-from ich.results import RunPaths, SweepPaths
-from ich.terminal import Board
+from ich.base.config import Config, UserError
+from ich.base.processes import GRACE_SECONDS, hold, no_second_signal
+from ich.base.results import RunPaths, SweepPaths
+from ich.base.terminal import Board
 
 # Hydra plug-in -> the config of ours that uses it, and the extra of this package that installs it.
 _PLUGINS = {

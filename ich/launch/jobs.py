@@ -7,7 +7,6 @@ limit) turns into a result file with a reason, and the caller goes on to the nex
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import queue
@@ -16,19 +15,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ich import provenance
-from ich.config import Config, to_yaml
-from ich.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State, write_json
-from ich.tracking import Mirror
+from ich.base import provenance
+from ich.base.config import Config, to_yaml
+from ich.base.files import write_json
+from ich.base.processes import GRACE_SECONDS, hold, no_second_signal
+from ich.base.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State
+from ich.tracking.mirror import Mirror
 
 log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.2
-GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
 
 Result = dict[str, object]
@@ -121,17 +121,6 @@ def run_in_slots(
     if errors:
         raise errors[0]
     return [results[n] for n in range(len(items))]
-
-
-@contextlib.contextmanager
-def no_second_signal() -> Iterator[None]:
-    """Impatience must not leave children behind."""
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_job(
@@ -293,41 +282,3 @@ def write_lost(
         if state is State.new and run.result.exists():  # of another run: the job never began
             _take_over(config, run, origin, state)
         _write_death(config, run, parent, reason)
-
-
-def watch_supervisor(pid: int) -> None:
-    """Called by a child: asks it to stop, and then ends it, when its supervisor is gone.
-
-    A supervisor that is killed cannot stop its children, and none may live on unseen.
-    """
-
-    def follow() -> None:
-        while os.getppid() == pid:
-            time.sleep(_POLL_SECONDS)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=follow, daemon=True, name="watch supervisor").start()
-
-
-@contextlib.contextmanager
-def hold(run: RunPaths, seconds: float) -> Iterator[None]:
-    """Keeps a run's folder for this process.
-
-    The last process of a killed sweep may need some seconds to end.
-
-    Raises:
-        BlockingIOError: another process trains there, and has not ended in time.
-    """
-    deadline = time.monotonic() + seconds
-    with run.lock.open("w") as handle:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_POLL_SECONDS)
-        yield

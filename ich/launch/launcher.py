@@ -3,7 +3,7 @@
 Hydra's own launchers start the first job before they have looked at the second. Here all jobs of a
 launch are composed and checked, and their data prepared once, whichever launcher then places them:
 `local` in slots on this machine, or any other, wrapped (`CheckFirst`). Each job is supervised as a
-child process (`ich.jobs`), so none can end the sweep.
+child process (`ich.launch.jobs`), so none can end the sweep.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from ich import clusters
-from ich.config import Config, Device, Monitor, job_name, sweep_name, typed
-from ich.entry import one_paragraph
-from ich.jobs import (
+from ich.base.config import Config, Device, Monitor, job_name, sweep_name, typed
+from ich.base.entry import one_paragraph
+from ich.base.files import write_json
+from ich.base.results import FAILED, State, SweepPaths
+from ich.base.terminal import Board, Terminal, console
+from ich.launch import clusters
+from ich.launch.jobs import (
     VISIBLE,
     Slot,
     cpu_slots,
@@ -42,9 +45,7 @@ from ich.jobs import (
     visible_gpus,
     write_lost,
 )
-from ich.preflight import open_sweep
-from ich.results import FAILED, State, SweepPaths, write_json
-from ich.terminal import Board, Terminal, console
+from ich.launch.preflight import open_sweep
 
 # The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
 launched: list[SweepPaths] = []
@@ -319,7 +320,7 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
 def plan(configs: Sequence[Config], at_once: int = 1) -> None:
     """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
     with one_paragraph():
-        from ich.plan import describe_plan, make_plan  # torch takes seconds
+        from ich.launch.plan import describe_plan, make_plan
 
         with Terminal().preparing() as report:
             made = make_plan(configs, report)

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ich import data
-from ich.config import Config, image_size, load
-from ich.data import Sizes
-from ich.model import Cost, check_architecture, model_cost, weights_at_hand
-from ich.precision import time_modes
-from ich.preflight import Job, check_jobs, look_up
-from ich.protocol import SPLITS, TEST, TRAIN, VAL
-from ich.results import FINISHED, RunPaths, State
-from ich.terminal import duration
-from ich.train import device_name, pick_device
+from ich.base.config import Config, image_size, load
+from ich.base.results import FINISHED, RunPaths, State
+from ich.base.terminal import duration
+from ich.data import dataset
+from ich.data.dataset import Sizes
+from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
+from ich.launch.preflight import Job, check_jobs, look_up
+from ich.training.devices import device_name, pick_device
+from ich.training.model import Cost, check_architecture, model_cost, weights_at_hand
+from ich.training.timing import time_modes
 
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
 # without the backward pass, which takes twice as long.
@@ -85,7 +85,7 @@ def make_plan(configs: Sequence[Config], report: Report) -> Plan:
     for config in configs:
         cohort = repr((config.data, config.protocol))
         if cohort not in sizes:
-            sizes[cohort] = data.cohort_sizes(config)
+            sizes[cohort] = dataset.cohort_sizes(config)
     speeds = Speeds(jobs, report)
     planned = [_planned(j, sizes[repr((j.config.data, j.config.protocol))], speeds) for j in jobs]
     return Plan(planned, list(sizes.values()), speeds.device)

@@ -18,11 +18,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from ich import data, precision, provenance
-from ich.config import Config, ModelConfig, Precision, UserError, image_size, plain, validate
-from ich.data_report import write_data_report
-from ich.results import Origin, RunPaths, State, SweepPaths
-from ich.tracking import check_tracking, open_sweep_run
+from ich.base import provenance
+from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, plain, validate
+from ich.base.results import Origin, RunPaths, State, SweepPaths
+from ich.data import dataset
+from ich.pages.data_page import write_data_report
+from ich.tracking.registry import check_tracking, open_sweep_run
+from ich.training import timing
+from ich.training.mode import kind
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def look_up(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
     for config in configs:
         what = repr((config.data, config.protocol))
         if what not in keys:
-            keys[what] = data.cohort_key(config)
+            keys[what] = dataset.cohort_key(config)
         weights = weights_digest(config.model)
         origin = Origin(cohort=keys[what], weights=weights, code=provenance.code_version())
         run = sweep.run(config.job)
@@ -101,7 +104,7 @@ def check_weights(configs: Sequence[Config]) -> None:
     if not configs:
         return
     # Imported here: torch takes seconds, which a typo need not wait for.
-    from ich.model import check_architecture, ensure_weights
+    from ich.training.model import check_architecture, ensure_weights
 
     for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():
         check_architecture(c.model, len(c.windows.channels), image_size(c))
@@ -109,7 +112,7 @@ def check_weights(configs: Sequence[Config]) -> None:
 
 
 def open_sweep(
-    configs: Sequence[Config], report: data.Report | None = None
+    configs: Sequence[Config], report: dataset.Report | None = None
 ) -> tuple[SweepPaths, list[Job]]:
     """Checks the jobs, prepares their data, and records the launch.
 
@@ -121,7 +124,8 @@ def open_sweep(
         The sweep's folder, whose record names the jobs and the MLflow parent run; and the jobs.
 
     Raises:
-        UserError: see `check_jobs`, `check_weights`, `check_tracking` and `ich.data.load_dataset`.
+        UserError: see `check_jobs`, `check_weights`, `check_tracking` and
+            `ich.data.dataset.load_dataset`.
     """
     sweep = check_jobs(configs)
     jobs = look_up(configs, sweep)
@@ -129,7 +133,7 @@ def open_sweep(
     check_weights(todo)
     check_tracking(configs[0])
     cohorts = {repr((c.data, c.protocol)): c for c in todo}.values()
-    prepared = [(config, data.prepare(config, report)) for config in cohorts]
+    prepared = [(config, dataset.prepare(config, report)) for config in cohorts]
     for _, done in prepared:
         done.require_rows()
     if prepared:  # a phantom made just now has a fingerprint only now
@@ -143,7 +147,7 @@ def open_sweep(
 
 
 def settle_modes(
-    jobs: Sequence[Job], sweep: SweepPaths, report: data.Report | None = None
+    jobs: Sequence[Job], sweep: SweepPaths, report: dataset.Report | None = None
 ) -> list[Job]:
     """Chooses what each kind of network computes in, and notes it with its jobs.
 
@@ -152,21 +156,21 @@ def settle_modes(
     """
     modes = dict(sweep.read_record().get("modes", {}))
     unknown = {
-        precision.kind(j.config): j.config
+        kind(j.config): j.config
         for j in jobs
         if j.state is not State.done
         and j.config.train.precision is Precision.auto
-        and precision.kind(j.config) not in modes
+        and kind(j.config) not in modes
     }
-    chosen = precision.choose(list(unknown.values())) if unknown else ()
-    for number, (kind, mode) in enumerate(chosen, start=1):
-        modes[kind] = mode
+    chosen = timing.choose(list(unknown.values())) if unknown else ()
+    for number, (of_kind, mode) in enumerate(chosen, start=1):
+        modes[of_kind] = mode
         if report:
             report("timing precision", number, len(unknown))
     settled = []
     for job in jobs:
         origin = job.origin.copy()
-        if chosen_mode := modes.get(precision.kind(job.config)):
+        if chosen_mode := modes.get(kind(job.config)):
             origin["mode"] = chosen_mode
         settled.append(replace(job, origin=origin))
     return settled
@@ -189,7 +193,7 @@ def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: 
             "started": before.get("started", time.strftime("%Y-%m-%d %H:%M")),
             "command": _command(),
             "modes": sweep.read_record().get("modes", {})
-            | {precision.kind(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
+            | {kind(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
             "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
             "configs": before.get("configs", {}) | {j.config.job: plain(j.config) for j in jobs},
             "provenance": before.get("provenance") or provenance.record(),

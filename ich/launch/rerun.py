@@ -1,9 +1,10 @@
 """Repeats a finished run from its record: `python -m ich.rerun multirun_reports/<name>/<job>`.
 
 Method. The run's own config, with as many CPU threads as it had, is trained again in
-`multirun_reports/<name>/reruns/<job>/`, without MLflow; then the two are compared (`ich.verdict`).
-Refused is what could not be the same training: other data, other initial weights. Other code,
-packages or hardware are said before it starts, with the commands that bring the code back.
+`multirun_reports/<name>/reruns/<job>/`, without MLflow; then the two are compared
+(`ich.scoring.verdict`). Refused is what could not be the same training: other data, other initial
+weights. Other code, packages or hardware are said before it starts, with the commands that bring
+the code back.
 
 The verdict is "identical", "within tolerance" or "different", and then where. On the CPU, with the
 same code, packages, number of threads and kind of processor, a repeated run is identical. On a GPU
@@ -18,10 +19,7 @@ are called different; --tolerance sets another bound.
 
 from __future__ import annotations
 
-import argparse
-import math
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -30,15 +28,16 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from ich import provenance
-from ich.config import Config, UserError, identity, load, typed, validate
-from ich.data import cohort_key, prepare
-from ich.entry import end_on_signals
-from ich.jobs import Result, hold, run_job
-from ich.preflight import check_weights, weights_digest
-from ich.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths, write_json
-from ich.terminal import Board, Terminal, console
-from ich.verdict import Outcome, Verdict, compare_runs, describe
+from ich.base import provenance
+from ich.base.config import Config, UserError, identity, load, typed, validate
+from ich.base.files import write_json
+from ich.base.processes import hold
+from ich.base.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths
+from ich.base.terminal import Board, Terminal, console
+from ich.data.dataset import cohort_key, prepare
+from ich.launch.jobs import Result, run_job
+from ich.launch.preflight import check_weights, weights_digest
+from ich.scoring.verdict import Outcome, Verdict, compare_runs, describe
 
 TOLERANCE = 1e-3
 _EARLIER_PROCESS_SECONDS = 30  # the training of a killed rerun may need some to end
@@ -49,8 +48,8 @@ _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.differen
 class Original:
     """A finished run, and what its folder and its sweep's tell of how it was made.
 
-    made_with: as `ich.provenance.record`; empty if nothing tells. diff: what its code had changed
-    since the commit.
+    made_with: as `ich.base.provenance.record`; empty if nothing tells. diff: what its code had
+    changed since the commit.
     """
 
     run: RunPaths
@@ -189,7 +188,7 @@ def changes(original: Original, now: dict[str, Any], device: str) -> list[str]:
 
     Args:
         original: the run.
-        now: as `ich.provenance.record`.
+        now: as `ich.base.provenance.record`.
         device: where the rerun will train, as a run's result names it.
     """
     return [
@@ -358,7 +357,7 @@ def rerun(folder: Path, tolerance: float) -> bool:
 
 def _device(config: Config) -> str:
     # Imported here: torch takes seconds, which a mistake need not wait for.
-    from ich.train import device_name, pick_device
+    from ich.training.devices import device_name, pick_device
 
     return device_name(pick_device(config.train.device))
 
@@ -399,40 +398,3 @@ def _say_after(original: Original, verdict: Verdict) -> None:
 
 def _say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 for identical and within tolerance, 1 for different or a rerun that failed, 2
-    for a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
-    about = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m ich.rerun", description=about)
-    parser.add_argument("run", type=Path, help="a run's folder, multirun_reports/<name>/<job>")
-    parser.add_argument(
-        "--tolerance",
-        type=_tolerance,
-        default=TOLERANCE,
-        help="largest difference of a metric or a probability (default: %(default)s)",
-    )
-    args = parser.parse_args(argv)
-    try:
-        return 0 if rerun(args.run, args.tolerance) else 1
-    except UserError as error:
-        print(f"ich: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"ich: a folder or file cannot be used: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("ich: interrupted; the same command goes on.", file=sys.stderr)
-        return 130
-    return 2
-
-
-if __name__ == "__main__":
-    end_on_signals()  # so that the training is ended
-    sys.exit(main())

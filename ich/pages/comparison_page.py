@@ -12,8 +12,12 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from ich import figures
-from ich.comparison import (
+from ich.base.config import flatten_values
+from ich.base.files import write_text
+from ich.base.results import SweepPaths
+from ich.pages import figures
+from ich.pages.page import Block, Bullets, Cell, Grid, Line, Link, Ranking, Section, Text, to_html
+from ich.scoring.comparison import (
     BASELINE,
     BY,
     COMPARED,
@@ -24,23 +28,16 @@ from ich.comparison import (
     effects,
     models_compared,
 )
-from ich.config import flatten_values
-from ich.findings import METRICS, REPORT_TABLE_1, REPORT_TABLE_2, SIMILAR, imagenet_trend, judge
-from ich.metrics import ANY
-from ich.page import (
-    Block,
-    Bullets,
-    Cell,
-    Grid,
-    Line,
-    Link,
-    Ranking,
-    Section,
-    Text,
-    to_html,
+from ich.scoring.findings import (
+    METRICS,
+    REPORT_TABLE_1,
+    REPORT_TABLE_2,
+    SIMILAR,
+    imagenet_trend,
+    judge,
 )
-from ich.results import SweepPaths, write_text
-from ich.uncertainty import FEWEST_GROUPS, Interval
+from ich.scoring.metrics import ANY
+from ich.scoring.uncertainty import FEWEST_GROUPS, Interval
 
 _NAMES = {"auc": "AUC", "accuracy": "accuracy"}
 

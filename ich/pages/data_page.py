@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ich.config import Config, PrepareConfig, Source, WindowConfig
-from ich.dicom import HU_MAX, HU_MIN
-from ich.page import Block, Bullets, Grid, Picture, Section, Text, drawn, to_html, to_markdown
-from ich.protocol import ENOUGH, LEAKS, SPLITS, TEST, TOLERANCE, TRAIN, VAL, Cohort, audit
+from ich.base.config import Config, PrepareConfig, Source, WindowConfig
+from ich.data.dicom import HU_MAX, HU_MIN
+from ich.data.protocol import ENOUGH, LEAKS, SPLITS, TEST, TOLERANCE, TRAIN, VAL, Cohort, audit
+from ich.pages.page import Block, Bullets, Grid, Picture, Section, Text, drawn, to_html, to_markdown
 
 if TYPE_CHECKING:
-    from ich.cache import Cache
-    from ich.data import Prepared
+    from ich.data.cache import Cache
+    from ich.data.dataset import Prepared
 
 # The report's section 3.2: % positive before and after oversampling, as it prints them.
 REPORT_PERCENT = {

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ich.comparison import BY, Comparison, Group, Run
-from ich.config import Config, UserError, WindowConfig, load
-from ich.data import is_prepared, load_dataset
-from ich.metrics import ANY, sigmoid
-from ich.page import Picture, drawn
+from ich.base.config import Config, UserError, WindowConfig, load
+from ich.data.dataset import is_prepared, load_dataset
+from ich.pages.page import Picture, drawn
+from ich.scoring.comparison import BY, Comparison, Group, Run
+from ich.scoring.metrics import ANY, sigmoid
 
 log = logging.getLogger(__name__)
 _POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes

@@ -6,9 +6,7 @@ and `-o DIR` compare several sweeps.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,21 @@ import pandas as pd
 from rich.measure import Measurement
 from rich.table import Table
 
-from ich.comparison import BASELINE, BY, COMPARED, Comparison, Group, load_comparison, place_of
-from ich.config import UserError
-from ich.findings import REPORT_TABLE_2
-from ich.report_page import describe, without_paths, write_page
-from ich.results import FINISHED, SweepPaths, write_text
-from ich.terminal import console
-from ich.tracking import promote
-from ich.uncertainty import RESAMPLES
+from ich.base.files import write_text
+from ich.base.results import FINISHED, SweepPaths
+from ich.base.terminal import console
+from ich.pages.comparison_page import describe, without_paths, write_page
+from ich.scoring.comparison import (
+    BASELINE,
+    BY,
+    COMPARED,
+    Comparison,
+    Group,
+    load_comparison,
+    place_of,
+)
+from ich.scoring.findings import REPORT_TABLE_2
+from ich.scoring.uncertainty import RESAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -412,37 +417,3 @@ def _terminal_table(
     for row in cells:
         out.add_row(row[0], *(row[i + 1] for i in kept), row[-1])
     return out
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Rebuilds the report of one sweep, or makes one of several."""
-    parser = argparse.ArgumentParser(prog="python -m ich.report", description=__doc__)
-    parser.add_argument(
-        "sweeps", type=Path, nargs="+", help="folders of sweeps, multirun_reports/<name>"
-    )
-    parser.add_argument("-o", "--out", type=Path, help="folder of the report; of several needed")
-    parser.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals"
-    )
-    parser.add_argument(
-        "--promote",
-        action="store_true",
-        help="make the best run of this sweep the registered model's alias `best`",
-    )
-    args = parser.parse_args(argv)
-    try:
-        if args.promote and len(args.sweeps) > 1:
-            raise UserError(f"--promote takes one sweep, and {len(args.sweeps)} are given.")
-        if args.resamples < 0:
-            raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
-        compare(*map(SweepPaths, args.sweeps), out=args.out, resamples=args.resamples)
-        if args.promote:
-            print(promote(SweepPaths(args.sweeps[0])))
-    except UserError as error:
-        print(f"ich: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

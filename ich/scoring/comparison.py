@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from ich.config import UserError
-from ich.metrics import all_metrics, best_thresholds, per_study
-from ich.pool import available_cores
-from ich.results import FINISHED, RunPaths, SweepPaths
-from ich.uncertainty import (
+from ich.base.config import UserError
+from ich.base.results import FINISHED, RunPaths, SweepPaths
+from ich.base.workers import available_cores
+from ich.scoring.metrics import all_metrics, best_thresholds, per_study
+from ich.scoring.uncertainty import (
     FEWEST_GROUPS,
     RESAMPLES,
     Interval,
@@ -88,7 +88,7 @@ class Predictions:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """Of `ich.metrics.all_metrics`, per slice."""
+        """Of `ich.scoring.metrics.all_metrics`, per slice."""
         return all_metrics(self.scored.logits, self.scored.target, self.scored.labels)
 
     @cached_property

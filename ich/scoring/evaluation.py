@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ich import figures
-from ich.comparison import Comparison, Group, Predictions, RowSet, Run, replicates
-from ich.metrics import per_study, sigmoid
-from ich.page import Block, Bullets, Grid, Section, Text, to_html, to_markdown
-from ich.results import FINISHED, RunPaths, write_text
-from ich.uncertainty import FEWEST_GROUPS, Interval, Scored, draw_counts
+from ich.scoring.comparison import Predictions, replicates
+from ich.scoring.metrics import per_study, sigmoid
+from ich.scoring.uncertainty import FEWEST_GROUPS, Interval, Scored, draw_counts
 
 HERE, VALIDATION = "here", "validation"
 # Per label, of the decisions at the model's thresholds.
-_DECISIONS = ("sensitivity", "specificity", "precision", "npv")
-OVERALL = ("auc", "auc_macro", "accuracy", "exact_match", "ap_macro", "log_loss",
-            "log_loss_weighted", "brier", "ece")  # fmt: skip
-PER_LABEL = ("auc", "ap", *_DECISIONS)
+DECISIONS = ("sensitivity", "specificity", "precision", "npv")
 
 
 @dataclass(frozen=True)
@@ -146,92 +137,7 @@ def _decisions(
             (hits, counted(said)),
             (rejected, counted(~said)),
         )
-        for name, (part, whole) in zip(_DECISIONS, shares, strict=True):
+        for name, (part, whole) in zip(DECISIONS, shares, strict=True):
             share = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
             out[f"{name}_{label}"] = share
     return out
-
-
-def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) -> Path:
-    """Writes `evaluation.csv`, `.md` and `.html`, `predictions.csv`, figures, and, if any,
-    `left_out.csv`; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "evaluation.csv", table.to_csv(index=False))
-    write_text(folder / "predictions.csv", _rows(evaluation).to_csv(index=False))
-    if len(evaluation.left_out):
-        write_text(folder / "left_out.csv", evaluation.left_out.to_csv(index=False))
-    else:
-        (folder / "left_out.csv").unlink(missing_ok=True)  # of an earlier time
-    pictures = figures.draw_some(_compared(evaluation), folder / "figures")
-    sections: list[Section] = [("What was evaluated", [Bullets(evaluation.notes)])]
-    sections += [("Metrics", list(_tables(evaluation, table))), ("Figures", list(pictures))]
-    facts = {"model": evaluation.model, "rows": f"{len(evaluation.here.image_id):,}"}
-    title = "Evaluation"
-    write_text(folder / "evaluation.md", to_markdown(title, facts, sections))
-    page = folder / "evaluation.html"
-    write_text(page, to_html(title, facts, sections))
-    return page
-
-
-def _rows(evaluation: Evaluation) -> pd.DataFrame:
-    found = evaluation.here
-    frame = pd.DataFrame({"image_id": found.image_id, "study": found.study})
-    for i, k in enumerate(found.scored.labels):
-        frame[k] = sigmoid(found.scored.logits[:, i])
-        frame[f"{k}_target"] = found.scored.target[:, i].astype(int)
-    return frame
-
-
-def shown_table(table: pd.DataFrame, metrics: Sequence[str], level: str) -> pd.DataFrame:
-    """Some metrics as text: value and interval of both sides, and of their difference."""
-    part = table[table["level"] == level].set_index("metric").to_dict("index")
-    lines = []
-    for name in metrics:
-        if row := part.get(name):
-            each = {side: _cell(row, side, "") for side in (HERE, VALIDATION)}
-            lines.append({"metric": name, **each, "difference": _cell(row, "difference", "+")})
-    return pd.DataFrame(lines, columns=["metric", HERE, VALIDATION, "difference"])
-
-
-def _cell(row: dict[Any, Any], side: str, sign: str) -> str:
-    if np.isnan(row[side]):
-        return ""
-    low, high = row[f"{side}_low"], row[f"{side}_high"]
-    limits = "" if np.isnan(low) else f" ({low:{sign}.3f} to {high:{sign}.3f})"
-    return f"{row[side]:{sign}.4f}{limits}"
-
-
-def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
-    labels = evaluation.here.scored.labels
-    pairs = (
-        "Both are of the same rows, and differences are paired"
-        if evaluation.is_paired
-        else "Differences are of two sets of patients: their intervals are unpaired"
-    )
-    yield Text(
-        f"Validation chose the epoch and the thresholds, which flatters its scores. {pairs}; where "
-        f"an interval leaves out zero, the model does better or worse here by more than chance "
-        f"among patients explains."
-    )
-    for level in ("slice", "study"):
-        if not (table["level"] == level).any():
-            continue
-        folded = level == "study"
-        overall = shown_table(table, OVERALL, level)
-        yield Grid(f"All labels, per {level}", overall, folded)
-        for label in labels:
-            heading = f"{label}, per {level}, decided at {evaluation.thresholds[label]:.3f}"
-            names = [f"{k}_{label}" for k in PER_LABEL]
-            yield Grid(heading, shown_table(table, names, level), folded)
-
-
-def _compared(evaluation: Evaluation) -> Comparison:
-    """As a comparison of two settings on different rows, for the figures."""
-    sides = [(HERE, evaluation.here), (VALIDATION, evaluation.validation)]
-    sets = []
-    for name, found in sides:
-        if found is not None:
-            run = Run(name, RunPaths(Path(name)), {"status": FINISHED}, None, found)
-            sets.append(RowSet(found.rows, [Group(name, [run])]))
-    runs = [g.runs[0] for s in sets for g in s.groups]
-    return Comparison(evaluation.model, runs, sets, 0, [])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from ich.uncertainty import Interval
+from ich.scoring.uncertainty import Interval
 
 # The report's Table 1: top-1 and top-5 accuracy on ImageNet, millions of parameters.
 REPORT_TABLE_1 = {

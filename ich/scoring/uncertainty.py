@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from ich.metrics import ANY, log_losses, sigmoid
+from ich.scoring.metrics import ANY, log_losses, sigmoid
 
 RESAMPLES = 2000
 _AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches

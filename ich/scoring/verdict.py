@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ich.config import UserError
-from ich.results import FINISHED, RunPaths
+from ich.base.config import UserError
+from ich.base.results import FINISHED, RunPaths
 
 # Of a line of the journal: which, when, and how fast. Every other value is the training's own.
 _NO_METRIC = ("step", "time", "train/images_per_s")

@@ -17,10 +17,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ich.config import Feed
-from ich.data import Dataset, Split
-from ich.pool import available_memory
-from ich.transforms import stream_seed
+from ich.base.config import Feed
+from ich.base.workers import available_memory
+from ich.data.dataset import Dataset, Split
+from ich.training.transforms import stream_seed
 
 log = logging.getLogger(__name__)
 _AHEAD = 2  # batches that a thread reads before they are asked for

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ich.config import LossConfig, LossName
+from ich.base.config import LossConfig, LossName
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

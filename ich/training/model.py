@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -20,12 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
-from ich.config import ModelConfig, UserError, WindowConfig
+from ich.base.config import ModelConfig, UserError
+from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
 
 log = logging.getLogger(__name__)
 _HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits.")
-_LARGEST = 4096  # pixels
-_FORMAT, _ENTRY = 1, "ich"  # of the metadata in a weights file
 
 
 class Classifier(nn.Module):
@@ -295,103 +292,18 @@ def check_weights_file(cfg: ModelConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Metadata:
-    """Everything between a slice in HU and its probabilities, as the weights file itself says it.
-
-    model, timm: the network's name in tables, and its timm tag. labels: of the outputs, in order.
-    windows: of the input's channels, in order. cache_size, image_size: a slice is averaged to the
-    first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
-    channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
-    where validation had one class only.
-    """
-
-    model: str
-    timm: str
-    labels: tuple[str, ...]
-    windows: tuple[WindowConfig, ...]
-    cache_size: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    thresholds: dict[str, float | None]
-
-    def to_json(self) -> str:
-        return json.dumps({"format": _FORMAT, **asdict(self)})
-
-    @staticmethod
-    def from_json(text: str) -> Metadata:
-        """Raises ValueError, KeyError or TypeError if it is not what `to_json` returned."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.pop("format") != _FORMAT:
-            raise ValueError("another format")
-        values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
-        windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
-        found = Metadata(**values, windows=windows)
-        found.check()
-        return found
-
-    def check(self) -> None:
-        """Raises ValueError or TypeError if a network could not be used by it."""
-        sizes, labels = (self.cache_size, self.image_size), self.labels
-        texts = (self.model, self.timm, *labels)
-        if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):
-            raise TypeError("a value is of another type")
-        numbers = [n for w in self.windows for n in (w.center, w.width)]
-        limits = [t for t in self.thresholds.values() if t is not None]
-        if not (
-            all(isinstance(s, int) and 1 <= s <= _LARGEST for s in sizes)
-            and labels
-            and len(set(labels)) == len(labels)
-            and not any(set(k) & set(";\n") for k in labels)
-            and set(self.thresholds) == set(labels)
-            and all(0 <= t <= 1 for t in limits)
-            and self.windows
-            and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
-            and all(w.width > 0 for w in self.windows)
-            and len(self.mean) == len(self.std)
-            and len(self.mean) in (3, len(self.windows))
-            and all(s > 0 for s in self.std)
-        ):
-            raise ValueError("a value is out of range")
-
-
 def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
     """Writes all parameters and buffers as safetensors, complete or not at all."""
     part = path.with_suffix(".part")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
-    save_file(state, part, {_ENTRY: metadata.to_json()})
+    save_file(state, part, {METADATA_KEY: metadata.to_json()})
     part.rename(path)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Reads what `save_weights` wrote into a model of the same architecture."""
     model.load_state_dict(load_file(path))
-
-
-def read_metadata(path: Path) -> Metadata:
-    """What a weights file says of itself; nothing in it is executed.
-
-    Raises:
-        UserError: it is no safetensors file, or not one that `ich` can use alone.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            entries = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"the weights {path} are no safetensors file ({error}). Other formats can carry code "
-            f"and are not read."
-        ) from None
-    try:
-        return Metadata.from_json(entries[_ENTRY])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"the weights {path} do not say how their input is made (windows, sizes, labels), or "
-            f"say it wrongly: they are of another tool or an earlier version of ich. Train again, "
-            f"for example with python -m ich.rerun on the folder of a run, and use what that makes."
-        ) from None
 
 
 def load_trained(path: Path) -> tuple[Classifier, Metadata]:

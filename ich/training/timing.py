@@ -2,9 +2,9 @@
 
 bfloat16 is several times as fast for some networks on some processors and slower for others; only
 a few real steps tell. They are timed once per sweep, before its jobs start and in a process of its
-own (`python -m ich.precision`), and the choice is written down: a resumed or repeated run computes
-as it began. The layout is channels_last, which at batch 32 was never slower for one of the eight
-networks; NCHW is what `ich.bench` compares with.
+own (`python -m ich.training.timing`), and the choice is written down: a resumed or repeated run
+computes as it began. The layout is channels_last, which at batch 32 was never slower for one of the
+eight networks; NCHW is what `ich.bench` compares with.
 """
 
 from __future__ import annotations
@@ -15,35 +15,16 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from ich.config import Config, Device, Precision, image_size, plain, typed
-from ich.pool import keep_memory
-from ich.provenance import processor
+from ich.base.config import Config, Device, Precision, plain, typed
+from ich.base.provenance import processor
+from ich.base.workers import keep_memory
+from ich.training.mode import CHANNELS_LAST, Mode, fastest, kind
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
-# bfloat16 keeps 8 bits of a number. It must be worth that, and more than a timing's noise.
-_WORTH = 1.1
-
-CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
-
-
-@dataclass(frozen=True)
-class Mode:
-    """precision: bf16, fp32 or tf32. layout: channels_last or contiguous. processor: timed on."""
-
-    precision: str
-    layout: str
-    processor: str = ""
-
-
-def kind(config: Config) -> str:
-    """Jobs of one kind compute alike: the same network, input and batch, on one sort of device."""
-    channels, batch = len(config.windows.channels), config.train.batch_size
-    shape = f"{batch}x{channels}x{image_size(config)}"
-    return f"{config.model.timm} {shape} {config.train.device.value}"
 
 
 def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -52,7 +33,7 @@ def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
     A GPU's memory is free again when it ends, and the random state of this process is untouched.
     What cannot be timed is left out: its job decides for itself.
     """
-    command = [sys.executable, "-m", "ich.precision"]
+    command = [sys.executable, "-m", "ich.training.timing"]
     text = json.dumps([plain(config) for config in configs])
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -85,25 +66,14 @@ def resolve(config: Config, recorded: dict[str, str] | None) -> Mode:
     return fastest(time_modes(config), here)
 
 
-def fastest(seconds: dict[tuple[str, str], float], here: str) -> Mode:
-    """The mode with the shortest step; bf16 only if it is worth its 8 bits.
-
-    Args:
-        seconds: per (precision, layout).
-        here: the processor they were measured on.
-    """
-    cost = {k: s * (_WORTH if k[0] == Precision.bf16.value else 1) for k, s in seconds.items()}
-    precision, layout = min(cost, key=cost.__getitem__)
-    return Mode(precision, layout, here)
-
-
 def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
     """Seconds per image of a training step, by (precision, layout), timed alternately: of all that
     `auto` may choose from, or of what the config asks for.
 
     The steps are real ones, on made-up slices and random weights; the first is not counted.
     """
-    from ich.train import Trainer, made_up_dataset, pick_device  # it imports this module
+    from ich.training.devices import pick_device
+    from ich.training.trainer import Trainer, made_up_dataset
 
     config = replace(config, model=replace(config.model, pretrained=False, weights=None))
     device, dataset = pick_device(config.train.device), made_up_dataset(config)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ich.config import AugmentConfig, WindowConfig
+from ich.base.config import AugmentConfig, WindowConfig
 
 _DRAWS = 6  # horizontal flip, vertical flip, crop?, crop side, crop x, crop y
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from ich.config import (
+from ich.base.config import (
     CONF_DIR,
     Config,
     Monitor,
@@ -29,12 +29,12 @@ from ich.config import (
     typed,
     validate,
 )
-from ich.launcher import register_resolvers
-from ich.losses import build_loss
-from ich.model import build_model
-from ich.phantom import LABELS
-from ich.train import build_optimizer, build_scheduler
-from ich.transforms import CTWindows, Resample
+from ich.data.phantom.spec import LABELS
+from ich.launch.launcher import register_resolvers
+from ich.training.losses import build_loss
+from ich.training.model import build_model
+from ich.training.trainer import build_optimizer, build_scheduler
+from ich.training.transforms import CTWindows, Resample
 
 Compose = Callable[..., Config]
 GROUPS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ich
-from ich import provenance
+from ich.base import provenance
 
 
 def git(folder: Path, *args: str) -> None:

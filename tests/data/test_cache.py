@@ -18,15 +18,16 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from sweeps import alive, wait_for
 
-from ich import cache as cache_module
-from ich import store as store_module
-from ich.cache import Cache, build_cache, cache_folder, read_cache, verify_cache
-from ich.config import UserError
-from ich.decode import Chunk, checksum, decode_chunk, resize_area, square
-from ich.dicom import DicomError, read_hu
-from ich.pool import run_parallel
-from ich.store import Location, SliceStore, read_bytes, read_directory
+from ich.base.config import UserError
+from ich.base.workers import run_parallel
+from ich.data import cache as cache_module
+from ich.data import store as store_module
+from ich.data.cache import Cache, build_cache, cache_folder, read_cache, verify_cache
+from ich.data.decode import Chunk, checksum, decode_chunk, resize_area, square
+from ich.data.dicom import DicomError, read_hu
+from ich.data.store import Location, SliceStore, read_bytes, read_directory
 
 SIZE = 32
 
@@ -212,25 +213,6 @@ def start(root: Path, folder: Path, out: Path, workers: int, wait: float) -> sub
 
 def journaled(folder: Path) -> int:
     return sum(len(p.read_text().splitlines()) - 1 for p in folder.glob("*/index.csv"))
-
-
-def wait_for(what: object) -> None:
-    until = time.monotonic() + 60
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < until, "nothing happened for a minute"
-        time.sleep(0.01)
-
-
-def alive(group: int) -> bool:
-    """Whether a process of the group lives; zombies do not count."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = status.read_text().rsplit(")", 1)[1].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state not in "ZX":
-            return True
-    return False
 
 
 @pytest.mark.parametrize("workers", [1, 2])

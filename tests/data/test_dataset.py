@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ich import data as data_module
-from ich.config import Config, UserError
-from ich.data import load_dataset
+from ich.base.config import Config, UserError
+from ich.data import dataset as data_module
+from ich.data.dataset import load_dataset
 
 Compose = Callable[..., Config]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
+from dicom_files import CANARY, STORED, dataset, encoded
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
-    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -25,44 +25,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ich import dicom
-from ich.dicom import DicomError, read_hu, read_keys, read_slice, unwrap_12bit
-from ich.elements import find_elements
-
-CANARY = "CANARY^PATIENT"
-
-
-def dataset(stored: np.ndarray, syntax: UID = ExplicitVRLittleEndian) -> Dataset:
-    """A CT slice of these stored values, int16 or uint16 [H, W], with intercept -1024."""
-    d = Dataset()
-    d.file_meta = FileMetaDataset()
-    d.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    d.file_meta.MediaStorageSOPInstanceUID = UID("2.25.1")
-    d.file_meta.TransferSyntaxUID = syntax
-    d.PatientName = d.PatientID = CANARY
-    d.StudyInstanceUID = "2.25.2"
-    d.Modality, d.SamplesPerPixel, d.PhotometricInterpretation = "CT", 1, "MONOCHROME2"
-    d.Rows, d.Columns = stored.shape
-    signed = stored.dtype.kind == "i"
-    d.BitsAllocated = d.BitsStored = 16
-    d.HighBit, d.PixelRepresentation = 15, int(signed)
-    d.WindowCenter, d.WindowWidth = ["40", "300"], ["80", "1500"]
-    d.RescaleIntercept, d.RescaleSlope = "-1024", "1"
-    order = ">" if syntax == ExplicitVRBigEndian else "<"
-    d.add_new("PixelData", "OW", stored.astype(stored.dtype.newbyteorder(order)).tobytes())
-    return d
-
-
-def encoded(d: Dataset, **changes: object) -> bytes:
-    """The file's bytes, with these elements set, or removed if None."""
-    for keyword, value in changes.items():
-        if value is None:
-            delattr(d, keyword)
-        else:
-            setattr(d, keyword, value)
-    out = io.BytesIO()
-    d.save_as(out, enforce_file_format=True)
-    return out.getvalue()
+from ich.data import dicom
+from ich.data.dicom import DicomError, read_hu, read_keys, read_slice, unwrap_12bit
+from ich.data.elements import find_elements
 
 
 def raw_element(data: bytes, keyword: str, old: bytes, new: bytes) -> bytes:
@@ -79,7 +44,6 @@ def reference(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     return np.rint(np.clip(stored.astype(float) * slope + intercept, -1024, 3071))
 
 
-STORED = np.random.default_rng(0).integers(-2000, 5000, (12, 10)).astype(np.int16)
 EVERY = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
 
 

@@ -15,12 +15,13 @@ import pandas as pd
 import pydicom
 import pytest
 from canaries import Canaries
+from sweeps import SABOTEUR
 
-from ich import patients as patients_module
-from ich.config import Config, UserError
-from ich.data import load_dataset
-from ich.patients import Pseudonyms, read_metadata, scan_headers
-from ich.store import SliceStore, read_bytes
+from ich.base.config import Config, UserError
+from ich.data import patients as patients_module
+from ich.data.dataset import load_dataset
+from ich.data.patients import Pseudonyms, read_metadata, scan_headers
+from ich.data.store import SliceStore, read_bytes
 
 Compose = Callable[..., Config]
 
@@ -187,7 +188,7 @@ def test_no_identifier_reaches_what_a_sweep_prints_or_keeps(
 ) -> None:
     """FAULTS 36: logs, tables, figures, MLflow, and the checkpoint of a job that was killed."""
     sabotage = {"mobilenet_v2,seed=0": ["SIGKILL", 30], "mobilenet_v2,seed=1": ["raise", 1]}
-    env = {"SABOTAGE": json.dumps(sabotage), "PYTHONPATH": str(Path(__file__).parent / "saboteur")}
+    env = {"SABOTAGE": json.dumps(sabotage), "PYTHONPATH": str(SABOTEUR)}
     done = subprocess.run(
         [sys.executable, "-m", "ich.sweep", "-m", "name=s", "model=mobilenet_v2", "seed=0,1,2",
          f"data.root={canaries.root}", "data.cache_size=32", "data.image_size=32",

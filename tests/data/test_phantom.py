@@ -18,15 +18,12 @@ import pydicom
 import pytest
 from scipy.ndimage import binary_erosion, uniform_filter
 
-from ich import phantom
-from ich.phantom import (
-    SUBTYPES,
-    PhantomSlice,
-    PhantomSpec,
-    ensure_phantom,
-    simulate_study,
-    write_phantom,
-)
+import ich
+from ich.data.phantom import anatomy, bleeds, rendering, spec, tissue
+from ich.data.phantom.files import ensure_phantom, write_phantom
+from ich.data.phantom.rendering import simulate_study
+from ich.data.phantom.spec import SUBTYPES, PhantomSlice, PhantomSpec
+from ich.phantom import main
 
 SMALL = PhantomSpec(patients=3, seed=5, size=64)
 
@@ -70,7 +67,7 @@ def test_masks_are_disjoint_and_at_least_the_stated_area(studies: list[list[Phan
         areas = {k: s.masks[k].sum() for k in SUBTYPES}
         assert np.sum(list(s.masks.values()), axis=0).max() == 1
         # Fields of view are at least 225 mm wide, hence pixels at least (225 / 128)^2 mm2.
-        assert all(n == 0 or n * (252 / 128) ** 2 >= phantom.MIN_AREA_MM2 for n in areas.values())
+        assert all(n == 0 or n * (252 / 128) ** 2 >= spec.MIN_AREA_MM2 for n in areas.values())
 
 
 def test_slices_have_the_promised_form(studies: list[list[PhantomSlice]]) -> None:
@@ -110,11 +107,11 @@ def test_blood_is_as_dense_as_clotted_blood(
 
 def test_noise_in_the_brain_is_that_of_a_routine_protocol() -> None:
     spec, patient, index = PhantomSpec(size=256, prevalence=0.0), 0, 16
-    a, b = phantom.draw_patient(spec, patient), phantom.draw_patient(spec, patient)
+    a, b = rendering.draw_patient(spec, patient), rendering.draw_patient(spec, patient)
     b.noise.standard_normal(10)  # the same anatomy, other noise
-    hu, _, depth = phantom._render(a, spec.size, index)
-    first = phantom._acquire(a, hu.copy(), depth, index).astype(float)
-    second = phantom._acquire(b, hu.copy(), depth, index).astype(float)
+    hu, _, depth = rendering._render(a, spec.size, index)
+    first = rendering._acquire(a, hu.copy(), depth, index).astype(float)
+    second = rendering._acquire(b, hu.copy(), depth, index).astype(float)
     sd = (first - second)[depth > 10].std() / np.sqrt(2)
     assert 2.5 < sd < 7
 
@@ -122,19 +119,21 @@ def test_noise_in_the_brain_is_that_of_a_routine_protocol() -> None:
 # --- where blood lies --------------------------------------------------------------------------
 
 
-def planes(spec: PhantomSpec, count: int) -> Iterator[tuple[phantom.Patient, phantom.Points, dict]]:
+def planes(
+    spec: PhantomSpec, count: int
+) -> Iterator[tuple[rendering.Patient, tissue.Points, dict]]:
     """The blood of every bleeding plane through some patients, before averaging over a slice."""
     for patient in range(count):
-        who = phantom.draw_patient(spec, patient)
+        who = rendering.draw_patient(spec, patient)
         for index in range(who.scanner.slices):
-            _, blood, _ = phantom._render_plane(who, spec.size, index, 0.0)
-            p = phantom._warp(who.anatomy, phantom._plane(who.scanner, spec.size, index, 0.0))
+            _, blood, _ = rendering._render_plane(who, spec.size, index, 0.0)
+            p = rendering._warp(who.anatomy, rendering._plane(who.scanner, spec.size, index, 0.0))
             if blood:
                 yield who, p, {k: v.ravel() > 0.5 for k, v in blood.items()}
 
 
 @pytest.fixture(scope="module")
-def blood() -> list[tuple[phantom.Patient, phantom.Points, dict]]:
+def blood() -> list[tuple[rendering.Patient, tissue.Points, dict]]:
     return list(planes(PhantomSpec(patients=12, seed=3, size=96, prevalence=1.0), 12))
 
 
@@ -142,8 +141,8 @@ def test_intraventricular_blood_lies_in_the_ventricles(blood: list) -> None:
     seen = 0
     for who, p, masks in blood:
         if masks.get("intraventricular", np.zeros(1)).any():
-            at = phantom._displace(p.take(masks["intraventricular"]), who.bleeds)
-            inside = np.max(list(phantom._ventricles(who.anatomy, at).values()), axis=0)
+            at = tissue._displace(p.take(masks["intraventricular"]), who.bleeds)
+            inside = np.max(list(tissue._ventricles(who.anatomy, at).values()), axis=0)
             assert inside.min() > -0.5
             seen += 1
     assert seen >= 10
@@ -156,7 +155,7 @@ def test_extra_axial_blood_reaches_the_inner_table(blood: list, subtype: str) ->
         crescents = [b for b in who.bleeds if b.subtype == subtype and b.pattern != "falx"]
         along_falx = any(b.pattern == "falx" for b in who.bleeds)
         if crescents and not along_falx and masks.get(subtype, np.zeros(1)).any():
-            depth, _ = phantom._vault(who.anatomy, p.take(masks[subtype]))
+            depth, _ = tissue.vault_distances(who.anatomy, p.take(masks[subtype]))
             depths.append((depth.min(), depth.max()))
     assert len(depths) >= 8
     nearest, deepest = np.array(depths).T
@@ -170,7 +169,7 @@ def test_intraparenchymal_blood_lies_in_tissue(blood: list) -> None:
         if masks.get("intraparenchymal", np.zeros(1)).any():
             q = p.take(masks["intraparenchymal"])
             depth = np.minimum(
-                phantom._vault(who.anatomy, q)[0], phantom._above_base(who.anatomy, q)
+                tissue.vault_distances(who.anatomy, q)[0], tissue.above_base(who.anatomy, q)
             )
             assert depth.min() > 0
             seen += 1
@@ -179,14 +178,14 @@ def test_intraparenchymal_blood_lies_in_tissue(blood: list) -> None:
 
 def test_a_lens_bulges_and_a_crescent_does_not() -> None:
     """Figure 1 of the report: epidural is short and thick, subdural long and thin."""
-    anatomy = phantom.draw_anatomy(np.random.default_rng(0))
+    head = anatomy.draw_anatomy(np.random.default_rng(0))
     rng = np.random.default_rng(1)
     ratio = {"epidural": [], "subdural": []}
     for _ in range(50):
-        (lens,) = phantom._draw_epidural(rng, anatomy, 1, True)
+        (lens,) = bleeds._draw_epidural(rng, head, 1, True)
         ratio["epidural"].append(lens.thickness / lens.radii[1])
         assert lens.thickness > lens.radii[0] ** 2 / 150  # deeper than the chord: biconvex
-        for b in phantom._draw_subdural(rng, anatomy, 1, True):
+        for b in bleeds._draw_subdural(rng, head, 1, True):
             ratio["subdural"].append(b.thickness / b.radii[1])
     assert min(ratio["epidural"]) > np.mean(ratio["subdural"])
 
@@ -200,7 +199,7 @@ def test_prevalence_zero_is_healthy_and_one_bleeds() -> None:
 
 def test_default_prevalence_gives_every_subtype_a_share() -> None:
     spec = PhantomSpec()
-    drawn = [phantom.draw_patient(spec, i).bleeds for i in range(60)]
+    drawn = [rendering.draw_patient(spec, i).bleeds for i in range(60)]
     share = {
         k: np.mean([any(b.subtype == k for b in bleeds) for bleeds in drawn]) for k in SUBTYPES
     }
@@ -226,9 +225,9 @@ def test_seeds_and_patients_differ() -> None:
 
 
 def test_the_anatomy_does_not_depend_on_the_size() -> None:
-    low, high = (phantom.draw_patient(replace(SMALL, size=n), 0) for n in (96, 192))
-    a, _, _ = phantom._render(low, 96, 15)
-    b, _, _ = phantom._render(high, 192, 15)
+    low, high = (rendering.draw_patient(replace(SMALL, size=n), 0) for n in (96, 192))
+    a, _, _ = rendering._render(low, 96, 15)
+    b, _, _ = rendering._render(high, 192, 15)
     halved = b.reshape(96, 2, 96, 2).mean((1, 3))
     assert (
         np.corrcoef(np.clip(a, -200, 200).ravel(), np.clip(halved, -200, 200).ravel())[0, 1] > 0.98
@@ -245,10 +244,11 @@ def test_files_do_not_depend_on_the_workers(written: Path, tmp_path: Path) -> No
 def test_a_script_without_a_main_guard_may_write(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "print('run')\nfrom ich.phantom import *\n"
+        "print('run')\nfrom ich.data.phantom.files import write_phantom\n"
+        "from ich.data.phantom.spec import PhantomSpec\n"
         f"write_phantom({str(tmp_path / 'out')!r}, PhantomSpec(2, 5, 64), workers=2)\n"
     )
-    root = str(Path(phantom.__file__).parents[1])
+    root = str(Path(ich.__file__).parents[1])
     run = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env={"PYTHONPATH": root}
     )
@@ -259,7 +259,7 @@ def test_a_script_without_a_main_guard_may_write(tmp_path: Path) -> None:
 
 
 def test_pydicom_reads_back_what_was_simulated(written: Path) -> None:
-    inside = phantom._inside_fov(SMALL.size)
+    inside = rendering.inside_fov(SMALL.size)
     encodings = set()
     for patient in range(SMALL.patients):
         for s in islice(simulate_study(SMALL, patient), 0, None, 6):
@@ -385,7 +385,7 @@ def test_main_writes_and_says_what_is_next(
 ) -> None:
     out, figure = tmp_path / "out", tmp_path / "figure.png"
     argv = [str(out), "--patients", "2", "--size", "64", "--workers", "1", "--prevalence", "1"]
-    assert phantom.main([*argv, "--figure", str(figure)]) == 0
+    assert main([*argv, "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ slices in .*\npositive: epidural \d", printed)
     assert f"python -m ich.sweep experiment=demo data.root={out}" in printed
@@ -399,7 +399,7 @@ def test_main_writes_and_says_what_is_next(
 def test_main_gives_one_paragraph_for_a_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
 ) -> None:
-    assert phantom.main([str(tmp_path / "out"), *extra]) == 2
+    assert main([str(tmp_path / "out"), *extra]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -409,5 +409,5 @@ def test_main_refuses_a_place_that_cannot_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert phantom.main([str(tmp_path / "file" / "out"), "--patients", "1"]) == 2
+    assert main([str(tmp_path / "file" / "out"), "--patients", "1"]) == 2
     assert "cannot write" in capsys.readouterr().err

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ich.config import UserError
-from ich.dicom import read_hu, read_slice
-from ich.explain import check_folder, ensemble_cams, explain, grad_cams
-from ich.inputs import Inputs
-from ich.phantom import LABELS
-from ich.predict import slice_table
-from ich.predictor import Ensemble, Predicted, load_ensemble, predict_files
-from ich.results import SweepPaths
+from ich.base.config import UserError
+from ich.base.results import SweepPaths
+from ich.data.dicom import read_hu, read_slice
+from ich.data.inputs import Inputs
+from ich.data.phantom.spec import LABELS
+from ich.inference.ensemble import Ensemble, Predicted, load_ensemble, predict_files
+from ich.inference.explain import check_folder, ensemble_cams, explain, grad_cams
+from ich.inference.outputs import slice_table
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,7 @@ def test_another_time_leaves_nothing_of_the_one_before(
 def test_many_slices_without_a_study_are_split(
     model: Ensemble, one_study: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ich.explain._MOST_WITHOUT", 2)
+    monkeypatch.setattr("ich.inference.explain._MOST_WITHOUT", 2)
     inputs, found = predicted(model, one_study[:3])
     found.study[:] = [""] * 3
     pages = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from sweeps import SMALL, Folder, wait_for
 
-from ich.results import SweepPaths
+from ich.base.results import SweepPaths
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from sweeps import TINY
 
-from ich.config import Config, ModelConfig, to_yaml
-from ich.data import cohort_sizes, load_dataset
-from ich.jobs import run_job
-from ich.model import count_parameters, model_cost, weights_at_hand
-from ich.plan import Plan, describe_plan, make_plan, total_seconds
-from ich.preflight import look_up
-from ich.results import State, SweepPaths, write_json
+from ich.base.config import Config, ModelConfig, to_yaml
+from ich.base.files import write_json
+from ich.base.results import State, SweepPaths
+from ich.data.dataset import cohort_sizes, load_dataset
+from ich.launch.jobs import run_job
+from ich.launch.plan import Plan, describe_plan, make_plan, total_seconds
+from ich.launch.preflight import look_up
+from ich.training.model import count_parameters, model_cost, weights_at_hand
 
 SMALL = [
     *TINY,
@@ -173,9 +174,9 @@ def test_kept_activations_grow_with_the_batch_and_not_with_the_weights() -> None
 
 def test_where_weights_would_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(name="x", timm="resnet50.tv_in1k", image_size=224)
-    monkeypatch.setattr("ich.model._is_cached", lambda _: True)
+    monkeypatch.setattr("ich.training.model._is_cached", lambda _: True)
     assert weights_at_hand(model) == "at hand"
-    monkeypatch.setattr("ich.model._is_cached", lambda _: False)
+    monkeypatch.setattr("ich.training.model._is_cached", lambda _: False)
     assert weights_at_hand(model) == "to download"
     assert weights_at_hand(replace(model, pretrained=False)) == "random"
     assert weights_at_hand(replace(model, weights=str(tmp_path / "w"))) == "no such file"

@@ -13,9 +13,9 @@ from made_up import write_sweep
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from ich.config import Config
-from ich.page import Curve, Frame, Stack, to_html
-from ich.report import compare
+from ich.base.config import Config
+from ich.pages.page import Curve, Frame, Stack, to_html
+from ich.pages.tables import compare
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

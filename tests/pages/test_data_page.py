@@ -13,9 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ich import data_report
-from ich.cache import Cache
-from ich.config import (
+from ich.base.config import (
     DataConfig,
     PrepareConfig,
     ProtocolConfig,
@@ -24,8 +22,11 @@ from ich.config import (
     WindowConfig,
     WindowsConfig,
 )
-from ich.data import Prepared
-from ich.data_report import (
+from ich.data.cache import Cache
+from ich.data.dataset import Prepared
+from ich.data.protocol import ENOUGH, Cohort, apply_protocol, oversample
+from ich.pages import data_page as data_report
+from ich.pages.data_page import (
     REPORT_PERCENT,
     balance_table,
     choose_examples,
@@ -35,8 +36,7 @@ from ich.data_report import (
     leak_table,
     write_data_report,
 )
-from ich.page import cells
-from ich.protocol import ENOUGH, Cohort, apply_protocol, oversample
+from ich.pages.page import cells
 
 REPORT = ProtocolConfig(ProtocolName.report, 0, None, 8, None, 0.25, 0.0)
 SOUND = ProtocolConfig(ProtocolName.sound, 0, None, 8, None, 0.25, 0.25)
@@ -350,7 +350,7 @@ def test_a_quarantine_of_many_lists_the_first_and_the_commonest(tmp_path: Path) 
 
 def test_windows_are_those_of_the_training() -> None:
     torch = pytest.importorskip("torch")
-    from ich.transforms import CTWindows
+    from ich.training.transforms import CTWindows
 
     hu = np.random.default_rng(0).integers(-1024, 3072, (16, 16), dtype=np.int16)
     expected = CTWindows(WINDOWS)(torch.from_numpy(hu).float()[None, None])[0].numpy()

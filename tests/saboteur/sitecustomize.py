@@ -36,7 +36,7 @@ def strike(what: str, loss: object) -> object:
 job = Path(sys.orig_argv[3]).name if "ich.train" in sys.orig_argv else ""
 plan = json.loads(os.environ.get("SABOTAGE", "{}"))
 if job in plan:
-    from ich import losses
+    from ich.training import losses
 
     what, at = plan[job]
     build, count = losses.build_loss, 0

@@ -16,9 +16,9 @@ from sklearn.metrics import (
 )
 from sklearn.metrics import log_loss as sk_log_loss
 
-from ich.config import LossConfig, LossName
-from ich.losses import build_loss, focal_loss
-from ich.metrics import (
+from ich.base.config import LossConfig, LossName
+from ich.data.phantom.spec import LABELS
+from ich.scoring.metrics import (
     all_metrics,
     always_negative,
     auc,
@@ -26,7 +26,7 @@ from ich.metrics import (
     multilabel_metrics,
     per_study,
 )
-from ich.phantom import LABELS
+from ich.training.losses import build_loss, focal_loss
 
 
 def predictions(rows: int = 300, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:

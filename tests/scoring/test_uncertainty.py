@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ich.metrics import all_metrics
-from ich.phantom import LABELS
-from ich.uncertainty import Interval, Scored, bootstrap, draw_counts, group_rows
+from ich.data.phantom.spec import LABELS
+from ich.scoring.metrics import all_metrics
+from ich.scoring.uncertainty import Interval, Scored, bootstrap, draw_counts, group_rows
 
 
 def scored(rows: int = 120, groups: int = 15, ties: bool = True, noise: float = 1.0) -> Scored:

@@ -14,17 +14,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ich.config import Config, TrackingConfig, UserError, plain, to_yaml
-from ich.results import RunPaths, SweepPaths, write_json
-from ich.tracking import (
-    Journal,
-    Mirror,
-    MlflowStore,
-    RunMirror,
-    check_tracking,
-    close_sweep_run,
-    open_sweep_run,
-)
+from ich.base.config import Config, TrackingConfig, UserError, plain, to_yaml
+from ich.base.files import write_json
+from ich.base.results import RunPaths, SweepPaths
+from ich.tracking.journal import Journal
+from ich.tracking.mirror import Mirror, RunMirror
+from ich.tracking.registry import check_tracking, close_sweep_run, open_sweep_run
+from ich.tracking.store import MlflowStore
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from ich.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
-from ich.config import Config, to_yaml
-from ich.data import load_dataset
-from ich.jobs import run_job
-from ich.results import Origin, RunPaths, write_json
-from ich.tracking import Journal
-from ich.train import Terminated, fit
+from ich.base.config import Config, to_yaml
+from ich.base.files import write_json
+from ich.base.results import Origin, RunPaths
+from ich.data.dataset import load_dataset
+from ich.launch.jobs import run_job
+from ich.tracking.journal import Journal
+from ich.training.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from ich.training.fit import Terminated, fit
 
 Compose = Callable[..., Config]
 

@@ -15,16 +15,20 @@ import torch
 from safetensors import safe_open
 from sweeps import TINY
 
-from ich.config import Config, Device, Monitor, UserError, to_yaml
-from ich.data import load_dataset
-from ich.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
-from ich.metrics import multilabel_metrics
-from ich.model import build_model, load_weights
-from ich.phantom import LABELS
-from ich.precision import Mode
-from ich.results import Origin, RunPaths, write_json
-from ich.tracking import Journal
-from ich.train import Terminated, Trainer, fit, is_better, main, pick_device
+from ich.base.config import Config, Device, Monitor, UserError, to_yaml
+from ich.base.files import write_json
+from ich.base.results import Origin, RunPaths
+from ich.data.dataset import load_dataset
+from ich.data.phantom.spec import LABELS
+from ich.launch.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
+from ich.scoring.metrics import multilabel_metrics
+from ich.tracking.journal import Journal
+from ich.train import main
+from ich.training.devices import pick_device
+from ich.training.fit import Terminated, fit, is_better
+from ich.training.mode import Mode
+from ich.training.model import build_model, load_weights
+from ich.training.trainer import Trainer
 
 Compose = Callable[..., Config]
 SMALL = [*TINY, "tracking=none", "train.precision=fp32", "optimizer.lr=3e-3"]
@@ -123,7 +127,7 @@ def test_the_first_of_equal_epochs_is_kept(
 
 
 def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -> None:
-    from ich.config import ModelConfig
+    from ich.base.config import ModelConfig
 
     path = shared.parent / "weights" / "tf_efficientnet_lite0.safetensors"
     cfg = ModelConfig("efficientnet_lite0", "tf_efficientnet_lite0.in1k", 64, weights=str(path))
@@ -163,7 +167,7 @@ def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunPaths(tmp_path / "run")
-    monkeypatch.setattr("ich.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
+    monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
     result = run_job(config, run, ORIGIN, None, quiet)
     assert (result["status"], result["job"]) == ("failed", "job")
     run_job(config, run, ORIGIN, None, quiet)
@@ -182,7 +186,7 @@ def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
     load_dataset(config)
     assert main([str(run.root)]) == 0
     before = {p.name: p.read_bytes() for p in run.root.iterdir()}
-    monkeypatch.setattr("ich.jobs.supervise", lambda *_: "not reached")
+    monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "not reached")
     assert run_job(config, run, ORIGIN, None, quiet)["status"] == "finished"
     assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
     config.sweep.time_limit, config.train.threads = 90, 1  # no part of what a training is
@@ -215,7 +219,7 @@ def test_however_a_training_ends_its_result_says_so(
 
     run = RunPaths(tmp_path)
     run.config.write_text(to_yaml(config))
-    monkeypatch.setattr("ich.train.fit", fail)
+    monkeypatch.setattr("ich.training.fit.fit", fail)
     assert main([str(tmp_path)]) == 1
     assert run.read_result()["status"] == status
     assert run.read_result()["reason"].startswith(reason)

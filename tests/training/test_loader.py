@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from ich.config import Feed
-from ich.data import Dataset, Split
-from ich.loader import Batch, Loader, ReadAhead, Resident, Slices, place_slices
+from ich.base.config import Feed
+from ich.data.dataset import Dataset, Split
+from ich.training.loader import Batch, Loader, ReadAhead, Resident, Slices, place_slices
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -100,7 +100,7 @@ def test_without_room_the_next_place_is_taken_and_said(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99.00 GiB")
 
-    monkeypatch.setattr("ich.loader.Resident", full)
+    monkeypatch.setattr("ich.training.loader.Resident", full)
     rows = np.arange(4)
     dataset = Dataset(hu_of(4), ("a", "b"), split(rows), split(rows), None, {})
     with caplog.at_level(logging.INFO, "ich.loader"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from dataclasses import replace
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up import Bomb
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from ich.config import CONF_DIR, ModelConfig, UserError, WindowConfig
-from ich.model import (
+from ich.base.config import CONF_DIR, ModelConfig, UserError, WindowConfig
+from ich.base.metadata import Metadata
+from ich.training.model import (
     Classifier,
-    Metadata,
     build_model,
     check_architecture,
     count_parameters,
@@ -26,7 +26,7 @@ from ich.model import (
     load_trained,
     load_weights,
 )
-from ich.model import save_weights as save
+from ich.training.model import save_weights as save
 
 # Trained parameters in millions: convolutional base + Linear(6).
 TRAINED = {
@@ -236,11 +236,6 @@ def test_a_convolution_used_twice_is_not_folded() -> None:
 
 
 # What a weights file may be (FAULTS 34)
-
-
-class Bomb:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("touch executed",)
 
 
 def test_a_file_that_carries_code_is_not_executed(

@@ -12,13 +12,16 @@ import pytest
 import torch
 from sweeps import TINY
 
-from ich.config import Config, Graph, Precision
-from ich.data import load_dataset
-from ich.precision import Mode, choose, fastest, kind, resolve, time_modes
-from ich.provenance import processor
-from ich.results import RunPaths
-from ich.tracking import Journal
-from ich.train import Trainer, fit, settle_mode, wants_graph
+from ich.base.config import Config, Graph, Precision
+from ich.base.provenance import processor
+from ich.base.results import RunPaths
+from ich.data.dataset import load_dataset
+from ich.tracking.journal import Journal
+from ich.training.devices import wants_graph
+from ich.training.fit import fit, settle_mode
+from ich.training.mode import Mode, fastest, kind
+from ich.training.timing import choose, resolve, time_modes
+from ich.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = [*TINY, "tracking=none", "train.epochs=1", "train.device=cpu"]
@@ -69,7 +72,7 @@ def test_jobs_of_other_batches_are_timed_apart(config: Config) -> None:
 def test_a_timing_that_dies_leaves_the_choice_to_the_job(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ich.precision.sys.executable", "/bin/false")
+    monkeypatch.setattr("ich.training.timing.sys.executable", "/bin/false")
     assert dict(choose([config] * 300)) == {}  # more than a pipe holds
 
 
@@ -77,7 +80,7 @@ def test_what_was_chosen_here_is_used_again_and_elsewhere_timed_anew(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = {("bf16", "channels_last"): 1.0}
-    monkeypatch.setattr("ich.precision.time_modes", lambda _: timed)
+    monkeypatch.setattr("ich.training.timing.time_modes", lambda _: timed)
     here = {"precision": "fp32", "layout": "contiguous", "processor": processor()}
     assert resolve(config, here) == Mode(**here)
     assert resolve(config, here | {"processor": "another"}).precision == "bf16"

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ich.config import AugmentConfig, WindowConfig
-from ich.transforms import CTWindows, Resample, stream_seed
+from ich.base.config import AugmentConfig, WindowConfig
+from ich.training.transforms import CTWindows, Resample, stream_seed
 
 WINDOWS = [
     WindowConfig("brain", 40, 80),

@@ -1,0 +1,51 @@
+"""Files that are whole or not there, and locks between processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)
+
+
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Writes JSON atomically: a temporary name, sync, rename. NaN and infinities become null.
+
+    `sync=False` is for files that nobody misses after a power cut.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as file:
+        json.dump(_finite(value), file, indent=1, allow_nan=False)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+    part.rename(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file; whoever comes second waits."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,101 @@
+"""What a weights file says of itself: everything between a slice in HU and its probabilities."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ich.base.config import UserError, WindowConfig
+
+METADATA_KEY = "ich"  # of the entry in a weights file
+_FORMAT = 1
+_LARGEST_SIDE = 4096  # pixels
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything between a slice in HU and its probabilities, as the weights file itself says it.
+
+    model, timm: the network's name in tables, and its timm tag. labels: of the outputs, in order.
+    windows: of the input's channels, in order. cache_size, image_size: a slice is averaged to the
+    first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
+    channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
+    where validation had one class only.
+    """
+
+    model: str
+    timm: str
+    labels: tuple[str, ...]
+    windows: tuple[WindowConfig, ...]
+    cache_size: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    thresholds: dict[str, float | None]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, **asdict(self)})
+
+    @staticmethod
+    def from_json(text: str) -> Metadata:
+        """Raises ValueError, KeyError or TypeError if it is not what `to_json` returned."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.pop("format") != _FORMAT:
+            raise ValueError("another format")
+        values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
+        windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
+        found = Metadata(**values, windows=windows)
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError if a network could not be used by it."""
+        sizes, labels = (self.cache_size, self.image_size), self.labels
+        texts = (self.model, self.timm, *labels)
+        if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):
+            raise TypeError("a value is of another type")
+        numbers = [n for w in self.windows for n in (w.center, w.width)]
+        limits = [t for t in self.thresholds.values() if t is not None]
+        if not (
+            all(isinstance(s, int) and 1 <= s <= _LARGEST_SIDE for s in sizes)
+            and labels
+            and len(set(labels)) == len(labels)
+            and not any(set(k) & set(";\n") for k in labels)
+            and set(self.thresholds) == set(labels)
+            and all(0 <= t <= 1 for t in limits)
+            and self.windows
+            and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
+            and all(w.width > 0 for w in self.windows)
+            and len(self.mean) == len(self.std)
+            and len(self.mean) in (3, len(self.windows))
+            and all(s > 0 for s in self.std)
+        ):
+            raise ValueError("a value is out of range")
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a weights file says of itself; nothing in it is executed.
+
+    Raises:
+        UserError: it is no safetensors file, or not one that `ich` can use alone.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            entries = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"the weights {path} are no safetensors file ({error}). Other formats can carry code "
+            f"and are not read."
+        ) from None
+    try:
+        return Metadata.from_json(entries[METADATA_KEY])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"the weights {path} do not say how their input is made (windows, sizes, labels), or "
+            f"say it wrongly: they are of another tool or an earlier version of ich. Train again, "
+            f"for example with python -m ich.rerun on the folder of a run, and use what that makes."
+        ) from None

@@ -1,0 +1,134 @@
+"""Decoding, and batches for the network: images per second beside other loaders."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ich.base.config import Config
+from ich.benchmarks import peers
+from ich.benchmarks.measure import Row, copy_rate, job, ratio, wait_for_device
+from ich.benchmarks.peers import Rate
+from ich.data.cache import build_cache
+from ich.data.dataset import Dataset, load_dataset, open_store
+from ich.data.store import SliceStore, read_bytes
+from ich.training.devices import pick_device
+from ich.training.mode import CHANNELS_LAST, Mode
+from ich.training.trainer import Trainer
+
+_SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
+
+
+# Prepare
+
+
+def bench_prepare(folder: Path, rounds: int) -> dict[str, Row]:
+    """Slices decoded per second, from a folder and a zip: the cache's build, with all it takes,
+    against a plain loop in one process, and against reading the files' bytes."""
+    rows = {}
+    for store in (SliceStore(folder / "phantom"), SliceStore(_zipped(folder / "phantom"))):
+        paths = [p for p in store.paths if p.endswith(".dcm")]
+        kind = f"{'zip' if store.is_zip else 'folder'} of {len(paths):,}"
+        read = _reader(store, paths)
+        read()  # all sides then read from the page cache
+        for size in _SIZES:
+            ours, plain = (
+                _cache_build(store, paths, size, folder),
+                peers.plain_loop(store, paths, size),
+            )
+            name = f"prepare, {kind}, {size} px: cache build"
+            rows[f"{name} / plain loop"] = ratio(ours, plain, rounds)
+            rows[f"{name} / reading the bytes"] = ratio(ours, read, rounds)
+    return rows
+
+
+def _zipped(root: Path) -> Path:
+    target = root.with_suffix(".zip")
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*.dcm")):
+            archive.write(file, file.relative_to(root).as_posix())
+    return target
+
+
+def _cache_build(store: SliceStore, paths: list[str], size: int, folder: Path) -> Rate:
+    images = pd.DataFrame({"image_id": [Path(p).stem for p in paths], "path": paths})
+
+    def rate() -> float:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            start = time.perf_counter()
+            # A store of its own: an archive's directory is read again.
+            cache = build_cache(images, SliceStore(store.root), Path(place), size, 0.0)
+            seconds = time.perf_counter() - start
+        assert len(cache.row) == len(paths)
+        return len(paths) / seconds
+
+    return rate
+
+
+def _reader(store: SliceStore, paths: list[str]) -> Rate:
+    """Reads the files, inflating those of an archive, and does nothing with them."""
+
+    def rate() -> float:
+        start = time.perf_counter()
+        for location in SliceStore(store.root).locate(paths):
+            read_bytes(store.root, location)
+        return len(paths) / (time.perf_counter() - start)
+
+    return rate
+
+
+# Input
+
+
+def bench_input(folder: Path, sizes: Sequence[int], rounds: int, images: int) -> dict[str, Row]:
+    """Augmented, windowed, normalized batches per second, without a network. See
+    `ich.benchmarks.peers`.
+
+    The last row is what is left: the images per second if an image's bytes were only copied.
+    """
+    rows = {}
+    for size in sizes:
+        config = job("mobilenet_v2", size, folder)
+        dataset = load_dataset(config)
+        files, decoded = phantom_files(config, images), config.data.cache_size
+        ours = _ours(config, dataset)
+        others = {
+            "plain DICOM Dataset": peers.dicom_loader(files, size),
+            "MONAI CacheDataset": peers.monai_loader(files, size),
+            "timm loader over PNGs": peers.timm_loader(files, size, decoded, folder),
+        }
+        for name, peer in others.items():
+            for side in (ours, peer):
+                side()  # worker processes import, caches fill, files come into memory
+            rows[f"input, {size} px: ours / {name}"] = ratio(ours, peer, rounds)
+        size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
+        copy = copy_rate(pick_device(config.train.device), size_in + size_out)
+        rows[f"input, {size} px: copying the bytes / ours"] = ratio(copy, ours, rounds)
+    return rows
+
+
+def phantom_files(config: Config, images: int) -> list[Path]:
+    store = open_store(config.data)
+    assert store is not None
+    return [store.root / p for p in store.paths if p.endswith(".dcm")][:images]
+
+
+def _ours(config: Config, dataset: Dataset) -> Rate:
+    device = pick_device(config.train.device)
+    trainer = Trainer.build(config, dataset, device, Mode("fp32", CHANNELS_LAST))
+
+    def rate() -> float:
+        rows = len(dataset.train.row)
+        draws = trainer.resample.draws(0, 1, rows)
+        start, seen = time.perf_counter(), 0
+        for batch in trainer.train_loader.epoch(0, 1, draws):
+            seen += len(trainer.windows(trainer.resample(batch.hu, batch.draws)))
+        wait_for_device(device)
+        return seen / (time.perf_counter() - start)
+
+    return rate

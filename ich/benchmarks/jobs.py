@@ -1,0 +1,156 @@
+"""A job's start, and the peak memory of trainings and predictions by the size of their cohort."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+
+from ich.base.config import Config, Precision, to_yaml
+from ich.base.files import write_json
+from ich.base.results import RunPaths
+from ich.benchmarks.measure import Row, alternate, job, row
+from ich.benchmarks.predictions import write_random_weights
+from ich.data.dataset import load_dataset
+from ich.training.timing import resolve
+
+_COHORTS = (2_000, 20_000)  # rows, in `memory`
+
+
+# Jobs
+
+
+def bench_start(folder: Path, rounds: int) -> tuple[dict[str, Row], str]:
+    """Starts per second: of a job, from its process to its first step, MLflow included, against
+    importing the libraries that it needs."""
+    config = job(
+        "mobilenet_v2", 96, folder, "tracking=mlflow", f'tracking.uri="sqlite:///{folder}/m.db"'
+    )
+    load_dataset(config)
+
+    def start() -> float:
+        with _training(config, folder) as (child, run):
+            begin = time.perf_counter()
+            while not (run.progress.exists() and json.loads(run.progress.read_text())["step"]):
+                assert child.poll() is None, run.log.read_text()
+                time.sleep(0.01)
+            return 1 / (time.perf_counter() - begin)
+
+    def imports() -> float:
+        begin = time.perf_counter()
+        libraries = "import torch, timm, mlflow, pandas, omegaconf"
+        subprocess.run([sys.executable, "-c", libraries], check=True)
+        return 1 / (time.perf_counter() - begin)
+
+    for side in (start, imports):
+        side()
+    rates = alternate({"start": start, "imports": imports}, rounds)
+    seconds = [statistics.median(1 / r for r in rates[k]) for k in ("start", "imports")]
+    note = (
+        f"A job took {seconds[0]:.1f} s to its first step; importing torch, timm, MLflow, pandas "
+        f"and OmegaConf took {seconds[1]:.1f} s of them."
+    )
+    name = "start, per s: a job to its first step / importing its libraries"
+    return {name: row(rates["start"], rates["imports"])}, note
+
+
+@contextmanager
+def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RunPaths]]:
+    """A job in a process of its own, which is ended on leaving."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        run = RunPaths(Path(place) / "run")
+        run.root.mkdir()
+        run.config.write_text(to_yaml(config))
+        mode = resolve(replace(config, train=replace(config.train, precision=Precision.fp32)), None)
+        write_json(run.origin, {"mode": asdict(mode)})  # as a sweep has chosen it
+        command = [sys.executable, "-m", "ich.train", str(run.root)]
+        with run.log.open("wb") as log_file:
+            child = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
+            try:
+                yield child, run
+            finally:
+                child.kill()
+                child.wait()
+
+
+def bench_memory(folder: Path) -> tuple[dict[str, Row], str]:
+    """Peak memory of a training, and of a prediction, of its own (not of files it has mapped), with
+    ten times the rows over with the rows. The rows' files repeat the phantom's slices."""
+    peaks = [(_training_peak(folder, n), _prediction_peak(folder, n)) for n in _COHORTS]
+    rows, notes = {}, []
+    for at, what in enumerate(("training", "prediction")):
+        few, many = peaks[0][at] / 1e6, peaks[1][at] / 1e6
+        rows[f"memory of a {what}, MB: {_COHORTS[1]:,} / {_COHORTS[0]:,} rows"] = row([many], [few])
+        notes.append(
+            f"A {what} with MobileNetV2 at 64 px took {few:,.0f} MB of its own with "
+            f"{_COHORTS[0]:,} rows and {many:,.0f} MB with {_COHORTS[1]:,}."
+        )
+    return rows, " ".join(notes)
+
+
+def _cohort(folder: Path, rows: int) -> Config:
+    root = folder / f"cohort{rows}"
+    root.mkdir()
+    files = sorted((folder / "phantom").rglob("*.dcm"))
+    names = [f"slice{n:06d}" for n in range(rows)]
+    for n, name in enumerate(names):
+        os.link(files[n % len(files)], root / f"{name}.dcm")
+    labels = folder / f"{root.name}.csv"
+    frame = {"image_id": names, "patient_id": [n // 30 for n in range(rows)]}
+    pd.DataFrame(frame | {c: [n // 7 % 3 // 2 for n in range(rows)] for c in "ab"}).to_csv(
+        labels, index=False
+    )
+    config = job(
+        "mobilenet_v2",
+        64,
+        folder,
+        "data=folder",
+        f'data.root="{root}"',
+        f'data.labels="{labels}"',
+        "protocol.oversample=null",
+        "train.epochs=1",
+        "tracking=none",
+    )
+    load_dataset(config)
+    return config
+
+
+def _training_peak(folder: Path, rows: int) -> int:
+    with _training(_cohort(folder, rows), folder) as (child, run):
+        peak = _peak_memory(child)
+        assert child.returncode == 0, run.log.read_text()
+    return peak
+
+
+def _prediction_peak(folder: Path, rows: int) -> int:
+    """Of the process that predicts, not of those that decode for it."""
+    weights = folder / "memory.safetensors"
+    write_random_weights(job("mobilenet_v2", 64, folder), weights)
+    command = [sys.executable, "-m", "ich.predict", "--model", str(weights), "--engine", "torch"]
+    paths = [str(folder / f"cohort{rows}"), "-o", str(folder / "out.csv")]
+    keys = ["--cache-dir", str(folder / "keys")]
+    with subprocess.Popen(command + paths + keys, stdout=subprocess.DEVNULL) as child:
+        peak = _peak_memory(child)
+    assert child.returncode == 0
+    return peak
+
+
+def _peak_memory(child: subprocess.Popen[bytes]) -> int:
+    """Bytes of anonymous memory of a process at its highest, looked at twenty times a second."""
+    peak, status = 0, Path(f"/proc/{child.pid}/status")
+    while child.poll() is None:
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, 1024 * int(line.split()[1]))
+        time.sleep(0.05)
+    return peak

@@ -1,0 +1,106 @@
+"""Rates of two sides timed alternately, their ratios, and the jobs they are timed on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from ich.base.config import CONF_DIR, Config, register, typed
+from ich.benchmarks.peers import Rate
+from ich.launch.launcher import register_resolvers
+
+MODELS = (
+    "vgg16",
+    "resnet50",
+    "inception_v3",
+    "mobilenet_v2",
+    "xception",
+    "efficientnet_b0",
+    "efficientnet_b2",
+    "efficientnet_b3",
+)
+_CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
+# Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
+REPORT = {"train": 65_859, "val": 11_623, "epochs": 10}
+
+Row = dict[str, float]
+
+
+def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
+    """Times some functions in turn, several times; each returns items per second."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            rates[name].append(side())
+    return rates
+
+
+def row(ours: Sequence[float], plain: Sequence[float]) -> Row:
+    """Medians of both, and the median, smallest and largest ratio ours / plain over the rounds."""
+    ratios = [a / b for a, b in zip(ours, plain, strict=True)]
+    return {
+        "ours": statistics.median(ours),
+        "plain": statistics.median(plain),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
+
+
+def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
+    """Times two functions alternately; see `row`."""
+    rates = alternate({"ours": ours, "plain": plain}, rounds)
+    return row(rates["ours"], rates["plain"])
+
+
+def geometric_mean(rows: Sequence[Row]) -> Row:
+    """The mean of ratios, and the smallest and largest of their medians; no rates of its own."""
+    ratios = [row["ratio"] for row in rows]
+    mean = statistics.geometric_mean(ratios)
+    return {"ratio": mean, "lowest": min(ratios), "highest": max(ratios)}
+
+
+def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
+    """The config of a job as a sweep composes it, from scratch, on slices under `folder`."""
+    register()
+    register_resolvers()
+    own = [
+        f"model={model}",
+        "model.pretrained=false",
+        f"data.image_size={size}",
+        f"data.cache_size={_CACHED.get(size, size)}",
+        f'data.cache_dir="{folder / "cache"}"',
+        f'data.root="{folder / "phantom"}"',
+        "name=bench",
+        "job=bench",
+        *overrides,
+    ]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return typed(compose("config", overrides=own))
+
+
+def wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def copy_rate(device: torch.device, item: int) -> Rate:
+    """Items of so many bytes copied per second."""
+    source = torch.ones(64 * 2**20, device=device)
+    target = torch.zeros_like(source)
+
+    def rate() -> float:
+        target.copy_(source)
+        wait_for_device(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        wait_for_device(device)
+        return 10 * source.nbytes / item / (time.perf_counter() - start)
+
+    return rate

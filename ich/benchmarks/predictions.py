@@ -1,0 +1,115 @@
+"""From files to probabilities, and the intervals of a comparison."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ich.base.config import Config, image_size
+from ich.base.metadata import Metadata
+from ich.base.workers import available_cores
+from ich.benchmarks import peers
+from ich.benchmarks.measure import REPORT, Row, alternate, geometric_mean, job, ratio, row
+from ich.benchmarks.peers import Rate
+from ich.data.inputs import Inputs
+from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
+from ich.scoring.uncertainty import RESAMPLES, Scored, bootstrap, draw_counts, group_rows
+from ich.training.devices import pick_device
+from ich.training.model import build_model, input_spec, save_weights
+
+# Intervals
+
+
+def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
+    """Bootstrap resamples per second of a run of the report's size (11,623 rows, six labels, some
+    7,000 patients): ours, all metrics, against drawing rows and scikit-learn's AUCs alone. Also the
+    seconds that eight such runs take."""
+    rng = np.random.default_rng(0)
+    rates_of_labels = [0.033, 0.054, 0.037, 0.053, 0.069, 0.17]
+    target = (rng.random((REPORT["val"], 6)) < rates_of_labels).astype(np.float32)
+    logits = (rng.normal(size=target.shape) + 3 * target).astype(np.float32)
+    group, _ = group_rows(rng.integers(0, 7_000, len(target)), target[:, 0])
+    scored = Scored((*"abcde", "any"), target, logits, group)
+    counts = draw_counts(int(group.max()) + 1, RESAMPLES)
+
+    def ours() -> float:
+        begin = time.perf_counter()
+        bootstrap(scored, counts)
+        return RESAMPLES / (time.perf_counter() - begin)
+
+    rates = alternate({"ours": ours, "plain": lambda: peers.plain_bootstrap(scored)}, rounds)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(available_cores()) as threads:
+        list(threads.map(lambda _: bootstrap(scored, counts), range(8)))
+    seconds = time.perf_counter() - begin
+    note = (
+        f"{RESAMPLES:,} resamples of eight runs of {REPORT['val']:,} rows and six labels took "
+        f"{seconds:.1f} s."
+    )
+    return {
+        "intervals, resamples per s: ours / scikit-learn": row(rates["ours"], rates["plain"])
+    }, note
+
+
+# Predict
+
+
+def bench_predict(
+    models: Sequence[str], size: int, folder: Path, images: int, rounds: int
+) -> tuple[dict[str, Row], str]:
+    """Slices predicted per second from DICOM files, process start included: `ich.predict` against a
+    plain loop that decodes, windows and predicts one by one, with the same network."""
+    rows = {}
+    files = sorted((folder / "phantom" / "stage_2_train").glob("*.dcm"))
+    for name in models:
+        config = job(name, size, folder)
+        weights = folder / f"{name}-{size}.safetensors"
+        write_random_weights(config, weights)
+        device = pick_device(config.train.device)
+        cpu = device.type == "cpu"
+        ensemble = load_ensemble([str(weights)], device, None, folder / "onnx" if cpu else None)
+        plain = build_model(config.model).to(device)
+        rows[f"predict, {name}, {size} px: ours / one by one"] = ratio(
+            _prediction_rate(ensemble, files[0].parent, len(files)),
+            peers.plain_predictions(files[:images], size, plain, device),
+            rounds,
+        )
+    mean = geometric_mean(list(rows.values()))
+    rows[f"predict, {size} px: geometric mean"] = mean
+    note = (
+        f"Predictions were of {len(files):,} files of 512 x 512 in a folder, one by one of "
+        f"{min(images, len(files)):,} of them; on a CPU by --engine onnx, already converted."
+    )
+    return rows, note
+
+
+def write_random_weights(config: Config, path: Path) -> None:
+    spec = input_spec(config.model)
+    labels = tuple("abcdef")
+    metadata = Metadata(
+        config.model.name,
+        config.model.timm,
+        labels,
+        tuple(config.windows.channels),
+        config.data.cache_size,
+        image_size(config),
+        spec.mean,
+        spec.std,
+        dict.fromkeys(labels, 0.5),
+    )
+    save_weights(build_model(config.model), path, metadata)
+
+
+def _prediction_rate(ensemble: Ensemble, place: Path, files: int) -> Rate:
+    def rate() -> float:
+        start = time.perf_counter()
+        inputs = Inputs.find([str(place)])
+        predict_files(ensemble, inputs, lambda _, identifier: identifier, lambda *_: None)
+        assert len(inputs) == files
+        return files / (time.perf_counter() - start)
+
+    return rate

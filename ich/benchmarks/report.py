@@ -1,0 +1,58 @@
+"""The table of a benchmark, with versions and hardware."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ich.base import provenance
+from ich.benchmarks.measure import MODELS, REPORT, Row, job
+from ich.training.devices import device_name, pick_device
+
+# Report
+
+
+def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str]) -> Path:
+    """Saves the rows as JSON and Markdown, named by date and device."""
+    device = pick_device(job("mobilenet_v2", 96, Path()).train.device)
+    made_with = provenance.record()
+    head = {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        **{k: made_with["hardware"][k] for k in ("processor", "cores", "memory_gib", "gpus")},
+        "versions": made_with["versions"],
+        "commit": made_with["git"].get("commit", "none"),
+        "settings": settings,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"{head['date']}-{device.type}"
+    (out / f"{stem}.json").write_text(json.dumps({**head, "rows": rows, "notes": notes}, indent=1))
+    shown = {k: v for k, v in head.items() if k not in ("date", "device", "versions")}
+    lines = [
+        f"# {head['date']}, {head['device']}",
+        "",
+        ", ".join(f"{k} {v}" for k, v in shown.items()),
+        "",
+        ", ".join(f"{k} {v}" for k, v in made_with["versions"].items()),
+        "",
+        "| what | ours, per s | other, per s | ratio | lowest | highest |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        rates = [f"{row[k]:,.1f}" if k in row else "" for k in ("ours", "plain")]
+        ratios = [f"{row[k]:.3g}" for k in ("ratio", "lowest", "highest")]
+        lines.append(f"| {' | '.join([name, *rates, *ratios])} |")
+    path = out / f"{stem}.md"
+    path.write_text("\n".join([*lines, "", "\n\n".join(notes)]) + "\n")
+    return path
+
+
+def projection(hours: float, models: Sequence[str], size: int, what: str) -> str:
+    networks = "eight networks" if len(models) == len(MODELS) else ", ".join(models)
+    return (
+        f"The report's sweep ({networks}, {REPORT['epochs']} epochs, {REPORT['train']:,} "
+        f"training and {REPORT['val']:,} validation rows) at {size} px would take {hours:.1f} "
+        f"hours at these rates, {what}."
+    )

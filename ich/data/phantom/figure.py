@@ -1,0 +1,83 @@
+"""Example slices of a phantom as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ich.data.phantom.rendering import simulate_study
+from ich.data.phantom.spec import SUBTYPES, FloatArray, PhantomSlice, PhantomSpec
+
+# --- Figure and command ------------------------------------------------------------------------
+
+FIGURE_PATIENTS = 40  # looked through, at most, for a good example of each subtype
+WINDOWS = (("brain 40/80", 40, 80), ("subdural 80/200", 80, 200), ("soft tissue 40/380", 40, 380))
+
+
+def _window(hu: npt.NDArray[np.int16], center: float, width: float) -> FloatArray:
+    """HU [H, W] to 0..1."""
+    values = (hu.astype(np.float32) - np.float32(center - width / 2)) / np.float32(width)
+    return np.asarray(np.clip(values, 0, 1))
+
+
+def choose_examples(spec: PhantomSpec) -> dict[str, PhantomSlice]:
+    """One slice per subtype, with few other labels and a sizeable bleed, and a healthy one."""
+    best: dict[str, tuple[float, PhantomSlice]] = {}
+    for patient in range(min(spec.patients, FIGURE_PATIENTS)):
+        for s in simulate_study(spec, patient):
+            present = [k for k in SUBTYPES if s.labels[k]]
+            brain = float(((s.hu > 10) & (s.hu < 60)).mean())
+            scores = {
+                k: brain * float(s.masks[k].mean()) ** 0.5 / len(present) ** 2 for k in present
+            }
+            for name, score in (scores or {"healthy": brain}).items():
+                if name not in best or score > best[name][0]:
+                    best[name] = (score, s)
+    order = (*SUBTYPES, "healthy")
+    return {k: best[k][1] for k in order if k in best}
+
+
+def draw_figure(spec: PhantomSpec, path: Path) -> None:
+    """Draw examples in the three windows, their RGB composition and the masks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    examples = choose_examples(spec)
+    side = 1.9
+    figure = Figure(figsize=(5 * side + 0.6, len(examples) * side + 0.35), facecolor="black")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(
+        len(examples), 5, squeeze=False,
+        gridspec_kw={"wspace": 0.02, "hspace": 0.02, "left": 0.06, "right": 1, "bottom": 0,
+                     "top": 0.97},
+    )  # fmt: skip
+    for row, s in zip(grid, examples.values(), strict=True):
+        panels = [_window(s.hu, center, width) for _, center, width in WINDOWS]
+        for axes, panel in zip(row, [*panels, np.dstack(panels), panels[0]], strict=True):
+            axes.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
+            margin = 0.06 * spec.size  # of air
+            limits = (margin, spec.size - margin)
+            axes.set(xticks=[], yticks=[], xlim=limits, ylim=limits[::-1])
+            axes.spines[:].set_visible(False)
+        _draw_contours(row[-1], s)
+        name = "\n".join(k for k in SUBTYPES if s.labels[k]) or "no hemorrhage"
+        row[0].set_ylabel(name, color="white", fontsize=9)
+    for axes, title in zip(
+        grid[0], [*(w[0] for w in WINDOWS), "the three as RGB", "mask"], strict=True
+    ):
+        axes.set_title(title, color="white", fontsize=9, pad=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=1200 / (5 * side + 0.6), facecolor="black")
+
+
+def _draw_contours(axes: Any, s: PhantomSlice) -> None:
+    """Outline each subtype's mask in its colour."""
+    colours = dict(
+        zip(SUBTYPES, ("#ff8c42", "#ff4d6d", "#4cc9f0", "#b5e48c", "#ffd60a"), strict=True)
+    )
+    for subtype, mask in s.masks.items():
+        if mask.any():
+            axes.contour(mask, levels=[0.5], colors=[colours[subtype]], linewidths=1.0)

@@ -1,0 +1,39 @@
+"""Metrics on disk first: one line per epoch, before anything else hears of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ich.base.results import RunPaths
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """`metrics.jsonl`: one line per epoch, safe on disk before anything else hears of it."""
+
+    def __init__(self, path: Path, told: Callable[[], None] = lambda: None):
+        self._path, self._told = path, told
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
+        values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._told()
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines after a step: a resumed training writes them again."""
+        kept = [line for line in RunPaths(self._path.parent).read_metrics() if line["step"] <= step]
+        if self._path.exists():
+            part = self._path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self._path)

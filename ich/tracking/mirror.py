@@ -1,0 +1,153 @@
+"""A copy of a job's folder in MLflow, made by a thread that the training never waits for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ich.base.config import Config, flatten
+from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
+from ich.tracking.store import (
+    MODEL_FOLDER,
+    MlflowStore,
+    as_mlflow_model,
+    in_a_line,
+    run_tags,
+    summary_metrics,
+)
+
+_EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
+_TRY_AGAIN_SECONDS = 20
+
+
+log = logging.getLogger(__name__)
+
+
+class RunMirror:
+    """The MLflow run of one job, a copy of the job's folder."""
+
+    def __init__(self, config: Config, run: RunPaths, parent: str | None):
+        self._config, self._run, self._parent = config, run, parent
+        self._store: MlflowStore | None = None
+        self._run_id = ""
+        self._steps: set[int] = set()
+
+    def push(self) -> None:
+        """Adds to MLflow what it does not have yet; ends its run when the job has ended.
+
+        Raises:
+            Exception: whatever MLflow raises; calling again goes on.
+        """
+        if self._store is None:
+            self._store = MlflowStore(self._config.tracking)
+        if not self._run_id:
+            self._run_id = self._open(self._store)
+        store, run_id, lines = self._store, self._run_id, self._run.read_metrics()
+        for line in lines:
+            # A step logged twice would stand twice in MLflow.
+            if line["step"] not in self._steps:
+                values = {k: v for k, v in line.items() if k not in ("step", "time")}
+                store.log_metrics(run_id, values, line["step"], line["time"])
+                self._steps.add(line["step"])
+        if undefined := sorted({k for line in lines for k, v in line.items() if v is None}):
+            store.tag(run_id, "ich.undefined", ", ".join(undefined))
+        result = self._run.read_result()
+        if result["status"] in (FINISHED, FAILED, KILLED):
+            self._end(store, run_id, result)
+
+    def _open(self, store: MlflowStore) -> str:
+        """The run of an earlier process, or a new one with parameters and configuration."""
+        known = self._run.read_tracking()
+        run_id = known.get("mlflow_run")
+        if isinstance(run_id, str) and store.exists(run_id):
+            self._steps = store.logged_steps(run_id, _EVERY_STEP)
+            store.reopen(run_id)
+        else:
+            self._steps = set()
+            cohort = {"ich.cohort": str(self._run.read_origin().get("cohort", "unknown"))}
+            tags = run_tags(self._config) | cohort
+            run_id = store.open_run(self._config.job, tags, self._parent)
+            self._run.write_tracking(known | {"mlflow_run": run_id})
+            store.log_params(run_id, flatten(self._config))
+            store.log_artifact(run_id, self._run.config)
+        self._run.write_tracking(known | {"mlflow_run": run_id, "complete": False})
+        if self._parent:
+            store.tag(run_id, "mlflow.parentRunId", self._parent)
+        superseded = known.get("supersedes")
+        if isinstance(superseded, str) and store.exists(superseded):
+            store.tag(superseded, "ich.superseded", "true")
+        return run_id
+
+    def _end(self, store: MlflowStore, run_id: str, result: dict[str, Any]) -> None:
+        if result["status"] == FINISHED and not store.logged_steps(run_id, "best/accuracy"):
+            store.log_metrics(run_id, summary_metrics(result), 0, time.time())
+        if result.get("reason"):
+            store.tag(run_id, "ich.reason", str(result["reason"])[:500])
+        run = self._run
+        files = (run.config, run.predictions, run.log, run.result, run.origin, run.provenance)
+        for path in files:
+            if path.exists():
+                store.log_artifact(run_id, path)
+        if run.best.exists():
+            with TemporaryDirectory() as scratch:
+                store.log_artifact(run_id, as_mlflow_model(run, Path(scratch) / MODEL_FOLDER))
+        store.end(run_id, result["status"].upper())
+        run.write_tracking(run.read_tracking() | {"complete": True})
+
+
+class Mirror:
+    """Pushes a job's folder to MLflow from a thread of its own.
+
+    Args:
+        config: the job; without `tracking.mlflow` nothing happens.
+        run: its folder.
+        parent: the sweep's MLflow run.
+    """
+
+    def __init__(self, config: Config, run: RunPaths, parent: str | None):
+        self._mirror = RunMirror(config, run, parent)
+        self._news, self._last = threading.Event(), False
+        self._thread: threading.Thread | None = None
+        if config.tracking.mlflow:
+            self._news.set()  # MLflow shows a run as soon as it starts
+            self._thread = threading.Thread(target=self._follow, daemon=True, name="mlflow")
+            self._thread.start()
+
+    def notify(self) -> None:
+        """There is something new in the folder. Returns at once."""
+        self._news.set()
+
+    def finish(self, seconds: float) -> bool:
+        """Waits until MLflow has everything, at most so long; True if it has.
+
+        The caller has written the result; what is missing is pushed when the sweep ends.
+        """
+        if self._thread is None:
+            return True
+        self._last = True
+        self._news.set()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            log.warning("MLflow is slow or away; what it misses is copied when the sweep ends")
+        return not self._thread.is_alive()
+
+    def _follow(self) -> None:
+        said = ""
+        while True:
+            self._news.wait(_TRY_AGAIN_SECONDS if said else None)
+            self._news.clear()
+            last = self._last
+            try:
+                self._mirror.push()
+                said = ""
+            except Exception as error:  # a tracker must never end a training
+                reason = in_a_line(error)
+                if reason != said:
+                    log.warning("MLflow cannot be used now (%s); the run's files are whole", reason)
+                said = reason
+            if last:
+                return

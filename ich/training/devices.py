@@ -1,0 +1,71 @@
+"""Where a training runs: the device, its settings, and what it needs of the memory."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ich.base.config import (
+    Config,
+    Device,
+    Graph,
+    UserError,
+    image_size,
+)
+from ich.training.mode import CHANNELS_LAST, Mode
+from ich.training.model import (
+    model_cost,
+)
+
+log = logging.getLogger("ich.train")
+
+
+def wants_graph(choice: Graph, device: torch.device) -> bool:
+    """Whether steps are captured; `on` without a GPU falls back, and the log says so."""
+    if choice is not Graph.on:
+        return False
+    if device.type != "cuda":
+        log.warning("train.graph is on, but there is no GPU: steps are taken one by one")
+        return False
+    return True
+
+
+def memory_format(mode: Mode) -> torch.memory_format:
+    """The layout of a mode as torch names it."""
+    return torch.channels_last if mode.layout == CHANNELS_LAST else torch.contiguous_format
+
+
+def set_up(device: torch.device, mode: Mode) -> None:
+    """Makes torch's convolutions on a GPU compute in the mode's precision, by the fastest way."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
+
+
+def training_bytes(cfg: Config, outputs: int) -> int:
+    """About what a training takes of a device's memory: weights, gradients, moments, activations,
+    and as much again as a quarter of them for what a step needs on the way."""
+    size, channels = image_size(cfg), len(cfg.windows.channels)
+    cost = model_cost(cfg.model, channels, size, cfg.train.batch_size, outputs)
+    return int(1.25 * (16 * cost.params + cost.activations))
+
+
+def pick_device(device: Device) -> torch.device:
+    """The configured device.
+
+    Raises:
+        UserError: `cuda` was asked for and there is none.
+    """
+    if device is Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("the device is cuda, but torch finds no GPU. Set it to auto or cpu.")
+    return torch.device(device.value)
+
+
+def device_name(device: torch.device) -> str:
+    """What a table calls the device: the GPU's name, or the CPU with its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
