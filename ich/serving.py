@@ -91,7 +91,7 @@ def _array(given: Any) -> np.ndarray:
         raise DicomError(f"hu is of shape {hu.shape}, not rows of pixels, at most {MAX_SIDE}")
     if not np.isfinite(hu).all():
         raise DicomError("hu holds values that are not finite")
-    return np.rint(np.clip(hu, HU_MIN, HU_MAX)).astype(np.int16)
+    return np.asarray(np.rint(np.clip(hu, HU_MIN, HU_MAX)), np.int16)
 
 
 def _batches(

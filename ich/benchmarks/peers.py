@@ -64,7 +64,7 @@ def _epoch_rate(loader: Any) -> Rate:
     return rate
 
 
-class DicomDataset(torch.utils.data.Dataset):
+class DicomDataset(torch.utils.data.Dataset[Any]):
     """What a first version looks like: decode, rescale, window, resize and flip file by file."""
 
     def __init__(self, files: Sequence[Path], size: int):

@@ -166,8 +166,11 @@ def resize_area(hu: np.ndarray, size: int) -> np.ndarray:
     blocks = math.gcd(side, size)
     weights = area_weights(side // blocks, size // blocks)
     rows = weights @ hu.astype(np.float32).reshape(blocks, -1, side)
-    out = rows.reshape(size * blocks, -1) @ weights.T  # as one product: many small ones took longer
-    return np.rint(out, out=out).astype(np.int16).reshape(size, size)
+    out: np.ndarray = (
+        rows.reshape(size * blocks, -1) @ weights.T
+    )  # as one product: many small ones took longer
+    np.rint(out, out=out)
+    return out.astype(np.int16).reshape(size, size)
 
 
 @lru_cache(maxsize=8)
@@ -177,4 +180,4 @@ def area_weights(source: int, target: int) -> np.ndarray:
     left = np.maximum(edges[:-1, None], np.arange(source)[None])
     right = np.minimum(edges[1:, None], np.arange(source)[None] + 1)
     overlap = np.maximum(right - left, 0)
-    return (overlap / overlap.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(overlap / overlap.sum(1, keepdims=True), np.float32)

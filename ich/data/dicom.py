@@ -229,7 +229,7 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         low, high = max(HU_MIN - shift, span.min), min(HU_MAX - shift, span.max)
         if low <= high:  # clipped before it is shifted, so the sum fits int16, also modulo 65,536
             kind = stored.dtype.type  # Python's integers make clipping uint16 slow
-            hu = np.clip(stored, kind(low), kind(high)).view(np.int16)
+            hu: np.ndarray = np.clip(stored, kind(low), kind(high)).view(np.int16)
             hu += np.int16(shift)
             return hu
     hu = stored.astype(np.float64) * slope + intercept
@@ -253,7 +253,7 @@ def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
 
 # The slices of a data set share few distinct headers, and converting and checking `_TAGS`
 # takes longer than reading the pixel data, so each combination of raw values is seen once.
-_seen: dict[tuple, _Header] = {}
+_seen: dict[tuple[object, ...], _Header] = {}
 _SEEN_LIMIT, _SEEN_BYTES = 256, 1024  # headers, and bytes of each
 
 
@@ -396,7 +396,8 @@ def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
             if size not in (None, (header.rows, header.columns)):
                 # Checked first, because a plug-in allocates what the stream asks for.
                 raise RuntimeError(f"a stream of {size} pixels, not {header.rows, header.columns}")
-        return get_decoder(header.syntax).as_array(dataset, index=0)[0]
+        stored: np.ndarray = get_decoder(header.syntax).as_array(dataset, index=0)[0]
+        return stored
     except Exception as error:  # decoder plug-ins raise their own types
         # Only decoding itself raises this one; the text of others can quote any element.
         plain = isinstance(error, RuntimeError)

@@ -203,7 +203,7 @@ def split_patients(
     for column, values in enumerate([np.ones(len(rows)), *(rows[k].to_numpy() for k in labels)]):
         counts[:, column] = np.bincount(group, weights=values, minlength=patients)
     part = partition(counts, np.array(shares), np.random.default_rng(cfg.seed))
-    return np.array(names, dtype=object)[part][group]
+    return np.asarray(np.array(names, dtype=object)[part][group])
 
 
 def _parts(cfg: ProtocolConfig, subset: float) -> tuple[list[str], list[float]]:

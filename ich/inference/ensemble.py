@@ -79,7 +79,8 @@ class Network:
         if self.converted is not None:
             return session(self.converted.path, available_cores())(hu)
         x = self.windows(self.planes(torch.from_numpy(hu)))
-        return self.model(x).cpu().numpy()
+        logits: np.ndarray = self.model(x).cpu().numpy()
+        return logits
 
 
 def _convert(

@@ -50,7 +50,8 @@ class _Head(nn.Module):
         self.maps, self.head = nn.Identity(), model.head
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.head(self.maps(maps).mean((2, 3)))
+        logits: torch.Tensor = self.head(self.maps(maps).mean((2, 3)))
+        return logits
 
 
 def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int) -> np.ndarray:
@@ -84,7 +85,7 @@ def ensemble_cams(
 ) -> np.ndarray:
     """The mean of the members' maps, float32 [K, B, size, size]; see `grad_cams`."""
     each = [grad_cams(m.network, hu[m.metadata.cache_size], labels, size) for m in model.members]
-    return np.mean(each, axis=0)
+    return np.asarray(np.mean(each, axis=0))
 
 
 def check_folder(folder: Path) -> None:
@@ -244,7 +245,8 @@ def _overlay(grey: np.ndarray, cam: np.ndarray) -> np.ndarray:
 
     color = colormaps["autumn"](cam)[..., :3] * 255
     share = _OPACITY * cam[..., None]
-    return (grey[..., None] * (1 - share) + color * share).round().astype(np.uint8)
+    mixed = grey[..., None] * (1 - share) + color * share
+    return np.asarray(mixed.round(), np.uint8)
 
 
 def _encoded(picture: np.ndarray) -> bytes:

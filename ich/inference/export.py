@@ -125,7 +125,7 @@ def _reader(kind: str, path: Path, side: int) -> Predict:
 
     def run(hu: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return module(torch.from_numpy(hu)).numpy()
+            return np.asarray(module(torch.from_numpy(hu)))
 
     return run
 

@@ -75,7 +75,8 @@ def session(path: str, threads: int) -> Session:
 def averaged(network: Callable[[np.ndarray], np.ndarray], hu: np.ndarray, tta: str) -> np.ndarray:
     """Logits [B, L] of int16 HU [B, S, S]; with `flips` the mean over the four of each slice."""
     flipped = [np.flip(hu, axes) if axes else hu for axes in FLIPS[tta]]
-    return np.mean([network(np.ascontiguousarray(h)) for h in flipped], axis=0)
+    logits = np.stack([network(np.ascontiguousarray(h)) for h in flipped])
+    return np.asarray(logits.mean(0))
 
 
 class Task(NamedTuple):

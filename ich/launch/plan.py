@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ def _moments(config: Config) -> int:
     return 2
 
 
-def _work(config: Config, rows: dict[str, Any], epochs: int) -> float:
+def _work(config: Config, rows: dict[str, int], epochs: int) -> float:
     """Training rows, and others by what they cost of one, in so many epochs and a last test."""
     each = rows[TRAIN] + _EVALUATED * rows[VAL]
     return epochs * each + _EVALUATED * rows.get(TEST, 0)

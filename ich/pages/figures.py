@@ -150,7 +150,8 @@ def _close_all() -> None:
 def _subplots(*args: int, **kwargs: Any) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
-    return plt.subplots(*args, layout="constrained", dpi=110, **kwargs)
+    figure, axes = plt.subplots(*args, layout="constrained", dpi=110, **kwargs)
+    return figure, axes
 
 
 def _colour(number: int) -> dict[str, Any]:

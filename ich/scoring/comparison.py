@@ -374,8 +374,8 @@ def _over_seeds(values: np.ndarray, seeds: np.ndarray, at: np.ndarray) -> np.nda
     n drawn out of n vary too little, by (n - 1) / n: their distance from the mean of all is
     stretched accordingly.
     """
-    mean, drawn = values.mean(0), values[seeds, at].mean(0)
-    n = len(values)
+    n, mean = len(values), np.asarray(values.mean(0))
+    drawn = np.asarray(values[seeds, at].mean(0))
     return mean if n == 1 else mean + (drawn - mean) * np.sqrt(n / (n - 1))
 
 

@@ -40,7 +40,8 @@ class Classifier(nn.Module):
         """
         features = self.base.forward_features(x).mean((2, 3), dtype=torch.float32)  # type: ignore[operator]
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-            return self.head(features)
+            logits: torch.Tensor = self.head(features)
+        return logits
 
 
 @dataclass(frozen=True)

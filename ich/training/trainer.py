@@ -374,7 +374,8 @@ def build_optimizer(
         settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
         if "SGD" not in cfg._target_:  # which counts no steps
             settings["capturable"] = True
-    return kind(model.parameters(), fused=True, **settings)
+    optimizer: torch.optim.Optimizer = kind(model.parameters(), fused=True, **settings)
+    return optimizer
 
 
 def build_scheduler(
