@@ -192,8 +192,8 @@ BUILD = """
 import sys, time
 from pathlib import Path
 import pandas as pd
-from ich import cache
-from ich.store import SliceStore
+from ich.data import cache
+from ich.data.store import SliceStore
 cache._SYNC_SECONDS, cache._CHUNK = 0.0, 4
 root, folder, out, workers, wait = sys.argv[1:]
 store = SliceStore.open(root)
@@ -733,7 +733,7 @@ def test_an_error_in_a_worker_ends_the_run() -> None:
 
 _DISTURBED = """
 import multiprocessing.process as processes, signal, sys, time
-from ich.pool import run_parallel
+from ich.base.workers import run_parallel
 
 start, started = processes.BaseProcess.start, []
 
@@ -758,7 +758,7 @@ def test_a_signal_while_a_process_starts_leaves_none(process: int) -> None:
 
 
 def test_decoding_processes_import_little() -> None:
-    code = "import sys, ich.decode; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, ich.data.decode; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["pandas", "torch", "scipy", "omegaconf", "hydra", "mlflow", "matplotlib"]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True

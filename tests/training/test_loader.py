@@ -103,7 +103,7 @@ def test_without_room_the_next_place_is_taken_and_said(
     monkeypatch.setattr("ich.training.loader.Resident", full)
     rows = np.arange(4)
     dataset = Dataset(hu_of(4), ("a", "b"), split(rows), split(rows), None, {})
-    with caplog.at_level(logging.INFO, "ich.loader"):
+    with caplog.at_level(logging.INFO, "ich.training.loader"):
         slices = place_slices(dataset, Feed.resident, CPU)
     assert isinstance(slices, ReadAhead)
     assert "slices cannot be resident (CUDA out of memory" in caplog.text
