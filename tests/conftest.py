@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 from canaries import Canaries
+from commands import run_module
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sweeps import SMALL, Folder
@@ -53,11 +52,9 @@ def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder with a finished sweep of two seeds, `multirun_reports/s`, and its MLflow
     database. Two epochs at 32 pixels, slices decoded at 48."""
     root = tmp_path_factory.mktemp("trained")
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.sweep", "-m", "name=s", "seed=0,1", f'data.root="{phantom}"',
-         *SMALL, "data.cache_size=48", "train.epochs=2", "data.subset=1.0"],
-        cwd=root, capture_output=True, text=True,
-    )  # fmt: skip
+    swept = ("-m", "name=s", "model=mobilenet_v2", "seed=0,1", f'data.root="{phantom}"')
+    own = ("data.cache_size=48", "train.epochs=2", "data.subset=1.0")
+    done = run_module("sweep", *swept, *SMALL, *own, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     return root
 

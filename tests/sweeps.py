@@ -8,23 +8,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+from commands import start_module
 
 from ich.base.results import RunPaths, SweepPaths
 
 SABOTEUR = Path(__file__).parent / "saboteur"
-TINY = [
-    "model=mobilenet_v2",
-    "model.pretrained=false",
-    "data.image_size=32",
-    "data.cache_size=32",
-    "data.workers=1",
-]
+# What makes a sweep or a training small; of a key that stands twice, Hydra takes the last value.
+TINY = ["model.pretrained=false", "data.image_size=32", "data.cache_size=32", "data.workers=1"]
 SMALL = [*TINY, "train.precision=fp32", "data.subset=0.5", "train.epochs=3", "train.batch_size=8"]
 LOCAL = ["hydra.launcher.cpu_jobs=2"]
 
@@ -41,33 +36,13 @@ class Folder:
     ) -> subprocess.Popen[str]:
         plan = {self.job(seed): strike for seed, strike in (sabotage or {}).items()}
         env = {
-            **os.environ,
             "PYTHONPATH": str(SABOTEUR),
             "SABOTAGE": json.dumps(plan),
             "ICH_TEST": str(self.root),  # by which its processes are found
         }
-        swept = "seed=" + ",".join(map(str, range(seeds)))
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "ich.sweep",
-                "-m",
-                "name=s",
-                swept,
-                self.data,
-                *SMALL,
-                *self.launcher,
-                *overrides,
-            ],
-            cwd=self.root,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            # pytest in the background of a shell (CI) ignores SIGINT, and so would its children
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        swept = ("name=s", "model=mobilenet_v2", "seed=" + ",".join(map(str, range(seeds))))
+        own = (*swept, self.data, *SMALL, *self.launcher, *overrides)
+        return start_module("sweep", "-m", *own, cwd=self.root, env=env)
 
     def run(self, *args: object, **kwargs: object) -> tuple[int, str]:
         process = self.start(*args, **kwargs)  # type: ignore[arg-type]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import run_module
 from mlflow import MlflowClient
+from sweeps import SMALL
 
 from ich.base.config import UserError
 from ich.base.results import SweepPaths
@@ -32,17 +32,6 @@ COLUMNS = [
     "told_from_best",
 ]
 
-SMALL = [
-    "model.pretrained=false",
-    "train.precision=fp32",
-    "data.image_size=40",
-    "data.cache_size=40",
-    "data.subset=0.5",
-    "data.workers=1",
-    "train.epochs=1",
-    "train.threads=1",
-]
-
 # It composes and passes every check, and diverges in training.
 BROKEN = """# @package _global_
 model:
@@ -54,18 +43,10 @@ optimizer:
 """
 
 
-def run(
-    folder: Path, *args: str, module: str = "sweep", environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(environment or {})}
-    return subprocess.run(
-        [sys.executable, "-m", f"ich.{module}", *args],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+def run(folder: Path, phantom: Path, *words: str) -> CompletedProcess[str]:
+    """A small sweep of the phantom."""
+    small = (f'data.root="{phantom}"', *SMALL, "train.epochs=1", "train.threads=1")
+    return run_module("sweep", *words, *small, cwd=folder, env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +55,9 @@ def sweep(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("a project")
     (folder / "extra" / "model").mkdir(parents=True)
     (folder / "extra" / "model" / "broken.yaml").write_text(BROKEN)
-    done = run(
-        folder,
-        "-m",
-        "model=mobilenet_v2,broken,efficientnet_b0",
-        "name=three",
-        f'data.root="{phantom}"',
-        f"hydra.searchpath=[file://{folder / 'extra'}]",
-        *SMALL,
-    )
+    extra = f"hydra.searchpath=[file://{folder / 'extra'}]"
+    jobs = "model=mobilenet_v2,broken,efficientnet_b0"
+    done = run(folder, phantom, "-m", jobs, "name=three", extra)
     return folder, done.stdout + done.stderr, done.returncode
 
 
@@ -155,11 +130,11 @@ def test_the_table_is_rebuilt_from_the_files_alone(sweep: tuple[Path, str, int])
     before = place.csv.read_text(), place.markdown.read_text()
     place.csv.unlink()
     place.markdown.unlink()
-    done = run(folder, "multirun_reports/three", module="report")
+    done = run_module("report", "multirun_reports/three", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (place.csv.read_text(), place.markdown.read_text()) == before
     assert (place.figures / "learning_curves.png").stat().st_size > 10_000
-    nothing = run(folder, "multirun_reports/none", module="report")
+    nothing = run_module("report", "multirun_reports/none", cwd=folder)
     assert nothing.returncode == 2
     assert "holds no sweep (no sweep.json)" in nothing.stderr
     assert "Traceback" not in nothing.stderr
@@ -171,21 +146,14 @@ def test_the_same_command_again_runs_only_what_is_missing(
     folder, _, _ = sweep
     weights = folder / "multirun_reports/three/mobilenet_v2/best.safetensors"
     before = weights.stat().st_mtime_ns
-    done = run(folder, "-m", "model=mobilenet_v2", "name=three", f'data.root="{phantom}"', *SMALL)
+    done = run(folder, phantom, "-m", "model=mobilenet_v2", "name=three")
     assert done.returncode == 0, done.stderr
     assert "mobilenet_v2 was finished before" in done.stdout
     assert weights.stat().st_mtime_ns == before
 
 
 def test_a_single_training_has_a_folder_and_a_table_too(phantom: Path, tmp_path: Path) -> None:
-    done = run(
-        tmp_path,
-        "model=mobilenet_v2",
-        f'data.root="{phantom}"',
-        "name=one",
-        "tracking=none",
-        *SMALL,
-    )
+    done = run(tmp_path, phantom, "model=mobilenet_v2", "name=one", "tracking=none")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "multirun_reports/one/comparison.csv")
     assert table["status"][0] == "finished"
@@ -212,7 +180,7 @@ def test_mistakes_are_said_before_any_job_starts(
 ) -> None:
     env_free = [] if "model.pretrained=true" in overrides else ["model.pretrained=false"]
     cache = {"HF_HUB_CACHE": str(tmp_path / "empty"), "TORCH_HOME": str(tmp_path / "empty")}
-    done = run(tmp_path, "-m", *overrides, *env_free, environment=cache)
+    done = run_module("sweep", "-m", *overrides, *env_free, cwd=tmp_path, env=cache)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -253,10 +221,8 @@ def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
 
 
 def test_the_heading_speaks_for_every_job(phantom: Path, tmp_path: Path) -> None:
-    done = run(
-        tmp_path, "-m", "model=mobilenet_v2", "seed=0,1", "protocol.seed=0,1", "name=seeds",
-        f'data.root="{phantom}"', "tracking=none", *SMALL,
-    )  # fmt: skip
+    seeds = ("seed=0,1", "protocol.seed=0,1", "name=seeds", "tracking=none")
+    done = run(tmp_path, phantom, "-m", "model=mobilenet_v2", *seeds)
     assert done.returncode == 0, done.stderr
     place = SweepPaths(tmp_path / "multirun_reports" / "seeds")
     assert "seed 0 or 1." in place.markdown.read_text()
@@ -270,8 +236,7 @@ def test_two_sweeps_in_one_folder_are_refused(phantom: Path, tmp_path: Path) -> 
     place.mkdir(parents=True)
     with (place / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        done = run(tmp_path, "model=mobilenet_v2", "name=busy", f'data.root="{phantom}"',
-                   "tracking=none", *SMALL)  # fmt: skip
+        done = run(tmp_path, phantom, "model=mobilenet_v2", "name=busy", "tracking=none")
     assert done.returncode == 1
     assert "another sweep is running in multirun_reports/busy" in done.stderr
     assert not (place / "sweep.json").exists()
@@ -280,12 +245,12 @@ def test_two_sweeps_in_one_folder_are_refused(phantom: Path, tmp_path: Path) -> 
 def test_any_launcher_of_hydra_works_because_all_jobs_are_checked_first(
     phantom: Path, tmp_path: Path
 ) -> None:
-    common = ("hydra/launcher=basic", f'data.root="{phantom}"', "name=basic", *SMALL)
-    wrong = run(tmp_path, "-m", *common, "model=mobilenet_v2", "optimizer.lr=1e-3,nan")
+    common = ("-m", "hydra/launcher=basic", "name=basic", "model=mobilenet_v2")
+    wrong = run(tmp_path, phantom, *common, "optimizer.lr=1e-3,nan")
     assert wrong.returncode == 1
     assert "optimizer.lr is nan" in wrong.stderr
     assert not (tmp_path / "multirun_reports").exists()
-    done = run(tmp_path, "-m", *common, "model=mobilenet_v2", "optimizer.lr=1e-3,1e-4")
+    done = run(tmp_path, phantom, *common, "optimizer.lr=1e-3,1e-4")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "multirun_reports/basic/comparison.csv")
     assert table["job"].tolist()[:2] == [
@@ -313,9 +278,8 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
 def test_a_sound_sweep_selects_on_validation_and_scores_on_test(
     phantom: Path, tmp_path: Path
 ) -> None:
-    small = [s for s in SMALL if not s.startswith("data.subset")]
-    done = run(tmp_path, "model=mobilenet_v2", "name=sound", "protocol=sound", "tracking=none",
-               f'data.root="{phantom}"', *small)  # fmt: skip
+    own = ("name=sound", "protocol=sound", "tracking=none")
+    done = run(tmp_path, phantom, "model=mobilenet_v2", *own)
     assert done.returncode == 0, done.stderr
     place = SweepPaths(tmp_path / "multirun_reports" / "sound")
     table = pd.read_csv(place.csv)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from commands import run_module
 from sweeps import SMALL, Folder, wait_for
 
 from ich.base.results import SweepPaths
@@ -136,14 +137,12 @@ def test_slurm_that_is_not_there_is_said_in_a_sentence(
 
 def optimize(folder: Folder, *overrides: str) -> tuple[int, str, pd.DataFrame]:
     """Three trials over learning rate and augmentation; exit status, output, rows of the table."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.sweep", "-m", "name=s", folder.data, *SMALL, "train.epochs=1",
-         "hydra/sweeper=ich_optuna", "hydra.sweeper.n_trials=3", "tracking=none",
-         "optimizer.lr=tag(log, interval(1e-5, 1e-2))", "augment.hflip=choice(0, 0.25)",
-         *overrides],
-        cwd=folder.root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return done.returncode, done.stdout, folder.table()
+    own = ("name=s", "model=mobilenet_v2", folder.data, *SMALL, "train.epochs=1", "tracking=none")
+    trials = ("hydra/sweeper=ich_optuna", "hydra.sweeper.n_trials=3")
+    space = ("optimizer.lr=tag(log, interval(1e-5, 1e-2))", "augment.hflip=choice(0, 0.25)")
+    given = ("-m", *own, *trials, *space, *overrides)
+    done = run_module("sweep", *given, cwd=folder.root, timeout=580)
+    return done.returncode, done.stdout + done.stderr, folder.table()
 
 
 def best(sweep: SweepPaths) -> dict[str, object]:
@@ -171,10 +170,9 @@ def test_optuna_finds_the_best_row_and_runs_no_trial_twice(folder: Folder) -> No
 
 def test_optuna_minimizes_the_log_loss_and_survives_a_failed_trial(folder: Folder) -> None:
     """A sampler that asks for the same job twice in a batch runs it once."""
-    status, output, table = optimize(
-        folder, "train.monitor=log_loss", "hydra.sweeper.n_jobs=3", "hydra.launcher.cpu_jobs=2",
-        "optimizer.lr=choice(1e-3)", "optimizer.weight_decay=choice(0, 1e39)",
-    )  # fmt: skip
+    space = ("optimizer.lr=choice(1e-3)", "optimizer.weight_decay=choice(0, 1e39)")
+    jobs = ("hydra.sweeper.n_jobs=3", "hydra.launcher.cpu_jobs=2")
+    status, output, table = optimize(folder, "train.monitor=log_loss", *jobs, *space)
     assert status == 1, output
     assert sorted(table["status"].unique()) == ["failed", "finished"]
     losses = [
@@ -210,8 +208,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, option: str, extra: str, plugi
 
 def test_a_cluster_is_not_asked_for_in_vain(tmp_path: Path) -> None:
     """Without -m, Hydra would run the one job here and say nothing."""
-    command = [sys.executable, "-m", "ich.sweep", "hydra/launcher=ich_slurm", "model=mobilenet_v2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_module("sweep", "hydra/launcher=ich_slurm", "model=mobilenet_v2", cwd=tmp_path)
     assert done.returncode == 1
     assert "Add -m" in done.stderr
     assert not (tmp_path / "multirun_reports").exists()

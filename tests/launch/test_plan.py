@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from sweeps import TINY
+from commands import run_module
+from sweeps import SMALL
 
 from ich.base.config import Config, ModelConfig, to_yaml
 from ich.base.files import write_json
@@ -21,23 +20,20 @@ from ich.launch.plan import Plan, describe_plan, make_plan, total_seconds
 from ich.launch.preflight import look_up
 from ich.training.model import count_parameters, model_cost, weights_at_hand
 
-SMALL = [
-    *TINY,
-    "train.precision=fp32",
-    "data.subset=0.5",
-    "train.epochs=2",
-    "train.threads=1",
-    "tracking=none",
-]
-
 
 def quiet(*_: object) -> None:
     """Takes progress and tells nobody."""
 
 
 @pytest.fixture
-def config(composed: Callable[..., Config], phantom: Path) -> Config:
-    return composed(*SMALL, f'data.root="{phantom}"')
+def small(composed: Callable[..., Config], phantom: Path) -> Callable[..., Config]:
+    own = ("model=mobilenet_v2", *SMALL, "train.threads=1", "tracking=none")
+    return partial(composed, *own, f'data.root="{phantom}"')
+
+
+@pytest.fixture
+def config(small: Callable[..., Config]) -> Config:
+    return small()
 
 
 def plan_of(config: Config) -> Plan:
@@ -49,13 +45,13 @@ def test_a_plan_says_what_would_run_and_writes_nothing(
     tmp_path: Path, phantom: Path, mode: list[str]
 ) -> None:
     before = sorted(phantom.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.sweep", *mode, f'data.root="{phantom}"',
-         "data.image_size=32", "sweep.plan=true", "sweep.plan_timing=false"],
-        cwd=tmp_path, env={**os.environ, "COLUMNS": "200", "TMPDIR": str(tmp_path / "scratch"),
-                           "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "none")},
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    own = (f'data.root="{phantom}"', "data.image_size=32", "sweep.plan=true")
+    folders = {"TMPDIR": str(tmp_path / "scratch"), "HF_HUB_CACHE": str(tmp_path / "none")}
+    done = run_module(
+        *("sweep", *mode, *own, "sweep.plan_timing=false"),
+        cwd=tmp_path,
+        env={"COLUMNS": "200", "HF_HUB_OFFLINE": "1", **folders},
+    )
     assert done.returncode == 0, done.stderr
     assert "Plan of multirun_reports/phantom-" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if " new " in line]
@@ -70,10 +66,8 @@ def test_a_plan_says_what_would_run_and_writes_nothing(
 
 
 def test_a_plan_refuses_what_a_sweep_would_refuse(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.sweep", "-m", "model=vgg16", "optimizer.lr=1e-3,nan",
-         "sweep.plan=true"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    swept = ("-m", "model=vgg16", "optimizer.lr=1e-3,nan", "sweep.plan=true")
+    done = run_module("sweep", *swept, cwd=tmp_path)
     assert done.returncode == 1
     assert "optimizer.lr is nan" in done.stderr
     assert "Traceback" not in done.stderr
@@ -114,9 +108,9 @@ def test_states_and_times_follow_a_job_from_new_to_done(config: Config) -> None:
 
 @pytest.mark.parametrize("protocol", ["report", "sound"])
 def test_sizes_are_those_of_the_cohort_that_is_made(
-    composed: Callable[..., Config], phantom: Path, protocol: str
+    small: Callable[..., Config], protocol: str
 ) -> None:
-    config = composed(*SMALL, f'data.root="{phantom}"', f"protocol={protocol}")
+    config = small(f"protocol={protocol}")
     before = cohort_sizes(config)
     assert before.is_exact == (protocol == "report")  # headers were not read: patients unknown
     dataset = load_dataset(config)
@@ -124,8 +118,8 @@ def test_sizes_are_those_of_the_cohort_that_is_made(
     counts = {"train": len(dataset.train.row), "val": len(dataset.val.row)}
     counts["test"] = len(dataset.test.row) if dataset.test else 0
     assert after.rows == counts
-    assert after.images == len({i for s in (dataset.train, dataset.val, dataset.test) if s
-                                for i in s.image_id})  # fmt: skip
+    splits = [s for s in (dataset.train, dataset.val, dataset.test) if s]
+    assert after.images == len({i for s in splits for i in s.image_id})
     assert after.new_bytes == 0
     assert after.is_exact
     if before.is_exact:
@@ -136,7 +130,8 @@ def test_sizes_are_those_of_the_cohort_that_is_made(
 
 
 def test_a_phantom_that_is_not_there_is_not_made(composed: Callable[..., Config]) -> None:
-    config = composed(*SMALL, "data.phantom.patients=4", "data.phantom.size=64")
+    own = ("data.phantom.patients=4", "data.phantom.size=64")
+    config = composed("model=mobilenet_v2", *SMALL, *own)
     sizes = cohort_sizes(config)
     assert not sizes.is_exact
     assert not Path(config.data.cache_dir).exists()

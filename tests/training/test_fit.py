@@ -31,8 +31,6 @@ from ich.training.model import build_model, load_weights
 from ich.training.trainer import Trainer
 
 Compose = Callable[..., Config]
-SMALL = [*TINY, "tracking=none", "train.precision=fp32", "optimizer.lr=3e-3"]
-
 
 CPU, FP32 = torch.device("cpu"), Mode("fp32", "channels_last")
 PLACE = (Slot(), threading.Event())
@@ -45,7 +43,8 @@ def quiet(*_: object) -> None:
 
 @pytest.fixture
 def config(composed: Compose, phantom: Path) -> Config:
-    return composed(*SMALL, f'data.root="{phantom}"', "train.epochs=3")
+    own = ("train.precision=fp32", "train.epochs=3", "optimizer.lr=3e-3", "tracking=none")
+    return composed("model=mobilenet_v2", *TINY, f'data.root="{phantom}"', *own)
 
 
 def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
