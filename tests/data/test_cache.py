@@ -298,7 +298,7 @@ def test_a_worker_process_that_meets_a_full_disk_says_so(phantom: Path, tmp_path
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "ich.config.UserError: the decoded slices cannot be written" in done.stderr
+    assert "ich.base.config.UserError: the decoded slices cannot be written" in done.stderr
     assert "(File too large). Free space there" in done.stderr
 
 
