@@ -85,7 +85,7 @@ class Precision(Enum):
     tf32 = "tf32"
 
 
-class Graph(Enum):
+class CudaGraph(Enum):
     """Whether a training step is one CUDA graph; `auto` is `off` until it has run on a GPU."""
 
     auto = "auto"
@@ -227,7 +227,7 @@ class TrainConfig:
     monitor: Monitor = MISSING
     device: Device = MISSING
     precision: Precision = Precision.auto
-    graph: Graph = Graph.auto
+    graph: CudaGraph = CudaGraph.auto
     compile: bool = False
     feed: Feed = Feed.auto
     checkpoint_minutes: float = 10.0

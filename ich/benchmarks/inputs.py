@@ -18,7 +18,7 @@ from ich.data.cache import build_cache
 from ich.data.dataset import Dataset, load_dataset, open_store
 from ich.data.store import SliceStore, read_bytes
 from ich.training.devices import pick_device
-from ich.training.mode import CHANNELS_LAST, Mode
+from ich.training.mode import CHANNELS_LAST, ComputeMode
 from ich.training.trainer import Trainer
 
 _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna
@@ -120,7 +120,7 @@ def phantom_files(config: Config, images: int) -> list[Path]:
 
 def _ours(config: Config, dataset: Dataset) -> Rate:
     device = pick_device(config.train.device)
-    trainer = Trainer.build(config, dataset, device, Mode("fp32", CHANNELS_LAST))
+    trainer = Trainer.build(config, dataset, device, ComputeMode("fp32", CHANNELS_LAST))
 
     def rate() -> float:
         rows = len(dataset.train.row)

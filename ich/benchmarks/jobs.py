@@ -22,7 +22,7 @@ from ich.base.results import RunPaths
 from ich.benchmarks.measure import Row, alternate, job, row
 from ich.benchmarks.predictions import write_random_weights
 from ich.data.dataset import load_dataset
-from ich.training.timing import resolve
+from ich.training.timing import select_mode
 
 _COHORTS = (2_000, 20_000)  # rows, in `memory`
 
@@ -71,7 +71,9 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
         run = RunPaths(Path(place) / "run")
         run.root.mkdir()
         run.config.write_text(to_yaml(config))
-        mode = resolve(replace(config, train=replace(config.train, precision=Precision.fp32)), None)
+        mode = select_mode(
+            replace(config, train=replace(config.train, precision=Precision.fp32)), None
+        )
         write_json(run.origin, {"mode": asdict(mode)})  # as a sweep has chosen it
         command = [sys.executable, "-m", "ich.train", str(run.root)]
         with run.log.open("wb") as log_file:

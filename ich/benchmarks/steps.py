@@ -24,10 +24,11 @@ from ich.benchmarks.measure import (
 from ich.benchmarks.peers import BATCH, Rate
 from ich.data.dataset import Dataset, load_dataset
 from ich.training.devices import pick_device
-from ich.training.mode import CONTIGUOUS, Mode, fastest
+from ich.training.mode import CONTIGUOUS, ComputeMode, pick_fastest
 from ich.training.model import build_model, model_cost
-from ich.training.timing import time_modes
-from ich.training.trainer import Progress, Trainer, build_optimizer
+from ich.training.optimizer import build_optimizer
+from ich.training.timing import time_training_steps
+from ich.training.trainer import Trainer, TrainingState
 
 _AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked to finish then
 
@@ -51,9 +52,9 @@ def bench_step(
     for name in models:
         config = job(name, size, folder)
         device, dataset = pick_device(config.train.device), load_dataset(config)
-        mode = fastest(time_modes(config), "")
+        mode = pick_fastest(time_training_steps(config), "")
         ours = Trainer.build(config, dataset, device, mode)
-        plain = Trainer.build(config, dataset, device, Mode("fp32", CONTIGUOUS))
+        plain = Trainer.build(config, dataset, device, ComputeMode("fp32", CONTIGUOUS))
         sides = {
             "ours": _resident_rate(ours, seconds),
             "plain": _resident_rate(plain, seconds),
@@ -105,7 +106,7 @@ def _advance_rate(trainer: Trainer, seconds: float) -> Rate:
     """Images per second of whole steps, resampling and windows included, on one resident batch."""
     draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
     batch = next(trainer.train_loader.epoch(0, 1, draws))
-    return _repeated(trainer, lambda: trainer.advance(batch), len(batch.target), seconds)
+    return _repeated(trainer, lambda: trainer.train_step(batch), len(batch.target), seconds)
 
 
 def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds: float) -> Rate:
@@ -138,7 +139,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
             if number == 1:  # the first is not counted
                 wait_for_device(trainer.device)
                 start = time.perf_counter()
-            trainer.advance(batch)
+            trainer.train_step(batch)
             seen += len(batch.target) if number else 0
             if trainer.device.type == "cuda" and number % _AT_A_TIME:
                 continue
@@ -151,7 +152,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
     return rate
 
 
-def _product_rate(device: torch.device, mode: Mode, seconds: float) -> Rate:
+def _product_rate(device: torch.device, mode: ComputeMode, seconds: float) -> Rate:
     """Multiply-adds per second, in 1e9, of a matrix product in a mode's precision."""
     dtype = torch.bfloat16 if mode.precision == "bf16" else torch.float32
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
@@ -185,7 +186,9 @@ def bench_sweep(
     for name in models:
         config = job(name, size, folder, f"data.subset={images / 4000:.3f}")
         dataset, device = load_dataset(config), pick_device(config.train.device)
-        trainers.append(Trainer.build(config, dataset, device, fastest(time_modes(config), "")))
+        trainers.append(
+            Trainer.build(config, dataset, device, pick_fastest(time_training_steps(config), ""))
+        )
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     hours = []
     for _ in range(rounds):
@@ -200,7 +203,7 @@ def bench_sweep(
 
 def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
     """Seconds of an epoch, ours and the plain way's, and hours of the report's training."""
-    progress, count = Progress(), len(dataset.train.row)
+    progress, count = TrainingState(), len(dataset.train.row)
     trainer.train_one_epoch(progress, lambda *_: None)
     begin = time.perf_counter()
     trainer.evaluate(dataset.val, 1, lambda *_: None)

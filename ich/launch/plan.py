@@ -22,7 +22,7 @@ from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
 from ich.launch.preflight import Job, check_jobs, look_up
 from ich.training.devices import device_name, pick_device
 from ich.training.model import Cost, check_architecture, model_cost, weights_at_hand
-from ich.training.timing import time_modes
+from ich.training.timing import time_training_steps
 
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
 # without the backward pass, which takes twice as long.
@@ -152,7 +152,7 @@ class Speeds:
             return None, "no earlier run"
         if kind not in self._timed:
             self._report("timing networks", len(self._timed), self._in_all)
-            self._timed[kind] = min(time_modes(config).values())
+            self._timed[kind] = min(time_training_steps(config).values())
             self._report("timing networks", len(self._timed), self._in_all)
         return self._timed[kind], "timed now"
 

@@ -25,7 +25,7 @@ from ich.data import dataset
 from ich.pages.data_page import write_data_report
 from ich.tracking.registry import check_tracking, open_sweep_run
 from ich.training import timing
-from ich.training.mode import kind
+from ich.training.mode import workload_key
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ def settle_modes(
     """
     modes = dict(sweep.read_record().get("modes", {}))
     unknown = {
-        kind(j.config): j.config
+        workload_key(j.config): j.config
         for j in jobs
         if j.state is not State.done
         and j.config.train.precision is Precision.auto
-        and kind(j.config) not in modes
+        and workload_key(j.config) not in modes
     }
-    chosen = timing.choose(list(unknown.values())) if unknown else ()
+    chosen = timing.select_modes(list(unknown.values())) if unknown else ()
     for number, (of_kind, mode) in enumerate(chosen, start=1):
         modes[of_kind] = mode
         if report:
@@ -170,7 +170,7 @@ def settle_modes(
     settled = []
     for job in jobs:
         origin = job.origin.copy()
-        if chosen_mode := modes.get(kind(job.config)):
+        if chosen_mode := modes.get(workload_key(job.config)):
             origin["mode"] = chosen_mode
         settled.append(replace(job, origin=origin))
     return settled
@@ -193,7 +193,7 @@ def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: 
             "started": before.get("started", time.strftime("%Y-%m-%d %H:%M")),
             "command": _command(),
             "modes": sweep.read_record().get("modes", {})
-            | {kind(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
+            | {workload_key(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
             "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
             "configs": before.get("configs", {}) | {j.config.job: plain(j.config) for j in jobs},
             "provenance": before.get("provenance") or provenance.record(),

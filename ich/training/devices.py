@@ -8,12 +8,12 @@ import torch
 
 from ich.base.config import (
     Config,
+    CudaGraph,
     Device,
-    Graph,
     UserError,
     image_size,
 )
-from ich.training.mode import CHANNELS_LAST, Mode
+from ich.training.mode import CHANNELS_LAST, ComputeMode
 from ich.training.model import (
     model_cost,
 )
@@ -21,9 +21,9 @@ from ich.training.model import (
 log = logging.getLogger("ich.train")
 
 
-def wants_graph(choice: Graph, device: torch.device) -> bool:
+def uses_cuda_graph(choice: CudaGraph, device: torch.device) -> bool:
     """Whether steps are captured; `on` without a GPU falls back, and the log says so."""
-    if choice is not Graph.on:
+    if choice is not CudaGraph.on:
         return False
     if device.type != "cuda":
         log.warning("train.graph is on, but there is no GPU: steps are taken one by one")
@@ -31,19 +31,19 @@ def wants_graph(choice: Graph, device: torch.device) -> bool:
     return True
 
 
-def memory_format(mode: Mode) -> torch.memory_format:
+def memory_format(mode: ComputeMode) -> torch.memory_format:
     """The layout of a mode as torch names it."""
     return torch.channels_last if mode.layout == CHANNELS_LAST else torch.contiguous_format
 
 
-def set_up(device: torch.device, mode: Mode) -> None:
+def configure_cudnn(device: torch.device, mode: ComputeMode) -> None:
     """Makes torch's convolutions on a GPU compute in the mode's precision, by the fastest way."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
 
 
-def training_bytes(cfg: Config, outputs: int) -> int:
+def estimate_training_bytes(cfg: Config, outputs: int) -> int:
     """About what a training takes of a device's memory: weights, gradients, moments, activations,
     and as much again as a quarter of them for what a step needs on the way."""
     size, channels = image_size(cfg), len(cfg.windows.channels)

@@ -24,9 +24,7 @@ from ich.training.transforms import stream_seed
 
 log = logging.getLogger(__name__)
 _AHEAD = 2  # batches that a thread reads before they are asked for
-_HOST_SHARE = (
-    0.5  # of the memory that is free, page-locked at most: the rest of the system needs it
-)
+_HOST_SHARE = 0.5  # of free memory, page-locked at most: the rest of the system needs it
 
 
 @dataclass(frozen=True)
@@ -38,19 +36,25 @@ class Batch:
     draws: torch.Tensor | None
 
 
-class Slices(Protocol):
+class SliceSource(Protocol):
     """A cohort's slices, wherever they are kept."""
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
         """int16 [B, S, S] on the device for each int64 [B] of positions in the cache."""
 
 
-class Resident:
-    """All slices of a cohort on the device; a batch is one gather there."""
+class ResidentSlices:
+    """All slices of a cohort on the device; a batch is one gather there.
+
+    Args:
+        hu: int16 [N, S, S], mapped from a file.
+        rows: positions in it that are used.
+        device: that keeps them.
+    """
 
     def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device):
-        self.place = np.full(int(rows.max()) + 1, -1, np.int64)
-        self.place[rows] = np.arange(len(rows))
+        self.slot = np.full(int(rows.max()) + 1, -1, np.int64)  # position in the file -> here
+        self.slot[rows] = np.arange(len(rows))
         self.device = device
         self.hu = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, device=device)
         for start in range(0, len(rows), 1024):  # never a second copy of everything
@@ -58,12 +62,13 @@ class Resident:
             self.hu[start : start + len(part)].copy_(part)
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
-        places = torch.from_numpy(self.place[np.concatenate(rows)]).to(self.device)
-        for index in places.split([len(r) for r in rows]):
+        # One copy to the device for the whole epoch: one for each step would wait at each step.
+        slots = torch.from_numpy(self.slot[np.concatenate(rows)]).to(self.device)
+        for index in slots.split([len(r) for r in rows]):
             yield self.hu.index_select(0, index)
 
 
-class ReadAhead:
+class PrefetchedSlices:
     """Batches gathered on the host by a thread and copied to the device while it computes.
 
     Args:
@@ -74,10 +79,10 @@ class ReadAhead:
     """
 
     def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device, pinned: bool):
-        self.device, self.hu, self.place = device, hu, np.arange(len(hu))
+        self.device, self.hu, self.slot = device, hu, np.arange(len(hu))
         if pinned:
             kept = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, pin_memory=True)
-            self.place[rows] = np.arange(len(rows))
+            self.slot[rows] = np.arange(len(rows))
             for start in range(0, len(rows), 1024):
                 part = torch.from_numpy(hu[rows[start : start + 1024]])
                 kept[start : start + len(part)].copy_(part)
@@ -94,18 +99,18 @@ class ReadAhead:
                     yield ahead.pop(0).result().to(self.device, non_blocking=True)
 
     def _gather(self, row: np.ndarray) -> torch.Tensor:
-        part = torch.from_numpy(self.hu[self.place[row]])
+        part = torch.from_numpy(self.hu[self.slot[row]])
         return part.pin_memory() if self.device.type == "cuda" else part
 
 
-def place_slices(
+def open_slice_source(
     dataset: Dataset, feed: Feed, device: torch.device, needed: int = 0
-) -> Resident | ReadAhead:
+) -> SliceSource:
     """Puts a cohort's slices where batches come from fastest, and logs where.
 
     Args:
         dataset: the cohort.
-        feed: the place; `auto` takes the device's memory if the slices fit beside the training,
+        feed: where; `auto` takes the device's memory if the slices fit beside the training,
             else page-locked memory, else the files. Without a GPU it takes the files: the system
             keeps them in memory that it can have back, and a training needs no more for more data.
         device: where batches go.
@@ -114,22 +119,22 @@ def place_slices(
     splits = (dataset.train, dataset.val, dataset.test)
     rows = np.unique(np.concatenate([s.row for s in splits if s is not None]))
     size = len(rows) * dataset.hu[:1].nbytes
-    for choice in _in_turn(feed, device, size, needed):
+    for choice in _candidates(feed, device, size, needed):
         try:
             if choice is Feed.resident:
-                found: Resident | ReadAhead = Resident(dataset.hu, rows, device)
+                source: SliceSource = ResidentSlices(dataset.hu, rows, device)
             else:
-                found = ReadAhead(dataset.hu, rows, device, pinned=choice is Feed.pinned)
+                source = PrefetchedSlices(dataset.hu, rows, device, pinned=choice is Feed.pinned)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             log.warning("slices cannot be %s (%s); the next place is tried", choice.value, reason)
             continue
         log.info("slices: %s, %d of %.2f GB in all", choice.value, len(rows), size / 1e9)
-        return found
-    return ReadAhead(dataset.hu, rows, device, pinned=False)
+        return source
+    return PrefetchedSlices(dataset.hu, rows, device, pinned=False)
 
 
-def _in_turn(feed: Feed, device: torch.device, size: int, needed: int) -> list[Feed]:
+def _candidates(feed: Feed, device: torch.device, size: int, needed: int) -> list[Feed]:
     """Where to try to keep slices of `size` bytes, first to last."""
     if feed is not Feed.auto:
         return [feed]
@@ -145,7 +150,7 @@ def _in_turn(feed: Feed, device: torch.device, size: int, needed: int) -> list[F
 class Loader:
     """Serves one split of a cohort."""
 
-    def __init__(self, slices: Slices, split: Split, batch_size: int, device: torch.device):
+    def __init__(self, slices: SliceSource, split: Split, batch_size: int, device: torch.device):
         self.slices, self.split, self.batch_size, self.device = slices, split, batch_size, device
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 
 
 @dataclass(frozen=True)
-class Mode:
+class ComputeMode:
     """precision: bf16, fp32 or tf32. layout: channels_last or contiguous. processor: timed on."""
 
     precision: str
@@ -23,14 +23,14 @@ class Mode:
     processor: str = ""
 
 
-def kind(config: Config) -> str:
+def workload_key(config: Config) -> str:
     """Jobs of one kind compute alike: the same network, input and batch, on one sort of device."""
     channels, batch = len(config.windows.channels), config.train.batch_size
     shape = f"{batch}x{channels}x{image_size(config)}"
     return f"{config.model.timm} {shape} {config.train.device.value}"
 
 
-def fastest(seconds: dict[tuple[str, str], float], here: str) -> Mode:
+def pick_fastest(seconds: dict[tuple[str, str], float], here: str) -> ComputeMode:
     """The mode with the shortest step; bf16 only if it is worth its 8 bits.
 
     Args:
@@ -39,4 +39,4 @@ def fastest(seconds: dict[tuple[str, str], float], here: str) -> Mode:
     """
     cost = {k: s * (_WORTH if k[0] == Precision.bf16.value else 1) for k, s in seconds.items()}
     precision, layout = min(cost, key=cost.__getitem__)
-    return Mode(precision, layout, here)
+    return ComputeMode(precision, layout, here)

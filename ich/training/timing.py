@@ -18,16 +18,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from ich.base.config import Config, Device, Precision, plain, typed
 from ich.base.provenance import processor
 from ich.base.workers import keep_memory
-from ich.training.mode import CHANNELS_LAST, Mode, fastest, kind
+from ich.data.dataset import Dataset, Split
+from ich.training.mode import CHANNELS_LAST, ComputeMode, pick_fastest, workload_key
 
 log = logging.getLogger(__name__)
 _ROUNDS = 3
 
 
-def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
+def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
     """Times each kind among some jobs in a process of its own; yields kind and mode as they come.
 
     A GPU's memory is free again when it ends, and the random state of this process is untouched.
@@ -51,36 +54,37 @@ def choose(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
             child.kill()
 
 
-def resolve(config: Config, recorded: dict[str, str] | None) -> Mode:
+def select_mode(config: Config, recorded: dict[str, str] | None) -> ComputeMode:
     """The mode of a job that is about to train here.
 
     Args:
         config: the job.
-        recorded: what was chosen for it, as a dict of `Mode`; used if it was for this processor.
+        recorded: what was chosen for it, the fields of a `ComputeMode`; used if it was timed on a
+            processor like this one.
     """
     here = processor(config.train.device is not Device.cpu)
     if config.train.precision is not Precision.auto:
-        return Mode(config.train.precision.value, CHANNELS_LAST, here)
+        return ComputeMode(config.train.precision.value, CHANNELS_LAST, here)
     if recorded and recorded["processor"] == here:
-        return Mode(**recorded)
-    return fastest(time_modes(config), here)
+        return ComputeMode(**recorded)
+    return pick_fastest(time_training_steps(config), here)
 
 
-def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
+def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
     """Seconds per image of a training step, by (precision, layout), timed alternately: of all that
     `auto` may choose from, or of what the config asks for.
 
     The steps are real ones, on made-up slices and random weights; the first is not counted.
     """
     from ich.training.devices import pick_device
-    from ich.training.trainer import Trainer, made_up_dataset
+    from ich.training.trainer import Trainer
 
     config = replace(config, model=replace(config.model, pretrained=False, weights=None))
-    device, dataset = pick_device(config.train.device), made_up_dataset(config)
+    device, dataset = pick_device(config.train.device), random_dataset(config)
     wanted = config.train.precision
     precisions = [Precision.fp32, Precision.bf16] if wanted is Precision.auto else [wanted]
     candidates = [(p.value, CHANNELS_LAST) for p in precisions]
-    trainers = {c: Trainer.build(config, dataset, device, Mode(*c)) for c in candidates}
+    trainers = {c: Trainer.build(config, dataset, device, ComputeMode(*c)) for c in candidates}
     best = dict.fromkeys(candidates, float("inf"))
     for round_ in range(rounds + 1):
         for candidate, trainer in trainers.items():
@@ -90,14 +94,26 @@ def time_modes(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], f
     return best
 
 
+def random_dataset(cfg: Config) -> Dataset:
+    """One batch of random slices, int16 HU, with random labels, for timing steps."""
+    batch, size = cfg.train.batch_size, cfg.data.cache_size
+    rng = np.random.default_rng(0)
+    labels = tuple(cfg.data.label_columns or "abcdef")
+    hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
+    target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
+    row = np.arange(batch)
+    split = Split(row.astype(str), row, target, row, row)
+    return Dataset(hu, labels, split, split, None, {})
+
+
 def main() -> None:
     """Reads jobs from standard input and writes a line for each kind of them."""
     keep_memory()  # as the trainings do
     configs: list[dict[str, Any]] = json.load(sys.stdin)
     for values in configs:
         config = typed(values)
-        mode = resolve(config, None)
-        print(json.dumps({"kind": kind(config), "mode": asdict(mode)}), flush=True)
+        mode = select_mode(config, None)
+        print(json.dumps({"kind": workload_key(config), "mode": asdict(mode)}), flush=True)
 
 
 if __name__ == "__main__":

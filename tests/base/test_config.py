@@ -33,7 +33,7 @@ from ich.data.phantom.spec import LABELS
 from ich.launch.launcher import register_resolvers
 from ich.training.losses import build_loss
 from ich.training.model import build_model
-from ich.training.trainer import build_optimizer, build_scheduler
+from ich.training.optimizer import build_optimizer, build_scheduler
 from ich.training.transforms import CTWindows, Resample
 
 Compose = Callable[..., Config]

@@ -26,13 +26,13 @@ from ich.tracking.journal import Journal
 from ich.train import main
 from ich.training.devices import pick_device
 from ich.training.fit import Terminated, fit, is_better
-from ich.training.mode import Mode
+from ich.training.mode import ComputeMode
 from ich.training.model import build_model, load_weights
 from ich.training.trainer import Trainer
 
 Compose = Callable[..., Config]
 
-CPU, FP32 = torch.device("cpu"), Mode("fp32", "channels_last")
+CPU, FP32 = torch.device("cpu"), ComputeMode("fp32", "channels_last")
 PLACE = (Slot(), threading.Event())
 ORIGIN = Origin(cohort="c", weights="random", code="x")
 
@@ -218,7 +218,7 @@ def test_however_a_training_ends_its_result_says_so(
 
     run = RunPaths(tmp_path)
     run.config.write_text(to_yaml(config))
-    monkeypatch.setattr("ich.training.fit.fit", fail)
+    monkeypatch.setattr("ich.training.run.fit", fail)
     assert main([str(tmp_path)]) == 1
     assert run.read_result()["status"] == status
     assert run.read_result()["reason"].startswith(reason)

@@ -11,7 +11,14 @@ import torch
 
 from ich.base.config import Feed
 from ich.data.dataset import Dataset, Split
-from ich.training.loader import Batch, Loader, ReadAhead, Resident, Slices, place_slices
+from ich.training.loader import (
+    Batch,
+    Loader,
+    PrefetchedSlices,
+    ResidentSlices,
+    SliceSource,
+    open_slice_source,
+)
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -35,7 +42,10 @@ def hu_of(rows: int, side: int = 3) -> np.ndarray:
 
 def loader(rows: int, batch_size: int = 4) -> Loader:
     return Loader(
-        ReadAhead(hu_of(rows), np.arange(rows), CPU, False), split(np.arange(rows)), batch_size, CPU
+        PrefetchedSlices(hu_of(rows), np.arange(rows), CPU, False),
+        split(np.arange(rows)),
+        batch_size,
+        CPU,
     )
 
 
@@ -83,9 +93,9 @@ def test_every_place_serves_the_same(feed: Feed, device: torch.device, tmp_path:
     hu = np.load(tmp_path / "hu.npy", mmap_mode="r")
     train, val = np.array([40, 3, 3, 17, 3, 49, 20]), np.array([5, 0, 31])
     dataset = Dataset(hu, ("a", "b"), split(train), split(val), None, {})
-    slices = place_slices(dataset, feed, device)
+    slices = open_slice_source(dataset, feed, device)
     if feed is Feed.resident:
-        assert isinstance(slices, Resident)
+        assert isinstance(slices, ResidentSlices)
         assert len(slices.hu) == 8  # distinct slices of this cohort alone
     for part, rows in ((dataset.train, train), (dataset.val, val)):
         served = list(Loader(slices, part, 2, device).in_order())
@@ -100,16 +110,16 @@ def test_without_room_the_next_place_is_taken_and_said(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99.00 GiB")
 
-    monkeypatch.setattr("ich.training.loader.Resident", full)
+    monkeypatch.setattr("ich.training.loader.ResidentSlices", full)
     rows = np.arange(4)
     dataset = Dataset(hu_of(4), ("a", "b"), split(rows), split(rows), None, {})
     with caplog.at_level(logging.INFO, "ich.training.loader"):
-        slices = place_slices(dataset, Feed.resident, CPU)
-    assert isinstance(slices, ReadAhead)
+        slices = open_slice_source(dataset, Feed.resident, CPU)
+    assert isinstance(slices, PrefetchedSlices)
     assert "slices cannot be resident (CUDA out of memory" in caplog.text
 
 
 def test_a_reader_that_fails_says_so_where_batches_are_taken() -> None:
-    slices: Slices = ReadAhead(hu_of(4), np.arange(4), CPU, False)
+    slices: SliceSource = PrefetchedSlices(hu_of(4), np.arange(4), CPU, False)
     with pytest.raises(IndexError, match="out of bounds"):
         list(slices.batches([np.array([1]), np.array([9])]))

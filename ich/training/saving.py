@@ -1,4 +1,4 @@
-"""A training's files: best weights, predictions, and checkpoints from which it goes on."""
+"""What a training saves: best weights, predictions, and checkpoints from which it goes on."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from ich.training.model import (
     input_spec,
     save_weights,
 )
-from ich.training.trainer import Best, Progress, Trainer
+from ich.training.trainer import BestEpoch, Trainer, TrainingState
 
 log = logging.getLogger("ich.train")
 
 
-class Keeper:
-    """Writes a training's checkpoints, and takes it up again from one."""
+class CheckpointWriter:
+    """Writes the checkpoints of a training, every few minutes and whenever it is told to."""
 
     def __init__(
-        self, cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, progress: Progress
+        self, run: RunPaths, trainer: Trainer, dataset: Dataset, state: TrainingState
     ) -> None:
-        self._cfg, self._run, self._trainer = cfg, run, trainer
-        self._dataset, self._progress = dataset, progress
+        self._run, self._trainer, self._dataset, self._state = run, trainer, dataset, state
         self._begin = self._saved = time.monotonic()
-        self._earlier = progress.wall_seconds
+        self._earlier_seconds = state.wall_seconds
 
     def save_if_due(self) -> None:
         """Saves when `train.checkpoint_minutes` have passed since the last time."""
-        if time.monotonic() - self._saved >= self._cfg.train.checkpoint_minutes * 60:
+        if time.monotonic() - self._saved >= self._trainer.cfg.train.checkpoint_minutes * 60:
             self.save()
 
     def save(self) -> None:
         """Writes the whole state; a full disk costs this checkpoint and not the training."""
-        p = self._progress
-        p.wall_seconds = self._earlier + time.monotonic() - self._begin
+        state = self._state
+        state.wall_seconds = self._earlier_seconds + time.monotonic() - self._begin
         tensors = {f"state/{k}": v for k, v in self._trainer.tensors().items()}
-        if p.step:
-            tensors["losses"] = p.losses[: p.step]
+        if state.step:
+            tensors["losses"] = state.losses[: state.step]
         # The best weights too: those on disk may be of an epoch that this state has not reached.
-        if p.best is not None:
+        if state.best is not None:
             weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
             tensors["best/weights"] = torch.from_numpy(weights.copy())
-            tensors["best/logits"] = torch.from_numpy(p.best.logits)
-        plain = {f.name: getattr(p, f.name) for f in fields(p) if f.name not in ("losses", "best")}
+            tensors["best/logits"] = torch.from_numpy(state.best.logits)
+        names = [f.name for f in fields(state) if f.name not in ("losses", "best")]
         facts = {
-            "order": [p.epoch, p.step, p.resumed],
+            # Which of two generations is newer; `resumed`, since a step may be taken twice.
+            "order": [state.epoch, state.step, state.resumed],
             "cohort": self._dataset.summary["cohort"],
-            "progress": plain,
-            "best": p.best and {"epoch": p.best.epoch, "scores": p.best.scores},
+            "progress": {name: getattr(state, name) for name in names},
+            "best": state.best and {"epoch": state.best.epoch, "scores": state.best.scores},
             "schedule": self._trainer.schedule(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -74,44 +74,45 @@ class Keeper:
             log.warning("a checkpoint could not be written (%s); the training goes on", error)
         self._saved = time.monotonic()
 
-    @staticmethod
-    def resume(
-        cfg: Config, run: RunPaths, trainer: Trainer, dataset: Dataset, journal: Journal
-    ) -> Progress:
-        """Sets the trainer to the newest good checkpoint of the run, if there is one, and the
-        run's files to what they were then."""
-        found = read_checkpoint(run.root)
-        if found is not None and found.facts["cohort"] != dataset.summary["cohort"]:
-            log.warning("the checkpoint is of another cohort: the training starts anew")
-            found = None
-        if found is None:
-            drop_checkpoints(run.root)
-            journal.rewind(0)
-            return Progress()
-        facts = found.facts
-        progress = Progress(**facts["progress"])
-        progress.resumed += 1
-        trainer.restore(found.group("state"), facts["schedule"])
-        if "losses" in found.tensors:
-            progress.losses = found.tensors["losses"]
-        if facts["best"]:
-            progress.best = Best(**facts["best"], logits=found.tensors["best/logits"].numpy())
-            part = run.best.with_suffix(".part")
-            part.write_bytes(found.tensors["best/weights"].numpy().tobytes())
-            part.replace(run.best)
-            keep_predictions(run, dataset, {"val": progress.best.logits})
-        journal.rewind(progress.epoch - 1)
-        now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        for what, value in now.items():
-            if facts[what] != value:
-                log.warning(
-                    "%s: %s before, %s now; the last digits may differ", what, facts[what], value
-                )
-        log.info("goes on after step %d of epoch %d", progress.step, progress.epoch)
-        return progress
+
+def resume_training(
+    run: RunPaths, trainer: Trainer, dataset: Dataset, journal: Journal
+) -> TrainingState:
+    """Sets the trainer to the newest good checkpoint of the run, if there is one, and the run's
+    files to what they were then."""
+    checkpoint = read_checkpoint(run.root)
+    if checkpoint is not None and checkpoint.facts["cohort"] != dataset.summary["cohort"]:
+        log.warning("the checkpoint is of another cohort: the training starts anew")
+        checkpoint = None
+    if checkpoint is None:
+        drop_checkpoints(run.root)
+        journal.rewind(0)
+        return TrainingState()
+    facts, tensors = checkpoint.facts, checkpoint.tensors
+    state = TrainingState(**facts["progress"])
+    state.resumed += 1
+    trainer.restore(checkpoint.group("state"), facts["schedule"])
+    if "losses" in tensors:
+        state.losses = tensors["losses"]
+    if facts["best"]:
+        state.best = BestEpoch(**facts["best"], logits=tensors["best/logits"].numpy())
+        part = run.best.with_suffix(".part")
+        part.write_bytes(tensors["best/weights"].numpy().tobytes())
+        part.replace(run.best)
+        save_predictions(run, dataset, {"val": state.best.logits})
+    journal.rewind(state.epoch - 1)
+    # Sums in another order, or of other kernels: the training goes on, but not to the same bits.
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for what, value in now.items():
+        if facts[what] != value:
+            log.warning(
+                "%s: %s before, %s now; the last digits may differ", what, facts[what], value
+            )
+    log.info("goes on after step %d of epoch %d", state.step, state.epoch)
+    return state
 
 
-def keep_best(
+def save_best(
     run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
 ) -> None:
     """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
@@ -128,10 +129,10 @@ def keep_best(
         thresholds=best_thresholds(logits, target, dataset.labels),
     )
     save_weights(model, run.best, metadata)
-    keep_predictions(run, dataset, {"val": logits})
+    save_predictions(run, dataset, {"val": logits})
 
 
-def keep_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarray]) -> None:
+def save_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarray]) -> None:
     """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_study`, `_target`,
     `_logits`.
 

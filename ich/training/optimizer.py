@@ -1,0 +1,52 @@
+"""The torch optimizer and the learning-rate schedule of a config."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ich.base.config import OPTIMIZER_SETTINGS, OptimizerConfig, SchedulerConfig, SchedulerName
+
+
+def build_optimizer(
+    cfg: OptimizerConfig, model: torch.nn.Module, graphed: bool = False
+) -> torch.optim.Optimizer:
+    """The torch optimizer of a config, over all parameters.
+
+    Args:
+        cfg: its name and settings.
+        model: whose parameters it moves.
+        graphed: for a captured step, whose every number lies on the device, the learning rate too.
+    """
+    cls = {
+        "torch.optim.Adam": torch.optim.Adam,
+        "torch.optim.AdamW": torch.optim.AdamW,
+        "torch.optim.SGD": torch.optim.SGD,
+    }[cfg._target_]
+    given = {k: getattr(cfg, k) for k in OPTIMIZER_SETTINGS[cfg._target_]}
+    settings = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None
+    }
+    if graphed:
+        settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
+        if "SGD" not in cfg._target_:  # which counts no steps
+            settings["capturable"] = True
+    optimizer: torch.optim.Optimizer = cls(model.parameters(), fused=True, **settings)
+    return optimizer
+
+
+def build_scheduler(
+    cfg: SchedulerConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A factor on the learning rate as a function of the step; 1 throughout for `none`."""
+    warmup = cfg.warmup * steps
+
+    def factor(step: int) -> float:
+        if cfg.name is SchedulerName.none:
+            return 1.0
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

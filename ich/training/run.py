@@ -1,0 +1,131 @@
+"""A training as the process that a sweep started: told to stop, and with a result in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ich.base.config import Config, UserError, load
+from ich.base.files import write_json
+from ich.base.processes import hold, watch_supervisor
+from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
+from ich.base.workers import keep_memory
+from ich.tracking.journal import Journal
+from ich.tracking.mirror import Mirror
+from ich.training.checkpoint import drop_checkpoints
+from ich.training.fit import Terminated, fit
+from ich.training.trainer import StepCallback
+
+log = logging.getLogger("ich.train")
+_EARLIER_PROCESS_SECONDS = 30  # what the last process of a killed sweep may need to end
+_MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4  # what an ended training waits for MLflow
+
+
+class ProgressFile:
+    """Tells the supervising process where the training is, at most four times a second."""
+
+    def __init__(self, path: Path, epochs: int):
+        self._path, self._epochs, self._written = path, epochs, 0.0
+
+    def __call__(self, phase: str, epoch: int, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now - self._written >= 0.25 or step == steps:
+            self._written = now
+            counts = {"epoch": epoch, "epochs": self._epochs, "step": step, "steps": steps}
+            write_json(self._path, {"phase": phase, **counts}, sync=False)
+
+
+class GracefulStop:
+    """Handles SIGTERM: at once while a job starts; once it trains, between two steps, where its
+    state is whole; not while its results are written."""
+
+    def __init__(self, on_step: StepCallback) -> None:
+        self._on_step, self._is_training, self._requested = on_step, False, False
+
+    def __call__(self, *_: object) -> None:
+        if not self._is_training:
+            raise Terminated
+        self._requested = True
+
+    def on_step(self, phase: str, epoch: int, step: int, steps: int) -> None:
+        """Passes a step on, and ends the training there if that was asked for."""
+        self._is_training = True
+        self._on_step(phase, epoch, step, steps)
+        if self._requested:
+            raise Terminated
+
+
+def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
+    """Trains the run in a folder and writes its result, whatever happens.
+
+    Args:
+        run: its folder, with a config.yaml.
+        parent: the MLflow run of its sweep.
+        supervisor: id of the process without which this one ends.
+
+    Returns:
+        The exit status.
+    """
+    keep_memory()
+    cfg = load(run.config)
+    stop = GracefulStop(ProgressFile(run.progress, cfg.train.epochs))
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
+        signal.signal(number, stop)
+    if supervisor:
+        watch_supervisor(supervisor)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(hold(run, _EARLIER_PROCESS_SECONDS))
+        except BlockingIOError:
+            log.error("another process trains in this folder, and did not end")
+            return 1
+        return _train_and_close(cfg, run, Mirror(cfg, run, parent), stop)
+
+
+def _train_and_close(cfg: Config, run: RunPaths, mirror: Mirror, stop: GracefulStop) -> int:
+    result = _outcome(lambda: fit(cfg, run, Journal(run.metrics, mirror.notify), stop.on_step))
+    _close(cfg, run, result)
+    patience = _MIRROR_SECONDS if result["status"] != KILLED else _MIRROR_SECONDS_KILLED
+    mirrored = mirror.finish(patience)
+    status = 0 if result["status"] == FINISHED else 1
+    if not mirrored:  # its thread is inside MLflow: leave without waiting for it
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def _outcome(training: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A training's result, or how it ended: the table has a row for whatever it was."""
+    try:
+        return {"status": FINISHED, "reason": "", **training()}
+    except (Terminated, KeyboardInterrupt):
+        return {"status": KILLED, "reason": "ended by SIGTERM or an interrupt"}
+    except SystemExit as error:
+        return {"status": FAILED, "reason": f"called sys.exit({error.code!r})"}
+    except torch.OutOfMemoryError as error:
+        traceback.print_exc()
+        return {
+            "status": FAILED,
+            "reason": f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
+            f"data.image_size, or hydra.launcher.jobs_per_gpu if jobs share the GPU.",
+        }
+    except Exception as error:
+        traceback.print_exc()
+        prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
+
+
+def _close(cfg: Config, run: RunPaths, result: dict[str, Any]) -> None:
+    run.write_result({"job": cfg.job, "model": cfg.model.name, **result})
+    run.progress.unlink(missing_ok=True)
+    if result["status"] == FINISHED:
+        drop_checkpoints(run.root)
