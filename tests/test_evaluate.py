@@ -22,10 +22,10 @@ from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import LABELS, PhantomSpec
 from ich.inference.scores import evaluate, validate
 from ich.pages.evaluation_page import write_evaluation
-from ich.scoring.comparison import Predictions, read_predictions
 from ich.scoring.evaluation import Evaluation, metrics_table
 from ich.scoring.metrics import sigmoid
-from ich.scoring.uncertainty import Scored
+from ich.scoring.predictions import Predictions, read_predictions
+from ich.scoring.uncertainty import ScoredRows
 
 THRESHOLDS = dict.fromkeys(LABELS, 0.4)
 
@@ -37,7 +37,7 @@ def predictions(patients: int, seed: int, signal: float = 1.5) -> Predictions:
     logits = (rng.normal(size=(rows, 6)) + signal * target - 1).astype(np.float32)
     group = np.repeat(np.arange(patients), 8)
     ids = np.array([f"ID_{seed}_{n}" for n in range(rows)])
-    return Predictions(Scored(LABELS, target, logits, group), "patients", ids, group,
+    return Predictions(ScoredRows(LABELS, target, logits, group), "patients", ids, group,
                        (logits, target))  # fmt: skip
 
 

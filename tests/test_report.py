@@ -19,7 +19,8 @@ from ich.pages.figures import hardest, pareto_front
 from ich.pages.page import Cell, Line, Ranking, to_html, to_markdown
 from ich.pages.tables import best_cells, compare
 from ich.report import main
-from ich.scoring.comparison import BY, effects, load_comparison
+from ich.scoring.comparison import RANKING_METRIC, load_comparison
+from ich.scoring.effects import effects
 from ich.scoring.findings import (
     FAILS,
     FINDINGS,
@@ -29,7 +30,7 @@ from ich.scoring.findings import (
     imagenet_trend,
     judge,
 )
-from ich.tracking.registry import alias_of, close_sweep_run, promote
+from ich.tracking.registry import alias_for, close_sweep_run, promote
 
 Compose = Callable[..., Config]
 EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)
@@ -98,8 +99,8 @@ def test_runs_on_other_rows_are_not_paired(tmp_path: Path, composed: Compose) ->
     jobs = {"xception": 2.0, "vgg16": 0.5}
     sweep = write_sweep(tmp_path / "two", jobs, composed, rows={"vgg16": cohort(seed=1)})
     comparison = load_comparison([sweep], 50)
-    assert len(comparison.sets) == 2
-    assert all(not g.difference and g.is_best for g in comparison.groups)
+    assert len(comparison.evaluation_sets) == 2
+    assert all(not g.difference_from_best and g.is_best for g in comparison.settings)
     compare(sweep)
     text = sweep.markdown.read_text()
     assert "2 different sets of rows" in text
@@ -127,7 +128,7 @@ def test_a_sweep_over_settings_says_what_each_is_worth(tmp_path: Path, composed:
     comparison = load_comparison([write_sweep(tmp_path / "loss", jobs, composed)], 500)
     assert set(comparison.factors()) == {"model", "loss"}
     found = {(e.factor, e.level): e for e in effects(comparison)}
-    assert found[("loss", "focal")].interval.holds_zero
+    assert found[("loss", "focal")].interval.contains_zero
     worse = found[("loss", "weighted_bce")]
     assert worse.against == "bce"
     assert worse.pairs == 2
@@ -256,8 +257,8 @@ def test_the_imagenet_trend_of_the_reports_own_numbers() -> None:
 
 
 def test_the_hardest_cases_are_the_most_confident_mistakes(three: SweepPaths) -> None:
-    (rows,) = load_comparison([three], 0).sets
-    run = rows.groups[0].runs[0]
+    (rows,) = load_comparison([three], 0).evaluation_sets
+    run = rows.settings[0].runs[0]
     label, missed, alarms = hardest(run)
     assert label == "any"
     assert run.predictions is not None
@@ -285,9 +286,9 @@ def test_a_ranking_shows_seeds_in_html_and_markdown() -> None:
 
 
 def test_the_best_is_by_auc(three: SweepPaths) -> None:
-    (rows,) = load_comparison([three], 0).sets
+    (rows,) = load_comparison([three], 0).evaluation_sets
     assert rows.best is not None
-    assert rows.best.mean(BY) == max(g.mean(BY) for g in rows.groups)
+    assert rows.best.mean(RANKING_METRIC) == max(g.mean(RANKING_METRIC) for g in rows.settings)
 
 
 # MLflow
@@ -349,10 +350,10 @@ def test_nothing_is_promoted_that_mlflow_does_not_have(
 
 
 def test_names_of_sweeps_become_aliases_that_mlflow_takes() -> None:
-    assert alias_of("demo-1a2b") == "demo-1a2b"
-    assert alias_of("my sweep.2") == "my-sweep-2"
-    assert alias_of("v3") == "sweep-v3"
-    assert alias_of("best") == "sweep-best"
+    assert alias_for("demo-1a2b") == "demo-1a2b"
+    assert alias_for("my sweep.2") == "my-sweep-2"
+    assert alias_for("v3") == "sweep-v3"
+    assert alias_for("best") == "sweep-best"
 
 
 # What the reviewer found
@@ -379,7 +380,7 @@ def test_patients_without_a_study_are_left_out_of_studies_alone(
     rows = cohort()
     rows["study"] = np.where(rows["patient"] == rows["patient"].max(), -1, rows["study"])
     sweep = write_sweep(tmp_path / "s", {"xception": 2.0}, composed, rows={"xception": rows})
-    (group,) = load_comparison([sweep], 50).groups
+    (group,) = load_comparison([sweep], 50).settings
     assert group.interval("study_auc").low < group.mean("auc", study=True)
 
 
@@ -450,6 +451,6 @@ def test_seeds_are_one_setting_where_names_had_to_be_cut(tmp_path: Path, compose
         sweep.run(f"xception,seed={seed}").root.rename(sweep.run(name).root)
     jobs = [p.name for p in sorted(sweep.root.glob("xception*"))]
     sweep.write_record(sweep.read_record() | {"jobs": jobs})
-    (group,) = load_comparison([sweep], 0).groups
-    assert group.setting == "xception,augment.hflip=x_y"
+    (group,) = load_comparison([sweep], 0).settings
+    assert group.name == "xception,augment.hflip=x_y"
     assert len(group.runs) == 2

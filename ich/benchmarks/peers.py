@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ich.data.store import SliceStore
-from ich.scoring.uncertainty import Scored
+from ich.scoring.uncertainty import ScoredRows
 
 Rate = Callable[[], float]  # a timing: items per second
 
@@ -206,12 +206,12 @@ def plain_predictions(
     return rate
 
 
-def plain_bootstrap(scored: Scored, resamples: int = 5) -> float:
+def plain_bootstrap(scored: ScoredRows, resamples: int = 5) -> float:
     """Resamples per second of drawing groups, gathering their rows, and scikit-learn's AUCs."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)
-    groups = int(scored.group.max()) + 1
+    groups = scored.group_count
     rows = np.split(np.argsort(scored.group), np.cumsum(np.bincount(scored.group))[:-1])
     start = time.perf_counter()
     for _ in range(resamples):

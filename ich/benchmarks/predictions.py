@@ -17,7 +17,7 @@ from ich.benchmarks.measure import REPORT, Row, alternate, geometric_mean, job, 
 from ich.benchmarks.peers import Rate
 from ich.data.inputs import Inputs
 from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
-from ich.scoring.uncertainty import RESAMPLES, Scored, bootstrap, draw_counts, group_rows
+from ich.scoring.uncertainty import RESAMPLES, ScoredRows, bootstrap, draw_counts, group_rows
 from ich.training.devices import pick_device
 from ich.training.model import build_model, input_spec, save_weights
 
@@ -33,8 +33,8 @@ def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
     target = (rng.random((REPORT["val"], 6)) < rates_of_labels).astype(np.float32)
     logits = (rng.normal(size=target.shape) + 3 * target).astype(np.float32)
     group, _ = group_rows(rng.integers(0, 7_000, len(target)), target[:, 0])
-    scored = Scored((*"abcde", "any"), target, logits, group)
-    counts = draw_counts(int(group.max()) + 1, RESAMPLES)
+    scored = ScoredRows((*"abcde", "any"), target, logits, group)
+    counts = draw_counts(scored.group_count, RESAMPLES)
 
     def ours() -> float:
         begin = time.perf_counter()

@@ -18,9 +18,9 @@ from ich.inference.ensemble import Ensemble, Member
 from ich.pages.comparison_page import cohort_text, scoring_text
 from ich.pages.evaluation_page import OVERALL, PER_LABEL, shown_table
 from ich.pages.page import Block, Bullets, Grid, Section, Text, to_markdown
-from ich.scoring.comparison import Predictions, read_predictions
 from ich.scoring.evaluation import VALIDATION, Evaluation, metrics_table
-from ich.scoring.uncertainty import FEWEST_GROUPS
+from ich.scoring.predictions import Predictions, read_predictions
+from ich.scoring.uncertainty import MIN_GROUPS
 from ich.training.model import count_parameters
 
 _LICENCES = {
@@ -133,17 +133,17 @@ def _data(config: Config, result: dict[str, Any]) -> Iterator[str]:
 def _metrics(
     model: Ensemble, scored: Predictions, validation: Predictions, resamples: int
 ) -> Iterator[Block]:
-    tested = scored.rows != validation.rows
+    tested = scored.fingerprint != validation.fingerprint
     none = pd.DataFrame(columns=["image_id", "reason"])
     found = Evaluation(model.name, scored, validation if tested else None, model.thresholds, [],
                        none)  # fmt: skip
     table = metrics_table(found, resamples)
-    count = int(scored.scored.group.max()) + 1
+    count = scored.scored.group_count
     where = "the test rows" if tested else "the validation rows, by which the epoch was chosen"
     intervals = (
-        f"with 95 % intervals from {resamples:,} bootstrap resamples of {count:,} {scored.drawn}"
-        if resamples and count >= FEWEST_GROUPS
-        else f"without intervals ({count:,} {scored.drawn})"
+        f"with 95 % intervals from {resamples:,} bootstrap resamples of {count:,} {scored.unit}"
+        if resamples and count >= MIN_GROUPS
+        else f"without intervals ({count:,} {scored.unit})"
     )
     yield Text(f"Per slice, on {where}, {intervals}. Accuracy is at probability 0.5.")
     decided = [f"{m}_{k}" for k in model.labels for m in ("sensitivity", "specificity")]
@@ -180,8 +180,8 @@ def _limits(config: Config, result: dict[str, Any], scored: Predictions) -> Iter
     if config.data.source is Source.phantom:
         yield "Trained on synthetic slices: its metrics say nothing about a patient."
     yield (
-        f"One training with one seed, scored on {int(scored.scored.group.max()) + 1:,} "
-        f"{scored.drawn} of one data set. How it does elsewhere is unknown until it has been "
+        f"One training with one seed, scored on {scored.scored.group_count:,} "
+        f"{scored.unit} of one data set. How it does elsewhere is unknown until it has been "
         f"measured there: python -m ich.evaluate."
     )
     yield (

@@ -29,8 +29,8 @@ from ich.data.decode import Asked, Read, read_chunk
 from ich.data.inputs import Inputs
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
 from ich.inference.session import Converted, Task, averaged, read_and_predict, session
-from ich.scoring.comparison import Predictions, read_predictions
 from ich.scoring.metrics import best_thresholds
+from ich.scoring.predictions import Predictions, read_predictions
 from ich.tracking.registry import fetch_run, is_mlflow_name
 from ich.training.model import Classifier, fold_batch_norms, load_trained
 from ich.training.transforms import CTWindows, Resample
@@ -281,9 +281,9 @@ def _validation(members: Sequence[Member]) -> Predictions | None:
     """Of an ensemble on the rows that all its members were validated on."""
     each = [read_predictions(m.run, "val") if m.run else None for m in members]
     known = [p for p in each if p is not None]
-    if len(known) < len(members) or len({p.rows for p in known}) > 1:
+    if len(known) < len(members) or len({p.fingerprint for p in known}) > 1:
         return None
-    return Predictions.averaged(known)
+    return Predictions.average(known)
 
 
 def _thresholds(
@@ -294,7 +294,7 @@ def _thresholds(
         found = members[0].metadata.thresholds
         text = "the best F1 on the run's validation rows"
     elif validation is not None:
-        found = best_thresholds(*validation.chosen, labels)
+        found = best_thresholds(*validation.validation_rows, labels)
         text = "the best F1 of the average on the members' common validation rows"
     else:
         each = {k: [m.metadata.thresholds[k] for m in members] for k in labels}

@@ -36,9 +36,9 @@ from ich.inference.ensemble import (
 from ich.inference.session import TTA
 from ich.pages.evaluation_page import shown_table, write_evaluation
 from ich.pages.page import cells
-from ich.scoring.comparison import Predictions
 from ich.scoring.evaluation import Evaluation, metrics_table
-from ich.scoring.uncertainty import FEWEST_GROUPS, Scored, group_rows
+from ich.scoring.predictions import Predictions
+from ich.scoring.uncertainty import MIN_GROUPS, ScoredRows, group_rows
 from ich.training.devices import pick_device
 
 
@@ -203,9 +203,9 @@ def score(
     target = rows[labels].to_numpy(np.float32)
     patient, image_id = numbers(rows["patient"]), rows["image_id"].to_numpy(str)
     group, drawn = group_rows(patient, image_id)
-    scored = Scored(tuple(labels), target, logits, group)
+    scored = ScoredRows(tuple(labels), target, logits, group)
     here = Predictions(scored, drawn, image_id, numbers(rows["study"]), (logits, target))
-    validation = model.validation.of_labels(labels) if model.validation else None
+    validation = model.validation.select_labels(labels) if model.validation else None
     left_out = pd.DataFrame(sorted(reasons.items()), columns=["image_id", "reason"])
     notes = list(_notes(config, model, here, validation, left_out, labels))
     notes += [text for m in model.members for text in _overlap(config, m, rows)]
@@ -221,7 +221,7 @@ def _notes(
     left_out: pd.DataFrame,
     labels: list[str],
 ) -> list[str]:
-    count = int(here.scored.group.max()) + 1
+    count = here.scored.group_count
     data, images = config.data.source.value, len(set(here.image_id.tolist()))
     which = "every labelled image once" if config.rows is Rows.all else f"its {config.rows.value}"
     notes = [
@@ -232,13 +232,13 @@ def _notes(
             else ""
         ),
         f"Rows: data={data}, {which}: {len(here.image_id):,} rows of {images:,} images, of "
-        f"{count:,} {here.drawn}; {len(left_out):,} files left out.",
+        f"{count:,} {here.unit}; {len(left_out):,} files left out.",
         f"Thresholds: {model.chosen_by}.",
     ]
-    if config.resamples and count >= FEWEST_GROUPS:
-        notes.append(f"Intervals: 95 %, {config.resamples:,} bootstrap resamples of {here.drawn}.")
+    if config.resamples and count >= MIN_GROUPS:
+        notes.append(f"Intervals: 95 %, {config.resamples:,} bootstrap resamples of {here.unit}.")
     else:
-        notes.append(f"No intervals: {count:,} {here.drawn}, {config.resamples} resamples.")
+        notes.append(f"No intervals: {count:,} {here.unit}, {config.resamples} resamples.")
     if validation is None:
         notes.append("The model's validation is not at hand (a lone weights file, or members that "
                      "were validated on different rows): nothing is compared with it.")  # fmt: skip

@@ -37,7 +37,7 @@ from ich.base.terminal import Board, Terminal, console
 from ich.data.dataset import cohort_key, prepare
 from ich.launch.jobs import Result, run_job
 from ich.launch.preflight import check_weights, weights_digest
-from ich.scoring.verdict import Outcome, Verdict, compare_runs, describe
+from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe
 
 TOLERANCE = 1e-3
 _EARLIER_PROCESS_SECONDS = 30  # the training of a killed rerun may need some to end
@@ -362,7 +362,7 @@ def _device(config: Config) -> str:
     return device_name(pick_device(config.train.device))
 
 
-def _record(original: Original, verdict: Verdict, differing: list[str]) -> dict[str, Any]:
+def _record(original: Original, verdict: RerunComparison, differing: list[str]) -> dict[str, Any]:
     """The comparison as JSON holds it."""
     parts = [asdict(part) for part in verdict.parts]
     return {
@@ -387,7 +387,7 @@ def _say_before(original: Original, now: dict[str, Any], differing: list[str]) -
         _say(f"That code again, in the topmost folder of its checkout: {commands}")
 
 
-def _say_after(original: Original, verdict: Verdict) -> None:
+def _say_after(original: Original, verdict: RerunComparison) -> None:
     color, word = _COLORS[verdict.outcome], verdict.outcome.value
     limit = "" if verdict.outcome is Outcome.identical else f" (tolerance {verdict.tolerance:g})"
     console.print(f"\n[bold {color}]{word}[/bold {color}]{limit}", soft_wrap=True)

@@ -19,17 +19,16 @@ from ich.pages import figures
 from ich.pages.page import Block, Bullets, Cell, Grid, Line, Link, Ranking, Section, Text, to_html
 from ich.scoring.comparison import (
     BASELINE,
-    BY,
-    COMPARED,
+    COMPARED_METRICS,
+    RANKING_METRIC,
     Comparison,
-    Group,
-    RowSet,
+    EvaluationSet,
     Run,
-    effects,
-    models_compared,
+    SettingResult,
 )
+from ich.scoring.effects import effects
 from ich.scoring.findings import (
-    METRICS,
+    REPORT_METRICS,
     REPORT_TABLE_1,
     REPORT_TABLE_2,
     SIMILAR,
@@ -37,7 +36,7 @@ from ich.scoring.findings import (
     judge,
 )
 from ich.scoring.metrics import ANY
-from ich.scoring.uncertainty import FEWEST_GROUPS, Interval
+from ich.scoring.uncertainty import MIN_GROUPS, Interval
 
 _NAMES = {"auc": "AUC", "accuracy": "accuracy"}
 
@@ -54,7 +53,7 @@ def write_page(comparison: Comparison, place: SweepPaths, heading: Sequence[str]
     sections: list[Section] = [
         ("What was compared", [Bullets([text.replace("`", "") for text in heading])])
     ]
-    if comparison.groups:
+    if comparison.settings:
         sections += [
             ("Ranking", _ranking(comparison)),
             ("What can be told apart", [Bullets(list(_told(comparison)))]),
@@ -66,7 +65,7 @@ def write_page(comparison: Comparison, place: SweepPaths, heading: Sequence[str]
             sections.append(("Against the report", against))
     if pictures:
         sections.append(("Figures", list(pictures)))
-    if best := next((s.best for s in comparison.sets if s.best), None):
+    if best := next((s.best for s in comparison.evaluation_sets if s.best), None):
         shown = figures.draw_hardest(best.runs[0], place.figures)
         sections.append(("Hardest cases", [Text(shown) if isinstance(shown, str) else shown]))
     if unfinished := [r for r in comparison.runs if not r.is_finished]:
@@ -116,18 +115,18 @@ def describe(comparison: Comparison) -> list[str]:
 
 
 def _about_intervals(comparison: Comparison) -> list[str]:
-    if not comparison.resamples or not comparison.groups:
-        why = "" if comparison.groups else " (no run has predictions that can be read)"
+    if not comparison.resamples or not comparison.settings:
+        why = "" if comparison.settings else " (no run has predictions that can be read)"
         return [f"Intervals were not computed{why}: small differences mean nothing."]
     lines = []
-    for rows in comparison.sets:
+    for rows in comparison.evaluation_sets:
         found = rows.predictions
-        count, images = int(found.scored.group.max()) + 1, len(set(found.image_id.tolist()))
-        where = f" (the rows of {rows.name})" if len(comparison.sets) > 1 else ""
+        count, images = found.scored.group_count, len(set(found.image_id.tolist()))
+        where = f" (the rows of {rows.name})" if len(comparison.evaluation_sets) > 1 else ""
         unit = (
             f"{count:,} patients"
-            + (f", too few for any (at least {FEWEST_GROUPS})" if count < FEWEST_GROUPS else "")
-            if found.drawn == "patients"
+            + (f", too few for any (at least {MIN_GROUPS})" if count < MIN_GROUPS else "")
+            if found.unit == "patients"
             else f"{count:,} images: patients are unknown, and their slices resemble each other, "
             f"so the true intervals are wider"
         )
@@ -135,7 +134,7 @@ def _about_intervals(comparison: Comparison) -> list[str]:
             f"Intervals are 95 %, from {comparison.resamples:,} bootstrap resamples of {unit} "
             f"({len(found.image_id):,} scored rows of {images:,} images){where}."
         )
-    seeds = {len(g.runs) for g in comparison.groups}
+    seeds = {len(g.runs) for g in comparison.settings}
     if 1 in seeds:
         lines.append(
             "One seed per setting: intervals cover the choice of patients, not the luck of a "
@@ -146,10 +145,11 @@ def _about_intervals(comparison: Comparison) -> list[str]:
             "Several seeds per setting: scores are means over them, and intervals cover patients "
             "and seeds, the latter as well as so few can."
         )
-    if len(comparison.sets) > 1:
+    if len(comparison.evaluation_sets) > 1:
         lines.append(
-            f"The runs were scored on {len(comparison.sets)} different sets of rows. Within each "
-            f"they are paired; between them the comparison is unpaired, and no difference is given."
+            f"The runs were scored on {len(comparison.evaluation_sets)} different sets of rows. "
+            f"Within each they are paired; between them the comparison is unpaired, and no "
+            f"difference is given."
         )
     return lines
 
@@ -222,8 +222,10 @@ def _start(cfg: Any) -> str:
 
 def _ranking(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = []
-    for rows in comparison.sets:
-        where = f" Scored on the rows of {rows.name}." if len(comparison.sets) > 1 else ""
+    for rows in comparison.evaluation_sets:
+        where = (
+            f" Scored on the rows of {rows.name}." if len(comparison.evaluation_sets) > 1 else ""
+        )
         caption = (
             f"Click a heading to sort.{where} Second lines: 95 % intervals; for the difference, "
             f"this setting minus the best, on the same patients. \u2248: not distinguishable from "
@@ -231,14 +233,14 @@ def _ranking(comparison: Comparison) -> list[Block]:
         )
         columns = ["setting", *(c for c, _ in _columns(rows))]
         bests = _bests(rows)
-        lines = [_line(g, rows, bests) for g in rows.groups]
+        lines = [_line(g, rows, bests) for g in rows.settings]
         lines.sort(key=lambda line: -np.nan_to_num(line.cells[0].value or np.nan, nan=-1))
         lines.append(_baseline_line(rows))
         blocks.append(Ranking(caption, columns, lines))
     return blocks
 
 
-def _columns(rows: RowSet) -> list[tuple[str, str]]:
+def _columns(rows: EvaluationSet) -> list[tuple[str, str]]:
     """Heading and key of each column; a key is a metric, a result's entry, or `minus_best`."""
     labels = rows.predictions.scored.labels
     found = [("AUC", "auc"), ("minus the best", "minus_best"), ("accuracy", "accuracy")]
@@ -278,17 +280,17 @@ def _value(runs: Sequence[Run], key: str) -> float:
     return float(np.mean(values))
 
 
-def _bests(rows: RowSet) -> dict[str, float]:
+def _bests(rows: EvaluationSet) -> dict[str, float]:
     bests = {}
     for _, key in _columns(rows):
-        if key != "minus_best" and len(rows.groups) > 1:
-            values = [_value(g.runs, key) for g in rows.groups]
+        if key != "minus_best" and len(rows.settings) > 1:
+            values = [_value(g.runs, key) for g in rows.settings]
             if not np.isnan(values).all():
                 bests[key] = float((np.nanmin if key in _LOWER else np.nanmax)(values))
     return bests
 
 
-def _line(group: Group, rows: RowSet, bests: dict[str, float]) -> Line:
+def _line(group: SettingResult, rows: EvaluationSet, bests: dict[str, float]) -> Line:
     cells = [_cell(group, key, bests) for _, key in _columns(rows)]
     parts = []
     if len(group.runs) > 1:
@@ -298,20 +300,22 @@ def _line(group: Group, rows: RowSet, bests: dict[str, float]) -> Line:
                 for _, key in _columns(rows)
             ]
             parts.append(Line(f"seed {run.seed}", own))
-    note = "best" if group.is_best else "\u2248 best" if group.is_told_from_best is False else ""
-    return Line(group.setting, cells, note, parts, f"{len(parts)} seeds")
+    note = "best" if group.is_best else "\u2248 best" if group.differs_from_best is False else ""
+    return Line(group.name, cells, note, parts, f"{len(parts)} seeds")
 
 
-def _cell(group: Group, key: str, bests: dict[str, float]) -> Cell:
+def _cell(group: SettingResult, key: str, bests: dict[str, float]) -> Cell:
     if key == "minus_best":
-        mean = group.mean(BY) - bests.get(BY, np.nan)
-        if BY not in group.difference or np.isnan(mean):
+        mean = group.mean(RANKING_METRIC) - bests.get(RANKING_METRIC, np.nan)
+        if RANKING_METRIC not in group.difference_from_best or np.isnan(mean):
             return Cell("")
-        return Cell(f"{mean:+.4f}", mean, _between(group.difference[BY], "+.4f"))
+        return Cell(
+            f"{mean:+.4f}", mean, _between(group.difference_from_best[RANKING_METRIC], "+.4f")
+        )
     value = _value(group.runs, key)
     cell = _plain_cell(value, key)
     below = _between(group.interval(key)) if key in group.replicates else ""
-    if len(group.runs) > 1 and key in COMPARED:
+    if len(group.runs) > 1 and key in COMPARED_METRICS:
         below += f", sd {group.spread(key):.4f}"
     return replace(cell, below=below, is_best=bests.get(key) == value)
 
@@ -328,7 +332,7 @@ def _between(interval: Interval, form: str = ".3f") -> str:
     return f"{interval.low:{form}} to {interval.high:{form}}"
 
 
-def _baseline_line(rows: RowSet) -> Line:
+def _baseline_line(rows: EvaluationSet) -> Line:
     known = rows.baseline() | {f"study_{k}": v for k, v in rows.baseline(study=True).items()}
     cells = [_plain_cell(known.get(key, np.nan), key) for _, key in _columns(rows)]
     return Line(BASELINE, cells, is_last=True)
@@ -338,25 +342,25 @@ def _baseline_line(rows: RowSet) -> Line:
 
 
 def _told(comparison: Comparison) -> Iterable[str]:
-    for rows in comparison.sets:
+    for rows in comparison.evaluation_sets:
         best = rows.best
         if best is None:
             yield "No setting has an AUC: there is no best."
             continue
-        where = f"On the rows of {rows.name}: " if len(comparison.sets) > 1 else ""
-        between = _between(best.interval(BY))
+        where = f"On the rows of {rows.name}: " if len(comparison.evaluation_sets) > 1 else ""
+        between = _between(best.interval(RANKING_METRIC))
         yield (
-            f"{where}{best.setting} has the highest AUC, {best.mean(BY):.4f}"
+            f"{where}{best.name} has the highest AUC, {best.mean(RANKING_METRIC):.4f}"
             + (f" ({between})." if between else ".")
         )
-        others = [g for g in rows.groups if g is not best]
+        others = [g for g in rows.settings if g is not best]
         if not others:
             continue
         if not best.replicates:
             yield "Without intervals, nothing says whether that is more than chance."
             continue
-        same = [g.setting for g in others if g.is_told_from_best is False]
-        worse = [g.setting for g in others if g.is_told_from_best]
+        same = [g.name for g in others if g.differs_from_best is False]
+        worse = [g.name for g in others if g.differs_from_best]
         if same:
             yield f"Not distinguishable from it: {', '.join(same)}."
         if worse:
@@ -372,7 +376,7 @@ def _effects(comparison: Comparison) -> list[Block]:
     if set(comparison.factors()) <= {"model"}:
         return []
     blocks: list[Block] = []
-    for metric in COMPARED:
+    for metric in COMPARED_METRICS:
         found = list(effects(comparison, metric))
         if not found:
             continue
@@ -397,7 +401,7 @@ def _effects(comparison: Comparison) -> list[Block]:
 def _verdict(interval: Interval) -> str:
     if np.isnan(interval.low):
         return ""
-    if interval.holds_zero:
+    if interval.contains_zero:
         return "cannot be told from none"
     return "higher" if interval.low > 0 else "lower"
 
@@ -438,8 +442,8 @@ def _metrics(comparison: Comparison) -> list[Block]:
             "accuracy, exact match, AUC, average precision, log loss and Brier."
         )
     ]
-    for rows in comparison.sets:
-        where = f", rows of {rows.name}" if len(comparison.sets) > 1 else ""
+    for rows in comparison.evaluation_sets:
+        where = f", rows of {rows.name}" if len(comparison.evaluation_sets) > 1 else ""
         for study in (False, True):
             if study and not (rows.predictions.study >= 0).any():
                 continue
@@ -455,11 +459,11 @@ def _metrics(comparison: Comparison) -> list[Block]:
 
 
 def _metric_table(
-    rows: RowSet, names: dict[str, str], study: bool, baseline: dict[str, float]
+    rows: EvaluationSet, names: dict[str, str], study: bool, baseline: dict[str, float]
 ) -> pd.DataFrame:
     lines = [
-        {"setting": g.setting, **{v: _number(g.mean(k, study)) for k, v in names.items()}}
-        for g in rows.groups
+        {"setting": g.name, **{v: _number(g.mean(k, study)) for k, v in names.items()}}
+        for g in rows.settings
     ]
     last = {v: _number(baseline.get(k, np.nan)) for k, v in names.items()}
     return pd.DataFrame([*lines, {"setting": BASELINE, **last}])
@@ -474,15 +478,15 @@ def _number(value: float) -> str:
 
 def _against_the_report(comparison: Comparison) -> list[Block]:
     """Where the report's networks stand once each on the same rows; else nothing."""
-    for rows in comparison.sets:
-        by_model = models_compared(rows)
+    for rows in comparison.evaluation_sets:
+        by_model = rows.setting_per_model()
         ours = {k: g for k, g in by_model.items() if k in REPORT_TABLE_2}
         if len(ours) >= 2:
             return [*_report_tables(ours), *_findings(ours), *_trends(ours)]
     return []
 
 
-def _report_tables(ours: dict[str, Group]) -> list[Block]:
+def _report_tables(ours: dict[str, SettingResult]) -> list[Block]:
     lines = []
     for model, (accuracy, auc) in REPORT_TABLE_2.items():
         top1, _, millions = REPORT_TABLE_1[model]
@@ -516,9 +520,9 @@ def _report_tables(ours: dict[str, Group]) -> list[Block]:
     return [Grid(caption, pd.DataFrame(lines))]
 
 
-def _findings(ours: dict[str, Group]) -> list[Block]:
+def _findings(ours: dict[str, SettingResult]) -> list[Block]:
     blocks: list[Block] = []
-    for metric in METRICS:
+    for metric in REPORT_METRICS:
         replicates = {k: g.replicates[metric] for k, g in ours.items() if g.replicates}
         if not replicates:
             return [Text("Its findings are not tested: that takes intervals.")]
@@ -541,9 +545,9 @@ def _findings(ours: dict[str, Group]) -> list[Block]:
     return blocks
 
 
-def _trends(ours: dict[str, Group]) -> list[Block]:
+def _trends(ours: dict[str, SettingResult]) -> list[Block]:
     lines = []
-    for metric in METRICS:
+    for metric in REPORT_METRICS:
         scores = {k: g.mean(metric) for k, g in ours.items()}
         replicates = {k: g.replicates[metric] for k, g in ours.items() if g.replicates}
         trend = imagenet_trend(metric, scores, replicates)

@@ -13,7 +13,7 @@ from ich.base.files import write_text
 from ich.base.results import FINISHED, RunPaths
 from ich.pages import figures
 from ich.pages.page import Block, Bullets, Grid, Section, Text, to_html, to_markdown
-from ich.scoring.comparison import Comparison, Group, RowSet, Run
+from ich.scoring.comparison import Comparison, EvaluationSet, Run, SettingResult
 from ich.scoring.evaluation import DECISIONS, HERE, VALIDATION, Evaluation
 from ich.scoring.metrics import sigmoid
 
@@ -102,6 +102,6 @@ def _compared(evaluation: Evaluation) -> Comparison:
     for name, found in sides:
         if found is not None:
             run = Run(name, RunPaths(Path(name)), {"status": FINISHED}, None, found)
-            sets.append(RowSet(found.rows, [Group(name, [run])]))
-    runs = [g.runs[0] for s in sets for g in s.groups]
+            sets.append(EvaluationSet(found.fingerprint, [SettingResult(name, [run])]))
+    runs = [g.runs[0] for s in sets for g in s.settings]
     return Comparison(evaluation.model, runs, sets, 0, [])

@@ -14,7 +14,7 @@ import numpy as np
 from ich.base.config import Config, UserError, WindowConfig, load
 from ich.data.dataset import is_prepared, load_dataset
 from ich.pages.page import Picture, drawn
-from ich.scoring.comparison import BY, Comparison, Group, Run
+from ich.scoring.comparison import RANKING_METRIC, Comparison, Run, SettingResult
 from ich.scoring.metrics import ANY, sigmoid
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
         "training loss, validation accuracy and validation AUC by epoch",
         "Learning curves. Dotted: always negative.",
     )
-    if not comparison.groups:
+    if not comparison.settings:
         return
     for name, axis, x in (
         ("auc_by_size", "params", "trained parameters, millions"),
@@ -88,19 +88,19 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
             f"both cheaper and better.",
         )
     yield from _of_predictions(comparison)
-    best = next((s.best for s in comparison.sets if s.best), None)
+    best = next((s.best for s in comparison.evaluation_sets if s.best), None)
     if best:
         yield Figure(
             "confusion",
             lambda _: _confusion(best),
             "confusion per label at the chosen threshold",
-            f"{best.setting}: rows and what was said of them, at the threshold with the best F1 on "
+            f"{best.name}: rows and what was said of them, at the threshold with the best F1 on "
             f"validation.",
         )
 
 
 def _of_predictions(comparison: Comparison) -> Iterator[Figure]:
-    first = _FIRST if any(len(g.runs) > 1 for g in comparison.groups) else ""
+    first = _FIRST if any(len(g.runs) > 1 for g in comparison.settings) else ""
     yield Figure(
         "roc",
         lambda c: _curves(c, _roc_points, "1 - specificity", "sensitivity"),
@@ -199,10 +199,10 @@ def _learning_curves(comparison: Comparison) -> Any:
 def _cost(comparison: Comparison, key: str, title: str) -> Any:
     figure, axis = _subplots(figsize=(7, 4.2))
     points = []
-    for number, group in enumerate(comparison.groups):
+    for number, group in enumerate(comparison.settings):
         scale = 1e6 if key == "params" else 1
         x = float(np.mean([r.result[key] for r in group.runs])) / scale
-        y, interval = group.mean(BY), group.interval(BY)
+        y, interval = group.mean(RANKING_METRIC), group.interval(RANKING_METRIC)
         if np.isnan(y):
             continue
         colour = _colour(number)["color"]
@@ -210,14 +210,14 @@ def _cost(comparison: Comparison, key: str, title: str) -> Any:
             axis.plot([x, x], [interval.low, interval.high], color=colour, alpha=0.5)
         axis.scatter(x, y, s=36, color=colour, zorder=3)
         axis.annotate(
-            group.setting,
+            group.name,
             (x, y),
             textcoords="offset points",
             xytext=(6, 4 if number % 2 else -10),
             fontsize=8,
         )
         points.append((x, y))
-    if len(comparison.sets) == 1 and (front := pareto_front(points)):
+    if len(comparison.evaluation_sets) == 1 and (front := pareto_front(points)):
         axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
     axis.set(xlabel=title, ylabel="AUC (micro)")
     axis.margins(x=0.2, y=0.12)
@@ -258,7 +258,7 @@ def _curves(
     xlabel: str,
     ylabel: str,
 ) -> Any:
-    labels = comparison.groups[0].predictions.scored.labels
+    labels = comparison.settings[0].predictions.scored.labels
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     figure, axes = _subplots(
@@ -273,7 +273,7 @@ def _curves(
         axis.set_visible(False)
     for i, (label, axis) in enumerate(zip(labels, axes.flat, strict=False)):
         axis.set(title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        for number, group in enumerate(comparison.groups):
+        for number, group in enumerate(comparison.settings):
             scored = group.predictions.scored
             if label not in scored.labels:
                 continue
@@ -283,8 +283,8 @@ def _curves(
                 continue
             x, y = points(score, truth)
             kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
-            axis.plot(x[kept], y[kept], lw=1.1, label=group.setting, **_colour(number))
-        target = comparison.groups[0].predictions.scored.target[:, i]
+            axis.plot(x[kept], y[kept], lw=1.1, label=group.name, **_colour(number))
+        target = comparison.settings[0].predictions.scored.target[:, i]
         if ylabel == "precision":
             axis.axhline(target.mean(), color="grey", ls=":", lw=1)
         else:
@@ -304,7 +304,7 @@ def _curves(
 def _calibration(comparison: Comparison) -> Any:
     figure, axis = _subplots(figsize=(6.6, 4.4))
     axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
-    for number, group in enumerate(comparison.groups):
+    for number, group in enumerate(comparison.settings):
         scored = group.predictions.scored
         known = np.isfinite(scored.logits)
         probability, target = sigmoid(scored.logits[known]), scored.target[known]
@@ -313,13 +313,13 @@ def _calibration(comparison: Comparison) -> Any:
         there = size > 0
         x = np.bincount(place, probability, _BINS)[there] / size[there]
         y = np.bincount(place, target, _BINS)[there] / size[there]
-        axis.plot(x, y, marker="o", ms=3, lw=1.1, label=group.setting, **_colour(number))
+        axis.plot(x, y, marker="o", ms=3, lw=1.1, label=group.name, **_colour(number))
     axis.set(xlabel="predicted probability", ylabel="share of positives")
     _legend(figure, *axis.get_legend_handles_labels())
     return figure
 
 
-def _confusion(best: Group) -> Any:
+def _confusion(best: SettingResult) -> Any:
     scored, thresholds = best.predictions.scored, best.predictions.thresholds
     labels = [k for k in scored.labels if k in thresholds]
     figure, axes = _subplots(1, max(1, len(labels)), figsize=(1.9 * len(labels) + 0.8, 2.4))

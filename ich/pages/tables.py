@@ -7,6 +7,7 @@ and `-o DIR` compare several sweeps.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ import pandas as pd
 from rich.measure import Measurement
 from rich.table import Table
 
+from ich.base.config import UserError
 from ich.base.files import write_text
 from ich.base.results import FINISHED, SweepPaths
 from ich.base.terminal import console
 from ich.pages.comparison_page import describe, without_paths, write_page
 from ich.scoring.comparison import (
     BASELINE,
-    BY,
-    COMPARED,
+    COMPARED_METRICS,
+    RANKING_METRIC,
     Comparison,
-    Group,
+    SettingResult,
     load_comparison,
-    place_of,
 )
 from ich.scoring.findings import REPORT_TABLE_2
 from ich.scoring.uncertainty import RESAMPLES
@@ -66,7 +67,11 @@ _AFTER = [
     "seeds",
     "auc_sd",
     "accuracy_sd",
-    *(f"{m}_{k}" for m in COMPARED for k in ("low", "high", "minus_best_low", "minus_best_high")),
+    *(
+        f"{m}_{k}"
+        for m in COMPARED_METRICS
+        for k in ("low", "high", "minus_best_low", "minus_best_high")
+    ),
     "told_from_best",
 ]
 _FROM_PREDICTIONS = ("exact_match", "ap_macro", "log_loss", "log_loss_weighted", "brier", "ece")
@@ -134,7 +139,7 @@ def compare(
     Raises:
         UserError: a folder holds no sweep, or there are several and no `out`.
     """
-    place = place_of(sweeps, out)
+    place = report_folder(sweeps, out)
     comparison = load_comparison(sweeps, resamples)
     table = build_table([r.result | {"job": r.name} for r in comparison.runs], comparison)
     place.root.mkdir(parents=True, exist_ok=True)
@@ -152,6 +157,22 @@ def compare(
     return table
 
 
+def report_folder(sweeps: Sequence[SweepPaths], out: Path | None) -> SweepPaths:
+    """The folder a report is written to.
+
+    Raises:
+        UserError: there are several sweeps, and no folder is named.
+    """
+    if out is not None:
+        return SweepPaths(out)
+    if len(sweeps) > 1:
+        raise UserError(
+            f"{len(sweeps)} sweeps are compared, and -o DIR is not given. Name a folder for their "
+            f"report, as in python -m ich.report A B -o multirun_reports/A-and-B."
+        )
+    return sweeps[0]
+
+
 def columns(results: list[dict[str, Any]]) -> list[str]:
     """The columns of a table of these results: one AUC for each label that any of them has."""
     labels = dict.fromkeys(k for r in results for k in r.get("labels", []))
@@ -167,10 +188,13 @@ def build_table(
         for row, run in zip(rows, comparison.runs, strict=True):
             if run.predictions is not None:
                 row |= {k: run.predictions.metrics.get(k) for k in _FROM_PREDICTIONS}
-                row |= {"seed": run.seed, "study_auc": run.predictions.study_metrics.get(BY)}
-            if group := comparison.group_of(run):
+                row |= {
+                    "seed": run.seed,
+                    "study_auc": run.predictions.study_metrics.get(RANKING_METRIC),
+                }
+            if group := comparison.setting_of(run):
                 row |= _uncertainty(group)
-        rows += [_mean_row(g, rows, comparison) for g in comparison.groups if len(g.runs) > 1]
+        rows += [_mean_row(g, rows, comparison) for g in comparison.settings if len(g.runs) > 1]
     # One row per set of validation rows: a sweep over the cohort has several.
     seen: list[dict[str, float]] = []
     for result in results:
@@ -183,23 +207,28 @@ def build_table(
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
-def _uncertainty(group: Group) -> dict[str, Any]:
+def _uncertainty(group: SettingResult) -> dict[str, Any]:
     """Columns that all runs of a setting share."""
-    found: dict[str, Any] = {"setting": group.setting, "seeds": len(group.runs)}
-    found["rows"] = group.predictions.rows
-    for metric in COMPARED:
+    found: dict[str, Any] = {"setting": group.name, "seeds": len(group.runs)}
+    found["rows"] = group.predictions.fingerprint
+    for metric in COMPARED_METRICS:
         interval = group.interval(metric)
         found |= {f"{metric}_sd": group.spread(metric)}
         found |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        if metric in group.difference:
-            low, high = group.difference[metric].low, group.difference[metric].high
+        if metric in group.difference_from_best:
+            low, high = (
+                group.difference_from_best[metric].low,
+                group.difference_from_best[metric].high,
+            )
             found |= {f"{metric}_minus_best_low": low, f"{metric}_minus_best_high": high}
-    told = group.is_told_from_best
+    told = group.differs_from_best
     found["told_from_best"] = "best" if group.is_best else {True: "yes", False: "no"}.get(told)  # type: ignore[arg-type]
     return found
 
 
-def _mean_row(group: Group, rows: list[dict[str, Any]], comparison: Comparison) -> dict[str, Any]:
+def _mean_row(
+    group: SettingResult, rows: list[dict[str, Any]], comparison: Comparison
+) -> dict[str, Any]:
     """The mean over the seeds of a setting."""
     members = [
         row
@@ -220,8 +249,8 @@ def metrics_table(comparison: Comparison) -> pd.DataFrame:
     over seeds and `sd` its standard deviation; `low` and `high` are the 95 % interval.
     """
     lines = []
-    for rows in comparison.sets:
-        for group in rows.groups:
+    for rows in comparison.evaluation_sets:
+        for group in rows.settings:
             for level in ("slice", "study"):
                 study = level == "study"
                 known = group.predictions.study_metrics if study else group.predictions.metrics
@@ -229,9 +258,9 @@ def metrics_table(comparison: Comparison) -> pd.DataFrame:
                     interval = group.interval(f"study_{metric}" if study else metric)
                     lines.append(
                         {
-                            "setting": group.setting,
+                            "setting": group.name,
                             "seeds": len(group.runs),
-                            "rows": rows.rows,
+                            "rows": rows.fingerprint,
                             "level": level,
                             "metric": metric,
                             "value": group.mean(metric, study),
@@ -329,7 +358,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
         if len(comparison.records) == 1:
             lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
             lines += [""]
-    if page and comparison.groups:
+    if page and comparison.settings:
         lines += [
             "[Everything else: intervals, curves, calibration, hardest cases](report.html)",
             "",
@@ -352,25 +381,25 @@ def _latex(comparison: Comparison, heading: list[str]) -> str:
         "Model & Top-1 Acc. & AUC score (95\\,\\% interval) & \\#Params \\\\",
         "\\midrule",
     ]
-    for rows in comparison.sets:
-        for group in rows.groups:
-            interval = group.interval(BY)
+    for rows in comparison.evaluation_sets:
+        for group in rows.settings:
+            interval = group.interval(RANKING_METRIC)
             between = (
                 f" ({interval.low:.3f}--{interval.high:.3f})"
                 if interval.low == interval.low
                 else ""
             )
-            same = "$^{\\approx}$" if group.is_told_from_best is False else ""
-            score = f"{group.mean(BY):.4f}"
+            same = "$^{\\approx}$" if group.differs_from_best is False else ""
+            score = f"{group.mean(RANKING_METRIC):.4f}"
             score = f"\\textbf{{{score}}}" if group.is_best else score
             params = group.runs[0].result["params"] / 1e6
-            cells = [_escaped(group.setting), f"{group.mean('accuracy'):.4f}"]
+            cells = [_escaped(group.name), f"{group.mean('accuracy'):.4f}"]
             cells += [f"{score}{between}{same}", f"{params:.1f} M"]
             lines.append(" & ".join(cells) + " \\\\")
         baseline = rows.baseline()
         lines += [
             "\\midrule",
-            f"{BASELINE} & {baseline['accuracy']:.4f} & {baseline[BY]:.4f} & \\\\",
+            f"{BASELINE} & {baseline['accuracy']:.4f} & {baseline[RANKING_METRIC]:.4f} & \\\\",
         ]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from ich.scoring.comparison import Predictions, replicates
-from ich.scoring.metrics import per_study, sigmoid
-from ich.scoring.uncertainty import FEWEST_GROUPS, Interval, Scored, draw_counts
+from ich.scoring.metrics import sigmoid
+from ich.scoring.predictions import Predictions, bootstrap_predictions
+from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, ScoredRows, draw_counts
 
 HERE, VALIDATION = "here", "validation"
 # Per label, of the decisions at the model's thresholds.
@@ -53,8 +53,8 @@ def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
         scored = replace(validation.scored, group=here.scored.group) if same else validation.scored
         sides[VALIDATION] = replace(validation, scored=scored)
     values = {k: _values(p, evaluation.thresholds) for k, p in sides.items()}
-    drawn = {
-        k: _resampled(p, evaluation.thresholds, resamples, 0 if evaluation.is_paired else seed)
+    resampled = {
+        k: _resample(p, evaluation.thresholds, resamples, 0 if evaluation.is_paired else seed)
         for seed, (k, p) in enumerate(sides.items())
     }
     lines = []
@@ -63,53 +63,51 @@ def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
         line: dict[str, object] = {"level": level, "metric": name.removeprefix("study_")}
         for side in (HERE, VALIDATION):
             line[side] = values.get(side, {}).get(name, np.nan)
-            line |= _limits(side, drawn.get(side, {}).get(name))
+            line |= _limits(side, resampled.get(side, {}).get(name))
         line["difference"] = float(line[HERE]) - float(line[VALIDATION])  # type: ignore[arg-type]
-        pair = [drawn.get(side, {}).get(name) for side in (HERE, VALIDATION)]
-        both = None if pair[0] is None or pair[1] is None else pair[0] - pair[1]
-        lines.append(line | _limits("difference", both))
+        one, other = (resampled.get(side, {}).get(name) for side in (HERE, VALIDATION))
+        difference = None if one is None or other is None else one - other
+        lines.append(line | _limits("difference", difference))
     return pd.DataFrame(lines)
 
 
 def _limits(name: str, values: np.ndarray | None) -> dict[str, float]:
-    nothing = Interval(float("nan"), float("nan"))
-    found = nothing if values is None else Interval.of(values)
-    return {f"{name}_low": found.low, f"{name}_high": found.high}
+    interval = UNDEFINED if values is None else Interval.of(values)
+    return {f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
-def _values(found: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
-    every = np.ones((int(found.scored.group.max()) + 1, 1), np.float32)
-    decided = _all_decisions(found, thresholds, every)
-    decisions = {k: float(v[0]) for k, v in decided.items()}
-    studies = {f"study_{k}": v for k, v in found.study_metrics.items()}
-    return {**found.metrics, **decisions, **studies}
+def _values(predictions: Predictions, thresholds: dict[str, float]) -> dict[str, float]:
+    # The rows as they are: one "resample" in which each group stands once.
+    once = np.ones((predictions.scored.group_count, 1), np.float32)
+    decisions = {k: float(v[0]) for k, v in _decisions(predictions, thresholds, once).items()}
+    studies = {f"study_{k}": v for k, v in predictions.study_metrics.items()}
+    return {**predictions.metrics, **decisions, **studies}
 
 
-def _resampled(
-    found: Predictions, thresholds: dict[str, float], resamples: int, seed: int
+def _resample(
+    predictions: Predictions, thresholds: dict[str, float], resamples: int, seed: int
 ) -> dict[str, np.ndarray]:
-    groups = int(found.scored.group.max()) + 1
-    if not resamples or groups < FEWEST_GROUPS:
+    groups = predictions.scored.group_count
+    if not resamples or groups < MIN_GROUPS:
         return {}
     counts = draw_counts(groups, resamples, seed)
-    return replicates(found, counts) | _all_decisions(found, thresholds, counts)
-
-
-def _all_decisions(
-    found: Predictions, thresholds: dict[str, float], counts: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Of `_decisions`, per slice and, as `study_<metric>`, per study: positive where any of its
-    slices is."""
-    out = _decisions(found.scored, thresholds, counts)
-    if (found.study >= 0).any():
-        logits, target, first = per_study(found.scored.logits, found.scored.target, found.study)
-        studies = Scored(found.scored.labels, target, logits, found.scored.group[first])
-        out |= {f"study_{k}": v for k, v in _decisions(studies, thresholds, counts).items()}
-    return out
+    return bootstrap_predictions(predictions, counts) | _decisions(predictions, thresholds, counts)
 
 
 def _decisions(
-    scored: Scored, thresholds: dict[str, float], counts: np.ndarray
+    predictions: Predictions, thresholds: dict[str, float], counts: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Of `_decisions_of_rows`, per slice and, as `study_<metric>`, per study: positive where any of
+    its slices is."""
+    shares = _decisions_of_rows(predictions.scored, thresholds, counts)
+    if (studies := predictions.scored_studies) is not None:
+        per_study = _decisions_of_rows(studies, thresholds, counts)
+        shares |= {f"study_{k}": v for k, v in per_study.items()}
+    return shares
+
+
+def _decisions_of_rows(
+    scored: ScoredRows, thresholds: dict[str, float], counts: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Per label the four shares at its threshold, of every resample.
 
@@ -121,23 +119,23 @@ def _decisions(
     Returns:
         float64 [R] each, NaN where nothing is counted.
     """
-    out = {}
-    drawn = counts.astype(np.float64)
+    shares = {}
+    weights = counts.astype(np.float64)
 
-    def counted(rows: np.ndarray) -> np.ndarray:
-        return np.bincount(scored.group, rows, len(counts)) @ drawn
+    def count(rows: np.ndarray) -> np.ndarray:
+        return np.bincount(scored.group, rows, len(counts)) @ weights
 
     for i, label in enumerate(scored.labels):
-        said = sigmoid(scored.logits[:, i]) >= thresholds[label]
+        positive = sigmoid(scored.logits[:, i]) >= thresholds[label]
         truth = scored.target[:, i] > 0.5
-        hits, rejected = counted(said & truth), counted(~said & ~truth)
-        shares = (
-            (hits, counted(truth)),
-            (rejected, counted(~truth)),
-            (hits, counted(said)),
-            (rejected, counted(~said)),
+        true_positives, true_negatives = count(positive & truth), count(~positive & ~truth)
+        fractions = (
+            (true_positives, count(truth)),
+            (true_negatives, count(~truth)),
+            (true_positives, count(positive)),
+            (true_negatives, count(~positive)),
         )
-        for name, (part, whole) in zip(DECISIONS, shares, strict=True):
+        for name, (part, whole) in zip(DECISIONS, fractions, strict=True):
             share = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
-            out[f"{name}_{label}"] = share
-    return out
+            shares[f"{name}_{label}"] = share
+    return shares

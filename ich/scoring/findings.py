@@ -38,11 +38,13 @@ REPORT_TABLE_2 = {
     "efficientnet_b2": (0.9728, 0.9756),
     "efficientnet_b3": (0.9729, 0.9790),
 }
-METRICS = ("accuracy", "auc")  # in the order of REPORT_TABLE_2's columns
+REPORT_METRICS = ("accuracy", "auc")  # in the order of REPORT_TABLE_2's columns
 # Closer than a third of the distance from the worst to the best of the report's own eight.
 SIMILAR = {
     metric: (max(column) - min(column)) / 3
-    for metric, column in zip(METRICS, zip(*REPORT_TABLE_2.values(), strict=True), strict=True)
+    for metric, column in zip(
+        REPORT_METRICS, zip(*REPORT_TABLE_2.values(), strict=True), strict=True
+    )
 }
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
@@ -104,7 +106,7 @@ FINDINGS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FindingResult:
     """What became of a finding on one metric.
 
     ours: HOLDS, FAILS or UNKNOWN on our runs. why: the inequality that decided, in words.
@@ -118,7 +120,7 @@ class Verdict:
     theirs: str
 
 
-def judge(metric: str, replicates: Mapping[str, np.ndarray]) -> list[Verdict]:
+def judge(metric: str, replicates: Mapping[str, np.ndarray]) -> list[FindingResult]:
     """Each finding on one metric.
 
     Args:
@@ -126,37 +128,37 @@ def judge(metric: str, replicates: Mapping[str, np.ndarray]) -> list[Verdict]:
         replicates: per network, the metric in every bootstrap resample, [R]; resample r is of the
             same rows for all networks. A finding about a network that is missing cannot be told.
     """
-    column = METRICS.index(metric)
+    column = REPORT_METRICS.index(metric)
     printed = {name: values[column] for name, values in REPORT_TABLE_2.items()}
-    verdicts = []
+    results = []
     for finding in FINDINGS:
-        theirs = [_printed(c, printed, SIMILAR[metric]) for c in finding.claims]
+        theirs = [_holds_for(c, printed, SIMILAR[metric]) for c in finding.claims]
         missing = sorted(finding.networks - set(replicates))
         if missing:
             ours, why = UNKNOWN, f"needs {', '.join(missing)}"
         else:
             ours, why = _judge(finding, replicates, SIMILAR[metric])
-        verdicts.append(Verdict(finding, metric, ours, why, HOLDS if all(theirs) else FAILS))
-    return verdicts
+        results.append(FindingResult(finding, metric, ours, why, HOLDS if all(theirs) else FAILS))
+    return results
 
 
 def _judge(
     finding: Finding, replicates: Mapping[str, np.ndarray], similar: float
 ) -> tuple[str, str]:
     """Fails with its first claim that fails, holds if all hold; names the claim that decided."""
-    told = []
+    judged = []
     for claim in finding.claims:
         interval = Interval.of(replicates[claim.one] - replicates[claim.other])
-        about = f"{claim.one} - {claim.other}: {interval.low:+.4f} to {interval.high:+.4f}"
-        told.append((_claim(claim, interval, similar), about))
-    for verdict in (FAILS, UNKNOWN):
-        for found, about in told:
-            if found == verdict:
-                return verdict, about
-    return HOLDS, told[0][1] if len(told) == 1 else f"all {len(told)} differences say so"
+        why = f"{claim.one} - {claim.other}: {interval.low:+.4f} to {interval.high:+.4f}"
+        judged.append((_judge_claim(claim, interval, similar), why))
+    for outcome in (FAILS, UNKNOWN):
+        for claimed, why in judged:
+            if claimed == outcome:
+                return outcome, why
+    return HOLDS, judged[0][1] if len(judged) == 1 else f"all {len(judged)} differences say so"
 
 
-def _claim(claim: Better | Alike, interval: Interval, similar: float) -> str:
+def _judge_claim(claim: Better | Alike, interval: Interval, similar: float) -> str:
     low, high = interval.low, interval.high
     if isinstance(claim, Better):
         return HOLDS if low > 0 else FAILS if high < 0 else UNKNOWN
@@ -165,7 +167,8 @@ def _claim(claim: Better | Alike, interval: Interval, similar: float) -> str:
     return FAILS if low > similar or high < -similar else UNKNOWN
 
 
-def _printed(claim: Better | Alike, scores: Mapping[str, float], similar: float) -> bool:
+def _holds_for(claim: Better | Alike, scores: Mapping[str, float], similar: float) -> bool:
+    """Whether a claim holds of single numbers, without intervals: the report prints none."""
     difference = scores[claim.one] - scores[claim.other]
     return difference > 0 if isinstance(claim, Better) else abs(difference) <= similar
 
@@ -201,7 +204,7 @@ def imagenet_trend(
     if len(networks) < 3:
         return None
     top1 = np.array([REPORT_TABLE_1[name][0] for name in networks])
-    column = METRICS.index(metric)
+    column = REPORT_METRICS.index(metric)
     resampled = np.stack([replicates[name] for name in networks])
     defined = np.isfinite(resampled).all(0)
     return Trend(

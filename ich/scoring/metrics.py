@@ -89,15 +89,15 @@ def all_metrics(logits: np.ndarray, target: np.ndarray, labels: Sequence[str]) -
     logits, target = logits.astype(np.float64), target.astype(np.float64)
     probability = sigmoid(logits)
     right = (logits > 0) == (target > 0.5)
-    found = multilabel_metrics(logits, target, labels)
-    found |= {
+    metrics = multilabel_metrics(logits, target, labels)
+    metrics |= {
         "exact_match": float(right.all(axis=1).mean()) if len(right) else float("nan"),
         "brier": float(np.mean((probability - target) ** 2)),
         "ece": calibration_error(probability.ravel(), target.ravel()),
     }
     if ANY in labels:
         weights = np.array([2.0 if k == ANY else 1.0 for k in labels])
-        found["log_loss_weighted"] = float(log_losses(logits, target).mean(0) @ weights) / float(
+        metrics["log_loss_weighted"] = float(log_losses(logits, target).mean(0) @ weights) / float(
             weights.sum()
         )
     ap = []
@@ -105,7 +105,7 @@ def all_metrics(logits: np.ndarray, target: np.ndarray, labels: Sequence[str]) -
         score, truth = logits[:, i], target[:, i]
         f1, threshold = best_f1(score, truth)
         ap.append(average_precision(score, truth))
-        found |= {
+        metrics |= {
             f"accuracy_{k}": float(right[:, i].mean()),
             f"ap_{k}": ap[-1],
             f"f1_{k}": f1,
@@ -113,11 +113,11 @@ def all_metrics(logits: np.ndarray, target: np.ndarray, labels: Sequence[str]) -
         }
         for percent in (90, 95):
             sensitivity, specificity = operating_points(score, truth, percent / 100)
-            found[f"sensitivity_at_{percent}_{k}"] = sensitivity
-            found[f"specificity_at_{percent}_{k}"] = specificity
+            metrics[f"sensitivity_at_{percent}_{k}"] = sensitivity
+            metrics[f"specificity_at_{percent}_{k}"] = specificity
     defined = [v for v in ap if not np.isnan(v)]
-    found["ap_macro"] = float(np.mean(defined)) if defined else float("nan")
-    return found
+    metrics["ap_macro"] = float(np.mean(defined)) if defined else float("nan")
+    return metrics
 
 
 def per_study(
@@ -134,12 +134,12 @@ def per_study(
         logits [S, L], target [S, L], and for each study the first of its rows [S].
     """
     known = np.flatnonzero(study >= 0)
-    numbers, first, place = np.unique(study[known], return_index=True, return_inverse=True)
-    shape = (len(numbers), logits.shape[1])
+    studies, first, number = np.unique(study[known], return_index=True, return_inverse=True)
+    shape = (len(studies), logits.shape[1])
     highest = np.full(shape, -np.inf)
     positive = np.zeros(shape, target.dtype)
-    np.maximum.at(highest, place, logits[known])
-    np.maximum.at(positive, place, target[known])
+    np.maximum.at(highest, number, logits[known])
+    np.maximum.at(positive, number, target[known])
     return highest, positive, known[first]
 
 
@@ -160,8 +160,8 @@ def _thresholds(score: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]
     order = np.argsort(-score, kind="stable")
     ranked, positive = score[order], target[order] > 0.5
     last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of equal scores
-    found = np.cumsum(positive)[last]
-    return ranked[last], found, last + 1 - found
+    hits = np.cumsum(positive)[last]
+    return ranked[last], hits, last + 1 - hits
 
 
 def average_precision(score: np.ndarray, target: np.ndarray) -> float:
@@ -198,8 +198,8 @@ def best_thresholds(
     Args:
         logits: float [N, L]. target: 0 or 1 [N, L]. labels: the L names.
     """
-    found = {k: best_f1(logits[:, i], target[:, i])[1] for i, k in enumerate(labels)}
-    return {k: None if np.isnan(t) else float(sigmoid(np.array(t))) for k, t in found.items()}
+    logit = {k: best_f1(logits[:, i], target[:, i])[1] for i, k in enumerate(labels)}
+    return {k: None if np.isnan(t) else float(sigmoid(np.array(t))) for k, t in logit.items()}
 
 
 def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tuple[float, float]:
@@ -210,10 +210,10 @@ def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tup
     _, hits, misses = _thresholds(score, target)
     sensitivity = np.append(0, hits) / hits[-1]
     specificity = 1 - np.append(0, misses) / misses[-1]
-    few = 1e-12  # 1 - 0.05 is not 0.95
+    rounding = 1e-12  # 1 - 0.05 is not 0.95
     return (
-        float(sensitivity[specificity >= least - few].max()),
-        float(specificity[sensitivity >= least - few].max()),
+        float(sensitivity[specificity >= least - rounding].max()),
+        float(specificity[sensitivity >= least - rounding].max()),
     )
 
 
@@ -222,8 +222,8 @@ def calibration_error(probability: np.ndarray, target: np.ndarray, bins: int = 1
     mean distance of a bin's mean probability from its share of positives, weighted by its size."""
     if not len(probability) or np.isnan(probability).any():
         return float("nan")
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    gap = np.bincount(place, probability - target, minlength=bins)
+    index = np.minimum((probability * bins).astype(int), bins - 1)
+    gap = np.bincount(index, probability - target, minlength=bins)
     return float(np.abs(gap).sum() / len(probability))
 
 

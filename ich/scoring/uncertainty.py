@@ -23,11 +23,11 @@ RESAMPLES = 2000
 _AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches
 _DEFINED = 0.95  # of the resamples, at least, for an interval
 # Resamples of fewer patients are too much alike: one would have an interval without width.
-FEWEST_GROUPS = 10
+MIN_GROUPS = 10
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredRows:
     """Predictions of one run on the rows it was scored on.
 
     labels: the L names. target: 0 or 1 [N, L]. logits: float [N, L].
@@ -39,6 +39,11 @@ class Scored:
     target: np.ndarray
     logits: np.ndarray
     group: np.ndarray
+
+    @property
+    def group_count(self) -> int:
+        """G."""
+        return int(self.group.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,17 @@ class Interval:
         """Of one value per resample [R]; undefined if more than 5 % of them are."""
         defined = values[np.isfinite(values)]
         if len(defined) < _DEFINED * len(values) or not len(defined):
-            return Interval(float("nan"), float("nan"))
+            return UNDEFINED
         low, high = np.quantile(defined, [0.025, 0.975])
         return Interval(float(low), float(high))
 
     @property
-    def holds_zero(self) -> bool:
+    def contains_zero(self) -> bool:
         """Whether a difference with this interval may be none; also where it is undefined."""
         return not (self.low > 0 or self.high < 0)
+
+
+UNDEFINED = Interval(float("nan"), float("nan"))
 
 
 def draw_counts(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
@@ -72,7 +80,7 @@ def draw_counts(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
     return counts
 
 
-def bootstrap(scored: Scored, counts: np.ndarray) -> dict[str, np.ndarray]:
+def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Metrics of every resample.
 
     Args:
@@ -99,15 +107,15 @@ def bootstrap(scored: Scored, counts: np.ndarray) -> dict[str, np.ndarray]:
         for label, rank in ranks.items():
             part[f"auc_{label}"], part[f"ap_{label}"] = rank.score(drawn)
         parts.append(part)
-    found = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    replicates = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     for kind in ("auc", "ap"):
         # A label without positives at all is left out, as in the metric itself; one that a
         # resample happens to lack leaves that resample undefined.
-        each = [found[f"{kind}_{k}"] for k in scored.labels]
-        usable = [v for v in each if np.isfinite(v).any()]
-        nothing = np.full(counts.shape[1], np.nan)
-        found[f"{kind}_macro"] = np.mean(usable, axis=0) if usable else nothing
-    return found
+        per_label = [replicates[f"{kind}_{k}"] for k in scored.labels]
+        usable = [v for v in per_label if np.isfinite(v).any()]
+        undefined = np.full(counts.shape[1], np.nan)
+        replicates[f"{kind}_macro"] = np.mean(usable, axis=0) if usable else undefined
+    return replicates
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class _Means:
     size: np.ndarray
 
     @staticmethod
-    def of(scored: Scored, groups: int) -> _Means:
+    def of(scored: ScoredRows, groups: int) -> _Means:
         target, logits = scored.target.astype(np.float64), scored.logits.astype(np.float64)
         right = ((logits > 0) == (target > 0.5)).astype(np.float64)
         right[~np.isfinite(logits)] = np.nan  # no decision, as in the metric itself
@@ -149,7 +157,7 @@ class _Ranks:
     """Rows counted by score and group.
 
     hits: positives, [K, G], at their K distinct scores, lowest first. misses: negatives,
-    [2 K + 1, G], between two of these scores (even places) or on one (odd places). Both None where
+    [2 K + 1, G], between two of these scores (even bins) or on one (odd bins). Both None where
     there is one class only.
     """
 
@@ -161,12 +169,13 @@ class _Ranks:
         positive = target > 0.5
         if not positive.any() or positive.all() or np.isnan(score).any():
             return _Ranks(None, None)
-        levels, at = np.unique(score[positive], return_inverse=True)
+        levels, level = np.unique(score[positive], return_inverse=True)
         negative = score[~positive]
-        place = sum(np.searchsorted(levels, negative, side) for side in ("left", "right"))
+        # Left and right differ by one where a negative ties with a positive: an odd bin.
+        tie_bin = sum(np.searchsorted(levels, negative, side) for side in ("left", "right"))
         return _Ranks(
-            _counted(at, group[positive], (len(levels), groups)),
-            _counted(np.asarray(place), group[~positive], (2 * len(levels) + 1, groups)),
+            _count_rows(level, group[positive], (len(levels), groups)),
+            _count_rows(np.asarray(tie_bin), group[~positive], (2 * len(levels) + 1, groups)),
         )
 
     def score(
@@ -178,9 +187,9 @@ class _Ranks:
             counts: [G, R].
             with_precision: else the average precision is NaN, and half of the time is saved.
         """
-        nothing = np.full(counts.shape[1], np.nan)
+        undefined = np.full(counts.shape[1], np.nan)
         if self.hits is None or self.misses is None:
-            return nothing, nothing
+            return undefined, undefined
         # Whole numbers below 2**24: float32 is exact in the product, and twice as fast.
         hits = np.asarray(self.hits @ counts, np.float64)
         misses = np.asarray(self.misses @ counts, np.float64)
@@ -190,16 +199,16 @@ class _Ranks:
         with np.errstate(invalid="ignore", divide="ignore"):
             area = np.einsum("kr,kr->r", hits, ahead) / (positives * negatives)
             if not with_precision:
-                return area, nothing
-            found = positives - np.cumsum(hits, axis=0) + hits  # positives at or above each score
-            wrong = negatives - below[0:-1:2]  # negatives at or above it
-            precision = (hits * np.nan_to_num(found / (found + wrong))).sum(0) / positives
+                return area, undefined
+            true = positives - np.cumsum(hits, axis=0) + hits  # positives at or above each score
+            false = negatives - below[0:-1:2]  # negatives at or above it
+            precision = (hits * np.nan_to_num(true / (true + false))).sum(0) / positives
         precision[negatives == 0] = np.nan
         return area, precision
 
 
-def _counted(place: np.ndarray, group: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
-    return sparse.csr_array((np.ones(len(place), np.float32), (place, group)), shape=shape)
+def _count_rows(bins: np.ndarray, group: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:
+    return sparse.csr_array((np.ones(len(bins), np.float32), (bins, group)), shape=shape)
 
 
 def group_rows(patient: np.ndarray, image_id: np.ndarray) -> tuple[np.ndarray, str]:

@@ -17,11 +17,11 @@ from ich.base.config import UserError
 from ich.base.results import FINISHED, RunPaths
 
 # Of a line of the journal: which, when, and how fast. Every other value is the training's own.
-_NO_METRIC = ("step", "time", "train/images_per_s")
+_NOT_COMPARED = ("step", "time", "train/images_per_s")
 # Settings, counts and choices: no rounding turns one into another.
 _EXACT = ("train/lr", "best_epoch", "epochs", "params", "params_imagenet")
-# Arrays whose values mean nothing outside their file.
-_NUMBERS = ("_patient", "_study")
+# Arrays of numbers given to patients and studies, which mean nothing outside their file.
+_LOCAL_NUMBERS = ("_patient", "_study")
 T = TypeVar("T")
 
 
@@ -49,7 +49,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Part:
+class FileComparison:
     """One file of both runs: how many values were compared, how many differ, and two of those.
 
     first: in the file's order. largest: by size, for logits that of the probability.
@@ -63,34 +63,33 @@ class Part:
 
     @staticmethod
     def of(
-        file: str, compared: int, found: Sequence[Difference], differing: int | None = None
-    ) -> Part:
-        """A part with these differences, or with these of `differing`."""
-        if not found:
-            return Part(file, compared)
-        largest = max(found, key=lambda d: np.inf if d.size is None else d.size)
-        return Part(
-            file, compared, len(found) if differing is None else differing, found[0], largest
-        )
+        file: str, compared: int, differences: Sequence[Difference], differing: int | None = None
+    ) -> FileComparison:
+        """Of a file with these differences, or with these of `differing`."""
+        if not differences:
+            return FileComparison(file, compared)
+        largest = max(differences, key=lambda d: np.inf if d.size is None else d.size)
+        differing = len(differences) if differing is None else differing
+        return FileComparison(file, compared, differing, differences[0], largest)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What `compare_runs` found: per epoch, in the result, in the predictions, in the weights."""
+class RerunComparison:
+    """How a rerun compares: per epoch, in its result, in its predictions, in its weights."""
 
     outcome: Outcome
     tolerance: float
-    journal: Part
-    result: Part
-    predictions: Part
-    weights: Part
+    journal: FileComparison
+    result: FileComparison
+    predictions: FileComparison
+    weights: FileComparison
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[FileComparison, ...]:
         return self.journal, self.result, self.predictions, self.weights
 
 
-def compare_runs(a: RunPaths, b: RunPaths, tolerance: float) -> Verdict:
+def compare_runs(a: RunPaths, b: RunPaths, tolerance: float) -> RerunComparison:
     """Compares what two finished runs left behind.
 
     `identical`: every metric of every epoch and of the result, every image id, target and logit is
@@ -107,44 +106,45 @@ def compare_runs(a: RunPaths, b: RunPaths, tolerance: float) -> Verdict:
     Raises:
         UserError: one of them did not finish, or a file is missing or damaged.
     """
-    judged = _journals(a, b), _results(a, b), _predictions(a, b)
+    with_units = _journals(a, b), _results(a, b), _predictions(a, b)
     weights = _weights(a, b)
-    largest = [part.largest for part in judged if part.largest]
+    largest = [part.largest for part in with_units if part.largest]
     if not largest and not weights.differing:
         outcome = Outcome.identical
     elif all(d.size is not None and d.size <= tolerance for d in largest) and _same_shapes(weights):
         outcome = Outcome.within
     else:
         outcome = Outcome.different
-    return Verdict(outcome, tolerance, *judged, weights)
+    return RerunComparison(outcome, tolerance, *with_units, weights)
 
 
-def _same_shapes(weights: Part) -> bool:
+def _same_shapes(weights: FileComparison) -> bool:
     return weights.largest is None or weights.largest.size is not None
 
 
-def describe(verdict: Verdict) -> list[str]:
+def describe(comparison: RerunComparison) -> list[str]:
     """One line per file for people: what is equal, and where the rest differs."""
-    return [f"{part.file}: {_in_words(part)}" for part in verdict.parts]
+    return [f"{part.file}: {_describe_part(part)}" for part in comparison.parts]
 
 
-def _in_words(part: Part) -> str:
+def _describe_part(part: FileComparison) -> str:
     weights = part.file.endswith(".safetensors")
-    what = "tensors" if weights else "values"
+    unit = "tensors" if weights else "values"
     if part.first is None or part.largest is None:
-        return f"{part.compared:,} {what}, all equal{', byte for byte' if weights else ''}"
-    text = f"{part.differing:,} of {part.compared:,} {what} differ. First: {_place(part.first)}"
+        return f"{part.compared:,} {unit}, all equal{', byte for byte' if weights else ''}"
+    first = _describe_difference(part.first)
+    text = f"{part.differing:,} of {part.compared:,} {unit} differ. First: {first}"
     if weights or part.largest == part.first:  # tensors have no unit in common
         return text
-    return f"{text}. Largest: {_place(part.largest)}"
+    return f"{text}. Largest: {_describe_difference(part.largest)}"
 
 
-def _place(d: Difference) -> str:
+def _describe_difference(d: Difference) -> str:
     size = "" if d.size is None else f" (by {d.size:.2g})"
-    return f"{d.where}, {_value(d.before)} before and {_value(d.after)} now{size}"
+    return f"{d.where}, {_format(d.before)} before and {_format(d.after)} now{size}"
 
 
-def _value(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None:
         return "nothing"
     return f"{value:.9g}" if isinstance(value, float) else str(value)
@@ -153,17 +153,17 @@ def _value(value: Any) -> str:
 # Metrics
 
 
-def _journals(a: RunPaths, b: RunPaths) -> Part:
+def _journals(a: RunPaths, b: RunPaths) -> FileComparison:
     one, two = (_read(r.metrics, _epochs) for r in (a, b))
 
     def values() -> Iterator[tuple[str, str, Any, Any]]:
         for epoch in sorted(one | two):
             x, y = one.get(epoch, {}), two.get(epoch, {})
             for key in dict.fromkeys([*x, *y]):
-                if key not in _NO_METRIC:
+                if key not in _NOT_COMPARED:
                     yield f"epoch {epoch}, {key}", key, x.get(key), y.get(key)
 
-    return _part_of_values(a.metrics.name, values())
+    return _compare_values(a.metrics.name, values())
 
 
 def _epochs(path: Path) -> dict[int, dict[str, Any]]:
@@ -171,10 +171,10 @@ def _epochs(path: Path) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in RunPaths(path.parent).read_metrics()}
 
 
-def _results(a: RunPaths, b: RunPaths) -> Part:
+def _results(a: RunPaths, b: RunPaths) -> FileComparison:
     one, two = _scores(a), _scores(b)
     keys = dict.fromkeys([*one, *two])
-    return _part_of_values(a.result.name, ((k, k, one.get(k), two.get(k)) for k in keys))
+    return _compare_values(a.result.name, ((k, k, one.get(k), two.get(k)) for k in keys))
 
 
 def _scores(run: RunPaths) -> dict[str, Any]:
@@ -194,61 +194,60 @@ def _scores(run: RunPaths) -> dict[str, Any]:
     }
 
 
-def _part_of_values(file: str, values: Iterable[tuple[str, str, Any, Any]]) -> Part:
-    """A part of single values: where each stands, its key, and what it is in either run."""
-    compared, found = 0, []
+def _compare_values(file: str, values: Iterable[tuple[str, str, Any, Any]]) -> FileComparison:
+    """Of a file of single values: where each stands, its key, and what it is in either run."""
+    compared, differences = 0, []
     for where, key, x, y in values:
         compared += 1
         if x != y:
             numbers = isinstance(x, int | float) and isinstance(y, int | float)
-            found.append(
-                Difference(where, x, y, abs(x - y) if numbers and key not in _EXACT else None)
-            )
-    return Part.of(file, compared, found)
+            size = abs(x - y) if numbers and key not in _EXACT else None
+            differences.append(Difference(where, x, y, size))
+    return FileComparison.of(file, compared, differences)
 
 
 # Predictions
 
 
-def _predictions(a: RunPaths, b: RunPaths) -> Part:
+def _predictions(a: RunPaths, b: RunPaths) -> FileComparison:
     one, two = (_read(r.predictions, _arrays) for r in (a, b))
-    compared, differing, found = 0, 0, []
+    compared, differing, differences = 0, 0, []
     for name in dict.fromkeys([*one, *two]):
         x, y = one.get(name), two.get(name)
         if x is None or y is None or x.shape != y.shape:
-            count, places = 1, [Difference(f"shape of {name}", _kind(x), _kind(y), None)]
+            count, shown = 1, [Difference(f"shape of {name}", _kind(x), _kind(y), None)]
         elif name.endswith("_logits"):
             split = name.removesuffix("_logits")
-            count, places = _logits(split, one[f"{split}_image_id"], one["labels"], x, y)
+            count, shown = _compare_logits(split, one[f"{split}_image_id"], one["labels"], x, y)
         else:
-            count, places = _facts(name, x, y)
+            count, shown = _compare_exactly(name, x, y)
         compared, differing = compared + (1 if x is None else x.size), differing + count
-        found += places
-    return Part.of(a.predictions.name, compared, found, differing)
+        differences += shown
+    return FileComparison.of(a.predictions.name, compared, differences, differing)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of `predictions.npz` but the numbers of patients and studies."""
     with path.open("rb") as handle, np.load(handle) as file:  # numpy leaves a bad file open
-        return {name: file[name] for name in file.files if not name.endswith(_NUMBERS)}
+        return {name: file[name] for name in file.files if not name.endswith(_LOCAL_NUMBERS)}
 
 
-def _facts(name: str, x: np.ndarray, y: np.ndarray) -> tuple[int, list[Difference]]:
+def _compare_exactly(name: str, x: np.ndarray, y: np.ndarray) -> tuple[int, list[Difference]]:
     """How many image ids, targets or labels differ, and the first."""
-    places = np.argwhere(x != y)
-    if not len(places):
+    unequal = np.argwhere(x != y)
+    if not len(unequal):
         return 0, []
-    at = tuple(int(i) for i in places[0])
-    where = f"{name}, row {at[0]}" + "".join(f", label {i}" for i in at[1:])
-    return len(places), [Difference(where, x[at].item(), y[at].item(), None)]
+    first = tuple(int(i) for i in unequal[0])
+    where = f"{name}, row {first[0]}" + "".join(f", label {i}" for i in first[1:])
+    return len(unequal), [Difference(where, x[first].item(), y[first].item(), None)]
 
 
-def _logits(
+def _compare_logits(
     split: str, image_id: np.ndarray, labels: np.ndarray, x: np.ndarray, y: np.ndarray
 ) -> tuple[int, list[Difference]]:
     """How many logits [N, L] differ; the first, and the largest as a probability."""
-    places = np.argwhere(x != y)
-    if not len(places):
+    unequal = np.argwhere(x != y)
+    if not len(unequal):
         return 0, []
     p, q = _sigmoid(x), _sigmoid(y)
     largest = np.unravel_index(np.abs(p - q).argmax(), p.shape)
@@ -258,7 +257,7 @@ def _logits(
         before, after = float(p[row, label]), float(q[row, label])
         return Difference(where, before, after, abs(before - after))
 
-    return len(places), [difference(*map(int, at)) for at in (places[0], largest)]
+    return len(unequal), [difference(*map(int, index)) for index in (unequal[0], largest)]
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -268,19 +267,20 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 # Weights
 
 
-def _weights(a: RunPaths, b: RunPaths) -> Part:
+def _weights(a: RunPaths, b: RunPaths) -> FileComparison:
     names, others = (_read(r.best, _tensor_names) for r in (a, b))
     count = len(names | others)
     if a.best.read_bytes() == b.best.read_bytes():
-        return Part(a.best.name, count)
-    found = []
+        return FileComparison(a.best.name, count)
+    differences = []
     with safe_open(a.best, "np") as x, safe_open(b.best, "np") as y:
         for name in names | others:
             one = x.get_tensor(name) if name in names else None
             two = y.get_tensor(name) if name in others else None
-            found += _tensor(name, one, two)
+            differences += _compare_tensors(name, one, two)
     # Every tensor is equal, but the bytes are not: what stands beside the tensors.
-    return Part.of(a.best.name, count, found or [Difference("the header", None, None, 0.0)])
+    header = [Difference("the header", None, None, 0.0)]
+    return FileComparison.of(a.best.name, count, differences or header)
 
 
 def _tensor_names(path: Path) -> dict[str, None]:
@@ -288,15 +288,15 @@ def _tensor_names(path: Path) -> dict[str, None]:
         return dict.fromkeys(file.keys())
 
 
-def _tensor(name: str, x: np.ndarray | None, y: np.ndarray | None) -> list[Difference]:
+def _compare_tensors(name: str, x: np.ndarray | None, y: np.ndarray | None) -> list[Difference]:
     """Where a tensor differs most, if it does."""
     if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
         return [Difference(f"tensor {name}", _kind(x), _kind(y), None)]
     if x.tobytes() == y.tobytes():
         return []
     x, y = x.ravel().astype(np.float64), y.ravel().astype(np.float64)
-    at = int(np.abs(x - y).argmax())
-    return [Difference(f"tensor {name}", float(x[at]), float(y[at]), abs(float(x[at] - y[at])))]
+    i = int(np.abs(x - y).argmax())
+    return [Difference(f"tensor {name}", float(x[i]), float(y[i]), abs(float(x[i] - y[i])))]
 
 
 def _kind(array: np.ndarray | None) -> str | None:

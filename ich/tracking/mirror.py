@@ -15,7 +15,7 @@ from ich.tracking.store import (
     MODEL_FOLDER,
     MlflowStore,
     as_mlflow_model,
-    in_a_line,
+    one_line,
     run_tags,
     summary_metrics,
 )
@@ -145,7 +145,7 @@ class Mirror:
                 self._mirror.push()
                 said = ""
             except Exception as error:  # a tracker must never end a training
-                reason = in_a_line(error)
+                reason = one_line(error)
                 if reason != said:
                     log.warning("MLflow cannot be used now (%s); the run's files are whole", reason)
                 said = reason

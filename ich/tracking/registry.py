@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ich.base.config import Config, TrackingConfig, UserError, load, typed
 from ich.base.results import RunPaths, SweepPaths
-from ich.scoring.comparison import BY, COMPARED, load_comparison
+from ich.scoring.comparison import COMPARED_METRICS, RANKING_METRIC, load_comparison
 from ich.tracking.mirror import RunMirror
 from ich.tracking.store import (
     BEST,
     MODEL,
     WEIGHTS_IN_RUN,
     MlflowStore,
-    in_a_line,
     locations,
+    one_line,
     run_tags,
 )
 
@@ -42,7 +42,7 @@ def check_tracking(config: Config) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = in_a_line(error)
+        reason = one_line(error)
         if "database is locked" not in reason:
             raise UserError(
                 f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start "
@@ -61,7 +61,7 @@ def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
     except Exception as error:
         log.warning(
             "MLflow cannot be used now (%s); it gets its copy when the sweep ends",
-            in_a_line(error),
+            one_line(error),
         )
         return earlier if isinstance(earlier, str) else None
 
@@ -123,7 +123,7 @@ def main() -> None:
         log.warning(
             "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
             "them to MLflow once it can",
-            in_a_line(error),
+            one_line(error),
         )
 
 
@@ -146,30 +146,32 @@ def register_best(
         What was done, in a sentence; empty if no run has a score.
     """
     comparison = load_comparison([sweep], resamples=0)
-    rows = max(comparison.sets, key=lambda s: len(s.groups), default=None)
+    rows = max(comparison.evaluation_sets, key=lambda s: len(s.settings), default=None)
     if rows is None or rows.best is None:
         return ""
-    run = max(rows.best.runs, key=lambda r: r.result[f"val_{BY}"] or 0.0)
+    run = max(rows.best.runs, key=lambda r: r.result[f"val_{RANKING_METRIC}"] or 0.0)
     run_id = run.paths.read_tracking().get("mlflow_run")
     if not isinstance(run_id, str) or run.predictions is None:
         return ""
-    score = run.predictions.metrics[BY]
+    score = run.predictions.metrics[RANKING_METRIC]
     tags = {
         "ich.sweep": comparison.name,
         "ich.job": run.name,
-        "ich.rows": rows.rows,
+        "ich.rows": rows.fingerprint,
         "ich.auc": f"{score:.6f}",
     }
     version = store.register(run_id, tags)
-    store.alias(alias_of(tags["ich.sweep"]), version)
+    store.alias(alias_for(tags["ich.sweep"]), version)
     if parent:
         store.tag(parent, "ich.best_job", run.name)
-        kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED}
-        if store.metrics(parent).get(f"best/{BY}") != kept[f"best/{BY}"]:  # a job was added
-            steps = store.logged_steps(parent, f"best/{BY}")
+        kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED_METRICS}
+        if (
+            store.metrics(parent).get(f"best/{RANKING_METRIC}") != kept[f"best/{RANKING_METRIC}"]
+        ):  # a job was added
+            steps = store.logged_steps(parent, f"best/{RANKING_METRIC}")
             store.log_metrics(parent, dict(kept), len(steps), time.time())
     now = store.tags_of_alias(BEST)
-    same = now.get("ich.rows") == rows.rows
+    same = now.get("ich.rows") == rows.fingerprint
     if not (promote or not now or (same and score >= float(now.get("ich.auc", "inf")))):
         why = "scores higher on the same rows" if same else "was scored on other rows"
         return (
@@ -200,7 +202,7 @@ def promote(sweep: SweepPaths) -> str:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow cannot be used: {in_a_line(error)}") from None
+        raise UserError(f"MLflow cannot be used: {one_line(error)}") from None
     if not said:
         raise UserError(
             f"no run of {sweep.root} has finished with a score and a copy in MLflow, so there is "
@@ -238,7 +240,7 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
         raise
     except Exception as error:
         raise UserError(
-            f"the model is {name!r}, which cannot be had from MLflow ({in_a_line(error)}). "
+            f"the model is {name!r}, which cannot be had from MLflow ({one_line(error)}). "
             f"`make ui` shows the runs and the models that there are, and their aliases."
         ) from None
     run = RunPaths(folder)
@@ -251,7 +253,7 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
     return weights, run
 
 
-def alias_of(name: str) -> str:
+def alias_for(name: str) -> str:
     """A sweep's name as an alias: MLflow takes letters, digits, `_` and `-`, and keeps `latest` and
     `v1`, `v2`, ... to itself."""
     alias = re.sub(r"[^A-Za-z0-9_-]", "-", name)

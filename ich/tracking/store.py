@@ -256,7 +256,7 @@ def summary_metrics(result: dict[str, Any]) -> dict[str, float | None]:
     return {**{f"best/{k}": result[k] for k in (*scores, *plain)}, **leak}
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 

@@ -7,14 +7,16 @@ import pytest
 
 from ich.data.phantom.spec import LABELS
 from ich.scoring.metrics import all_metrics
-from ich.scoring.uncertainty import Interval, Scored, bootstrap, draw_counts, group_rows
+from ich.scoring.uncertainty import Interval, ScoredRows, bootstrap, draw_counts, group_rows
 
 
-def scored(rows: int = 120, groups: int = 15, ties: bool = True, noise: float = 1.0) -> Scored:
+def scored(rows: int = 120, groups: int = 15, ties: bool = True, noise: float = 1.0) -> ScoredRows:
     rng = np.random.default_rng(1)
     target = (rng.random((rows, len(LABELS))) < 0.3).astype(np.float32)
     logits = (rng.normal(size=target.shape) * noise + target).astype(np.float32)
-    return Scored(LABELS, target, np.round(logits, 1) if ties else logits, np.arange(rows) % groups)
+    return ScoredRows(
+        LABELS, target, np.round(logits, 1) if ties else logits, np.arange(rows) % groups
+    )
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -48,7 +50,7 @@ def test_slices_of_few_patients_are_less_certain_than_as_many_patients() -> None
     widths = []
     for group in (np.repeat(np.arange(20), 100), np.arange(2000)):
         values = bootstrap(
-            Scored(("x",), target, logits, group), draw_counts(int(group.max()) + 1, 400)
+            ScoredRows(("x",), target, logits, group), draw_counts(int(group.max()) + 1, 400)
         )
         interval = Interval.of(values["auc"])
         widths.append(interval.high - interval.low)
@@ -61,7 +63,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     inside = 0
     for _ in range(200):
         right = rng.random((100, 1)) < 0.8
-        s = Scored(("x",), right.astype(np.float32), np.ones((100, 1)), np.arange(100))
+        s = ScoredRows(("x",), right.astype(np.float32), np.ones((100, 1)), np.arange(100))
         interval = Interval.of(bootstrap(s, draw_counts(100, 300))["accuracy"])
         inside += interval.low <= 0.8 <= interval.high
     assert 176 <= inside <= 199  # 95 % of 200, three standard errors about
@@ -69,7 +71,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 def test_differences_of_paired_runs_are_more_certain() -> None:
     a = scored(ties=False)
-    b = Scored(a.labels, a.target, a.logits + 0.05 * scored(noise=2).logits, a.group)
+    b = ScoredRows(a.labels, a.target, a.logits + 0.05 * scored(noise=2).logits, a.group)
     counts = draw_counts(15, 500)
     one, other = bootstrap(a, counts)["auc"], bootstrap(b, counts)["auc"]
     paired = Interval.of(one - other)
@@ -85,7 +87,7 @@ def test_a_label_of_one_class_has_no_interval_and_is_left_out_of_the_mean() -> N
     assert np.isfinite(got["auc_macro"]).all()
     interval = Interval.of(got[f"auc_{LABELS[2]}"])
     assert np.isnan(interval.low)
-    assert interval.holds_zero
+    assert interval.contains_zero
 
 
 def test_rows_of_unknown_patients_are_drawn_by_image() -> None:

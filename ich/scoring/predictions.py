@@ -1,0 +1,147 @@
+"""What a finished run predicted, and every metric of it: of one run, whatever it is compared with.
+
+A run leaves `predictions.npz`: logits and targets of its validation rows and, where its protocol
+has a test set, of the test rows. This is its reader, and the resampling of one run's metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from ich.base.results import RunPaths
+from ich.scoring.metrics import all_metrics, best_thresholds, per_study
+from ich.scoring.uncertainty import ScoredRows, bootstrap, group_rows
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run predicted on the rows it was scored on, and on validation.
+
+    scored: with patients, or images, as groups. unit: of resampling, "patients" or "images".
+    image_id: str [N]. study: int64 [N], -1 if unknown.
+    validation_rows: logits and targets of validation, by which thresholds are chosen; those scored
+    where there is no test set.
+    """
+
+    scored: ScoredRows
+    unit: str
+    image_id: np.ndarray
+    study: np.ndarray
+    validation_rows: tuple[np.ndarray, np.ndarray]
+
+    def select_labels(self, labels: Sequence[str]) -> Predictions:
+        """The same of some labels, in their order."""
+        columns, scored = [self.scored.labels.index(k) for k in labels], self.scored
+        selected = replace(
+            scored,
+            labels=tuple(labels),
+            target=scored.target[:, columns],
+            logits=scored.logits[:, columns],
+        )
+        logits, target = self.validation_rows
+        return replace(
+            self, scored=selected, validation_rows=(logits[:, columns], target[:, columns])
+        )
+
+    @staticmethod
+    def average(members: Sequence[Predictions]) -> Predictions:
+        """The mean logits of several, which must be of the same rows."""
+        first = members[0]
+        scored = replace(first.scored, logits=np.mean([p.scored.logits for p in members], axis=0))
+        logits = np.mean([p.validation_rows[0] for p in members], axis=0)
+        return replace(first, scored=scored, validation_rows=(logits, first.validation_rows[1]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the rows that were scored: runs that share it can be compared pairwise."""
+        digest = hashlib.sha256(repr(self.scored.labels).encode())
+        for array in (self.scored.target, self.scored.group, self.image_id.astype("U")):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Of `ich.scoring.metrics.all_metrics`, per slice."""
+        return all_metrics(self.scored.logits, self.scored.target, self.scored.labels)
+
+    @cached_property
+    def scored_studies(self) -> ScoredRows | None:
+        """The scored rows per study; None where studies are unknown."""
+        if not (self.study >= 0).any():
+            return None
+        scored = self.scored
+        logits, target, first = per_study(scored.logits, scored.target, self.study)
+        return ScoredRows(scored.labels, target, logits, scored.group[first])
+
+    @cached_property
+    def study_metrics(self) -> dict[str, float]:
+        """The same per study; empty where studies are unknown."""
+        studies = self.scored_studies
+        return all_metrics(studies.logits, studies.target, studies.labels) if studies else {}
+
+    @cached_property
+    def thresholds(self) -> dict[str, float]:
+        """Per label the probability with the best F1 on validation; none without both classes."""
+        thresholds = best_thresholds(*self.validation_rows, self.scored.labels)
+        return {k: t for k, t in thresholds.items() if t is not None}
+
+
+def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | None:
+    """A finished run's predictions; None if the file is gone or damaged.
+
+    Args:
+        run: its folder.
+        split: whose rows; None for those that are scored, of the test set if there is one.
+    """
+    try:
+        with run.predictions.open("rb") as handle, np.load(handle) as file:
+            arrays = {name: file[name] for name in file.files}
+        return _from_arrays(arrays, split)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
+    split = split or ("test" if "test_logits" in arrays else "val")
+    image_id = arrays[f"{split}_image_id"]
+    for name in {split, "val"}:
+        logits, target = arrays[f"{name}_logits"], arrays[f"{name}_target"]
+        if logits.shape != target.shape or len(logits) != len(arrays[f"{name}_image_id"]):
+            raise ValueError("arrays of different lengths")
+    group, unit = group_rows(arrays[f"{split}_patient"], image_id)
+    return Predictions(
+        scored=ScoredRows(
+            labels=tuple(str(k) for k in arrays["labels"]),
+            target=arrays[f"{split}_target"],
+            logits=arrays[f"{split}_logits"],
+            group=group,
+        ),
+        unit=unit,
+        image_id=image_id,
+        # Runs of earlier versions did not write it down.
+        study=arrays.get(f"{split}_study", np.full(len(image_id), -1)),
+        validation_rows=(arrays["val_logits"], arrays["val_target"]),
+    )
+
+
+def bootstrap_predictions(predictions: Predictions, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of every resample, per slice and, as `study_<metric>`, per study.
+
+    Args:
+        predictions: of at most G groups.
+        counts: of `ich.scoring.uncertainty.draw_counts`, [G, R].
+
+    Returns:
+        float64 [R] each, of `ich.scoring.uncertainty.bootstrap`.
+    """
+    values = bootstrap(predictions.scored, counts)
+    if (studies := predictions.scored_studies) is not None:
+        values |= {f"study_{k}": v for k, v in bootstrap(studies, counts).items()}
+    return values
