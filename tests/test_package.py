@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -42,6 +43,7 @@ HOMES = {
     "pydicom": {"data.dicom", "data.phantom"},
     "iterstrat": {"data.protocol"},
     "captum": {"inference.explain"},
+    "jinja2": {"pages"},
     "onnxruntime": {"inference.session"},
 }
 
@@ -126,9 +128,17 @@ def test_no_function_is_longer_than_eighty_lines() -> None:
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{path.name}: {node.name}"
 
 
+def test_html_stands_in_templates_which_escape_and_never_in_f_strings() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(getattr(part, "value", "")) for part in node.values)
+                assert not re.search(r"</|<[a-z]+[ >]", text), f"{path.name}: {text}"
+
+
 def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", tmp_path],
         cwd=REPOSITORY,
         check=True,
         capture_output=True,
@@ -140,6 +150,10 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
     assert {p.relative_to(site / "ich" / "conf") for p in (site / "ich/conf").rglob("*.yaml")} == {
         p.relative_to(CONF_DIR) for p in CONF_DIR.rglob("*.yaml")
     }
+    templates = {p.relative_to(REPOSITORY) for p in PACKAGE.rglob("templates/*")}
+    assert {p.relative_to(site) for p in site.rglob("templates/*")} == templates
+    with tarfile.open(next(iter(tmp_path.glob("*.tar.gz")))) as source:
+        assert templates <= {Path(*Path(name).parts[1:]) for name in source.getnames()}
     done = subprocess.run(
         [
             sys.executable,
@@ -164,6 +178,7 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert (empty / "multirun_reports/wheel/comparison.csv").exists()
+    assert (empty / "multirun_reports/wheel/report.html").exists()
     where = subprocess.run(
         [sys.executable, "-c", "import ich; print(ich.__file__)"],
         cwd=empty,

@@ -1,0 +1,24 @@
+for (const stack of document.querySelectorAll(".stack")) {
+  const frames = [...stack.querySelectorAll(".frame")];
+  const slider = stack.querySelector("input"), marks = [...stack.querySelectorAll("line.now")];
+  const jumps = [...stack.querySelectorAll("rect.jump")];  // of each curve, one per frame
+  const show = (number) => {
+    const n = Math.max(0, Math.min(frames.length - 1, number));
+    frames.forEach((frame, i) => { frame.hidden = i !== n; });
+    slider.value = n;
+    for (const mark of marks) for (const end of ["x1", "x2"]) mark.setAttribute(end, n + 0.5);
+  };
+  const move = (by) => show(Number(slider.value) + by);
+  slider.addEventListener("input", () => show(Number(slider.value)));
+  stack.querySelector(".frames").addEventListener("wheel", (event) => {
+    event.preventDefault();
+    move(Math.sign(event.deltaY));
+  }, { passive: false });
+  stack.addEventListener("keydown", (event) => {
+    const by = { ArrowUp: -1, ArrowDown: 1, PageUp: -5, PageDown: 5 }[event.key];
+    if (by) { event.preventDefault(); move(by); }
+  });
+  jumps.forEach((jump, n) => jump.addEventListener("click", () => show(n % frames.length)));
+  slider.hidden = false;
+  show(Number(slider.value));
+}
