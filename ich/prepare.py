@@ -18,8 +18,9 @@ from ich.base.terminal import Terminal
 from ich.data.cache import verify_cache
 from ich.data.dataset import load_cohort, open_store, prepare
 from ich.data.protocol import Cohort
-from ich.pages.data_page import balance_table, counts_table, leak_table, write_data_report
-from ich.pages.page import cells
+from ich.pages.data_page import write_data_report
+from ich.pages.data_tables import balance_table, counts_table, leak_table
+from ich.pages.page import format_cells
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="prepare")
@@ -69,7 +70,7 @@ def _show(terminal: Terminal, config: PrepareConfig, cohort: Cohort, key: str) -
     tables = [counts_table(cohort), balance_table(cohort, source)]
     terminal.tables(
         f"data={source.value}, protocol={protocol}, cohort {key}",
-        [([str(c) for c in table], cells(table)) for table in tables],
+        [([str(c) for c in table], format_cells(table)) for table in tables],
         leak_table(cohort),
     )
 

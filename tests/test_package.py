@@ -42,7 +42,7 @@ HOMES = {
     "timm": {"training.model"},
     "pydicom": {"data.dicom", "data.phantom"},
     "iterstrat": {"data.protocol"},
-    "captum": {"inference.explain"},
+    "captum": {"inference.gradcam"},
     "jinja2": {"pages"},
     "onnxruntime": {"inference.session"},
 }

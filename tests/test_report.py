@@ -14,9 +14,10 @@ from mlflow import MlflowClient
 
 from ich.base.config import Config, UserError
 from ich.base.results import SweepPaths
-from ich.pages.comparison_page import without_paths
-from ich.pages.figures import hardest, pareto_front
-from ich.pages.page import Cell, Line, Ranking, to_html, to_markdown
+from ich.pages.description import without_paths
+from ich.pages.figures import pareto_front
+from ich.pages.hardest_cases import hardest
+from ich.pages.page import Cell, Ranking, Row, to_html, to_markdown
 from ich.pages.tables import best_cells, compare
 from ich.report import main
 from ich.scoring.comparison import RANKING_METRIC, load_comparison
@@ -277,8 +278,8 @@ def test_the_pareto_front() -> None:
 
 
 def test_a_ranking_shows_seeds_in_html_and_markdown() -> None:
-    part = Line("seed 0", [Cell("0.9", 0.9)])
-    ranking = Ranking("r", ["setting", "AUC"], [Line("x|y", [Cell("0.9", 0.9)], "", [part], "1")])
+    part = Row("seed 0", [Cell("0.9", 0.9)])
+    ranking = Ranking("r", ["setting", "AUC"], [Row("x|y", [Cell("0.9", 0.9)], "", [part], "1")])
     page = to_html("t", {}, [("s", [ranking])])
     assert 'class="part"' in page
     assert "script-src 'sha256-" in page

@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ich.base.config import Config, Source, UserError, load
 from ich.base.results import FINISHED, RunPaths
 from ich.inference.ensemble import Ensemble, Member
-from ich.pages.comparison_page import cohort_text, scoring_text
+from ich.pages.description import cohort_text, scoring_text
 from ich.pages.evaluation_page import OVERALL, PER_LABEL, shown_table
-from ich.pages.page import Block, Bullets, Grid, Section, Text, to_markdown
+from ich.pages.page import Block, Bullets, Section, Table, Text, to_markdown
 from ich.scoring.evaluation import VALIDATION, Evaluation, metrics_table
 from ich.scoring.predictions import Predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS
@@ -46,7 +46,7 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
         UserError: the run's result or predictions are not at hand.
     """
     (member,) = model.members
-    run, config, result = _record(member)
+    run, config, result = _read_run(member)
     scored, validation = read_predictions(run), read_predictions(run, "val")
     if scored is None or validation is None:
         raise UserError(
@@ -77,7 +77,7 @@ _INTENDED = [
 ]
 
 
-def _record(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
+def _read_run(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
     run = member.run
     if run is None or not run.config.is_file() or run.read_result().get("status") != FINISHED:
         raise UserError(
@@ -116,9 +116,9 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
         f"{config.optimizer.lr:g}, loss {config.loss.name.value}, seed {config.seed}; the epoch "
         f"with the best validation {t.monitor.value} was kept."
     )
-    made_with = run.read_provenance()
-    commit = made_with.get("git", {}).get("commit", "unknown")
-    versions = ", ".join(f"{k} {v}" for k, v in made_with.get("versions", {}).items())
+    provenance = run.read_provenance()
+    commit = provenance.get("git", {}).get("commit", "unknown")
+    versions = ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items())
     yield f"Made with commit {commit}" + (f"; {versions}." if versions else ".")
 
 
@@ -134,10 +134,10 @@ def _metrics(
     model: Ensemble, scored: Predictions, validation: Predictions, resamples: int
 ) -> Iterator[Block]:
     tested = scored.fingerprint != validation.fingerprint
-    none = pd.DataFrame(columns=["image_id", "reason"])
-    found = Evaluation(model.name, scored, validation if tested else None, model.thresholds, [],
-                       none)  # fmt: skip
-    table = metrics_table(found, resamples)
+    other = validation if tested else None
+    left_out = pd.DataFrame(columns=["image_id", "reason"])
+    evaluation = Evaluation(model.name, scored, other, model.thresholds, [], left_out)
+    table = metrics_table(evaluation, resamples)
     count = scored.scored.group_count
     where = "the test rows" if tested else "the validation rows, by which the epoch was chosen"
     intervals = (
@@ -157,14 +157,13 @@ def _metrics(
             continue
         if not tested:
             shown = shown.drop(columns=[VALIDATION])
-        yield Grid(heading, shown.rename(columns={"here": "test" if tested else VALIDATION}))
+        yield Table(heading, shown.rename(columns={"here": "test" if tested else VALIDATION}))
 
 
 def _thresholds(model: Ensemble) -> Iterator[Block]:
     yield Text(f"A label is positive from these probabilities on: {model.chosen_by}.")
-    limits = {"label": list(model.thresholds), "threshold": list(model.thresholds.values())}
-    frame = pd.DataFrame(limits).assign(threshold=lambda f: f["threshold"].map("{:.4f}".format))
-    yield Grid("Thresholds", frame)
+    lines = [{"label": k, "threshold": f"{v:.4f}"} for k, v in model.thresholds.items()]
+    yield Table("Thresholds", pd.DataFrame(lines))
 
 
 def _limits(config: Config, result: dict[str, Any], scored: Predictions) -> Iterator[str]:

@@ -35,7 +35,7 @@ from ich.inference.ensemble import (
 )
 from ich.inference.session import TTA
 from ich.pages.evaluation_page import shown_table, write_evaluation
-from ich.pages.page import cells
+from ich.pages.page import format_cells
 from ich.scoring.evaluation import Evaluation, metrics_table
 from ich.scoring.predictions import Predictions
 from ich.scoring.uncertainty import MIN_GROUPS, ScoredRows, group_rows
@@ -91,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     shown = shown_table(table, ["auc", "accuracy", *(f"auc_{k}" for k in labels)], "slice")
     terminal.tables(
         f"{model.name} on data={config.data.source.value}",
-        [([str(c) for c in shown], cells(shown))],
+        [([str(c) for c in shown], format_cells(shown))],
         evaluation.notes,
     )
     terminal.say(f"evaluation: {page}")

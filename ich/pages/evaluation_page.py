@@ -12,13 +12,15 @@ import pandas as pd
 from ich.base.files import write_text
 from ich.base.results import FINISHED, RunPaths
 from ich.pages import figures
-from ich.pages.page import Block, Bullets, Grid, Section, Text, to_html, to_markdown
+from ich.pages.page import Block, Bullets, Section, Table, Text, to_html, to_markdown
 from ich.scoring.comparison import Comparison, EvaluationSet, Run, SettingResult
 from ich.scoring.evaluation import DECISIONS, HERE, VALIDATION, Evaluation
 from ich.scoring.metrics import sigmoid
 
-OVERALL = ("auc", "auc_macro", "accuracy", "exact_match", "ap_macro", "log_loss",
-            "log_loss_weighted", "brier", "ece")  # fmt: skip
+OVERALL = (
+    *("auc", "auc_macro", "accuracy", "exact_match", "ap_macro"),
+    *("log_loss", "log_loss_weighted", "brier", "ece"),
+)
 PER_LABEL = ("auc", "ap", *DECISIONS)
 
 
@@ -44,11 +46,11 @@ def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) 
 
 
 def _rows(evaluation: Evaluation) -> pd.DataFrame:
-    found = evaluation.here
-    frame = pd.DataFrame({"image_id": found.image_id, "study": found.study})
-    for i, k in enumerate(found.scored.labels):
-        frame[k] = sigmoid(found.scored.logits[:, i])
-        frame[f"{k}_target"] = found.scored.target[:, i].astype(int)
+    here, scored = evaluation.here, evaluation.here.scored
+    frame = pd.DataFrame({"image_id": here.image_id, "study": here.study})
+    for i, label in enumerate(scored.labels):
+        frame[label] = sigmoid(scored.logits[:, i])
+        frame[f"{label}_target"] = scored.target[:, i].astype(int)
     return frame
 
 
@@ -58,8 +60,8 @@ def shown_table(table: pd.DataFrame, metrics: Sequence[str], level: str) -> pd.D
     lines = []
     for name in metrics:
         if row := part.get(name):
-            each = {side: _cell(row, side, "") for side in (HERE, VALIDATION)}
-            lines.append({"metric": name, **each, "difference": _cell(row, "difference", "+")})
+            sides = {side: _cell(row, side, "") for side in (HERE, VALIDATION)}
+            lines.append({"metric": name, **sides, "difference": _cell(row, "difference", "+")})
     return pd.DataFrame(lines, columns=["metric", HERE, VALIDATION, "difference"])
 
 
@@ -88,20 +90,20 @@ def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
             continue
         folded = level == "study"
         overall = shown_table(table, OVERALL, level)
-        yield Grid(f"All labels, per {level}", overall, folded)
+        yield Table(f"All labels, per {level}", overall, folded)
         for label in labels:
             heading = f"{label}, per {level}, decided at {evaluation.thresholds[label]:.3f}"
             names = [f"{k}_{label}" for k in PER_LABEL]
-            yield Grid(heading, shown_table(table, names, level), folded)
+            yield Table(heading, shown_table(table, names, level), folded)
 
 
 def _compared(evaluation: Evaluation) -> Comparison:
     """As a comparison of two settings on different rows, for the figures."""
     sides = [(HERE, evaluation.here), (VALIDATION, evaluation.validation)]
     sets = []
-    for name, found in sides:
-        if found is not None:
-            run = Run(name, RunPaths(Path(name)), {"status": FINISHED}, None, found)
-            sets.append(EvaluationSet(found.fingerprint, [SettingResult(name, [run])]))
+    for name, predictions in sides:
+        if predictions is not None:
+            run = Run(name, RunPaths(Path(name)), {"status": FINISHED}, None, predictions)
+            sets.append(EvaluationSet(predictions.fingerprint, [SettingResult(name, [run])]))
     runs = [g.runs[0] for s in sets for g in s.settings]
     return Comparison(evaluation.model, runs, sets, 0, [])

@@ -1,8 +1,7 @@
-"""Figures of a comparison, as PNG and SVG: curves, calibration, confusion, cost, hardest cases."""
+"""Figures of a comparison, as PNG and SVG: learning, cost, curves, calibration, confusion."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,19 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ich.base.config import Config, UserError, WindowConfig, load
-from ich.data.dataset import is_prepared, load_dataset
-from ich.pages.page import Picture, drawn
-from ich.scoring.comparison import RANKING_METRIC, Comparison, Run, SettingResult
-from ich.scoring.metrics import ANY, sigmoid
+from ich.pages.page import Picture, draw_picture
+from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult
+from ich.scoring.metrics import sigmoid
 
-log = logging.getLogger(__name__)
 _POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes
 _BINS = 10  # of a reliability diagram
-_HARDEST = 4  # cases of each kind
-_LEGEND_ROWS = 18  # lines of a legend; more settings than that are not told apart by colour anyway
+_LEGEND_ROWS = 18  # of a legend; more settings than that are not told apart by colour anyway
 _FIRST = " Of several seeds, the first."
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,7 +30,7 @@ _STYLE = {
 
 
 @dataclass(frozen=True)
-class Figure:
+class Plot:
     """A figure of the report: `name` is its files' stem."""
 
     name: str
@@ -57,17 +52,17 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
     if not comparison.finished:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(figure, comparison, folder) for figure in _wanted(comparison)]
+    return [_save(plot, comparison, folder) for plot in _wanted(comparison)]
 
 
 def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
     """Of those figures the ones that need nothing but predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(figure, comparison, folder) for figure in _of_predictions(comparison)]
+    return [_save(plot, comparison, folder) for plot in _of_predictions(comparison)]
 
 
-def _wanted(comparison: Comparison) -> Iterator[Figure]:
-    yield Figure(
+def _wanted(comparison: Comparison) -> Iterator[Plot]:
+    yield Plot(
         "learning_curves",
         _learning_curves,
         "training loss, validation accuracy and validation AUC by epoch",
@@ -79,7 +74,7 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
         ("auc_by_size", "params", "trained parameters, millions"),
         ("auc_by_minutes", "minutes", "minutes of training"),
     ):
-        yield Figure(
+        yield Plot(
             name,
             partial(_cost, key=axis, title=x),
             f"AUC against {x}",
@@ -90,7 +85,7 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
     yield from _of_predictions(comparison)
     best = next((s.best for s in comparison.evaluation_sets if s.best), None)
     if best:
-        yield Figure(
+        yield Plot(
             "confusion",
             lambda _: _confusion(best),
             "confusion per label at the chosen threshold",
@@ -99,22 +94,22 @@ def _wanted(comparison: Comparison) -> Iterator[Figure]:
         )
 
 
-def _of_predictions(comparison: Comparison) -> Iterator[Figure]:
-    first = _FIRST if any(len(g.runs) > 1 for g in comparison.settings) else ""
-    yield Figure(
+def _of_predictions(comparison: Comparison) -> Iterator[Plot]:
+    first = _FIRST if any(len(s.runs) > 1 for s in comparison.settings) else ""
+    yield Plot(
         "roc",
-        lambda c: _curves(c, _roc_points, "1 - specificity", "sensitivity"),
+        _roc,
         "receiver operating characteristic of each label",
         f"Receiver operating characteristic per label.{first}",
     )
-    yield Figure(
+    yield Plot(
         "precision_recall",
-        lambda c: _curves(c, _precision_recall_points, "recall", "precision"),
+        _precision_recall,
         "precision against recall of each label",
         f"Precision and recall per label. Dotted: the share of positives, which chance "
         f"reaches.{first}",
     )
-    yield Figure(
+    yield Plot(
         "calibration",
         _calibration,
         "share of positives against predicted probability",
@@ -123,35 +118,30 @@ def _of_predictions(comparison: Comparison) -> Iterator[Figure]:
     )
 
 
-def _save(figure: Figure, comparison: Comparison, folder: Path) -> Picture:
+def _save(plot: Plot, comparison: Comparison, folder: Path) -> Picture:
     import matplotlib
 
-    matplotlib.use("Agg")
-
     def draw() -> Any:
-        plotted = figure.draw(comparison)
+        figure = plot.draw(comparison)
         # Without a date, so that equal figures are equal files.
-        plotted.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
-        return plotted
+        figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
+        return figure
 
-    with matplotlib.rc_context(_STYLE):
-        png, width = drawn(draw)
-        _close_all()
-    (folder / f"{figure.name}.png").write_bytes(png)
-    return Picture(figure.name, png, width, figure.alt, figure.caption)
-
-
-def _close_all() -> None:
-    from matplotlib import pyplot as plt
-
-    plt.close("all")
+    with matplotlib.rc_context(STYLE):
+        picture = draw_picture(plot.name, plot.alt, plot.caption, draw)
+    (folder / f"{plot.name}.png").write_bytes(picture.png)
+    return picture
 
 
-def _subplots(*args: int, **kwargs: Any) -> tuple[Any, Any]:
-    from matplotlib import pyplot as plt
+def subplots(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes [rows, columns].
 
-    figure, axes = plt.subplots(*args, layout="constrained", dpi=110, **kwargs)
-    return figure, axes
+    Not of pyplot, which would keep every figure, and look for a display.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
 def _colour(number: int) -> dict[str, Any]:
@@ -159,10 +149,15 @@ def _colour(number: int) -> dict[str, Any]:
     return {"color": f"C{number % 10}", "ls": ("-", "--", ":", "-.")[number // 10 % 4]}
 
 
-def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def _legend(figure: Any, *axes: Any) -> None:
+    """Outside, each name of the axes once."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        own, names = axis.get_legend_handles_labels()
+        handles = dict(zip(names, own, strict=True)) | handles
     figure.legend(
-        handles[:_LEGEND_ROWS],
-        labels[:_LEGEND_ROWS],
+        list(handles.values())[:_LEGEND_ROWS],
+        list(handles)[:_LEGEND_ROWS],
         loc="outside right upper",
         frameon=False,
         fontsize=8,
@@ -170,52 +165,46 @@ def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
 
 
 def _learning_curves(comparison: Comparison) -> Any:
-    figure, axes = _subplots(1, 3, figsize=(12, 3.8))
     panels = [
         ("train/loss", "training loss"),
         ("val/accuracy", "validation accuracy"),
         ("val/auc", "validation AUC (micro)"),
     ]
+    figure, axes = subplots(1, len(panels), (12, 3.8))
     settings = list(dict.fromkeys(r.setting for r in comparison.finished))
-    for axis, (key, title) in zip(axes, panels, strict=True):
-        seen = set()
-        for run in comparison.finished:
-            journal = run.paths.read_metrics()
+    journals = [run.paths.read_metrics() for run in comparison.finished]
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+        for run, journal in zip(comparison.finished, journals, strict=True):
             points = [(line["step"], line[key]) for line in journal if line[key] is not None]
-            label = None if run.setting in seen else run.setting  # of its seeds, one
-            seen.add(run.setting)
-            style = _colour(settings.index(run.setting)) | {"marker": "o", "ms": 3}
+            style = _colour(settings.index(run.setting))
             if points:
-                axis.plot(*zip(*points, strict=True), label=label, **style)
+                axis.plot(*zip(*points, strict=True), label=run.setting, marker="o", ms=3, **style)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
+    accuracy = axes[0, 1]
     if comparison.finished[0].result["cohort"]["scored"] == "val":  # the panels show validation
         baseline = comparison.finished[0].result["always_negative"]["accuracy"]
-        axes[1].axhline(baseline, color="grey", ls=":", label="always negative")
-    _legend(figure, *axes[1].get_legend_handles_labels())
+        accuracy.axhline(baseline, color="grey", ls=":", label="always negative")
+    _legend(figure, accuracy)
     return figure
 
 
 def _cost(comparison: Comparison, key: str, title: str) -> Any:
-    figure, axis = _subplots(figsize=(7, 4.2))
-    points = []
-    for number, group in enumerate(comparison.settings):
+    figure, axes = subplots(1, 1, (7, 4.2))
+    axis, points = axes[0, 0], []
+    for number, setting in enumerate(comparison.settings):
         scale = 1e6 if key == "params" else 1
-        x = float(np.mean([r.result[key] for r in group.runs])) / scale
-        y, interval = group.mean(RANKING_METRIC), group.interval(RANKING_METRIC)
+        x = float(np.mean([r.result[key] for r in setting.runs])) / scale
+        y, interval = setting.mean(RANKING_METRIC), setting.interval(RANKING_METRIC)
         if np.isnan(y):
             continue
         colour = _colour(number)["color"]
         if not np.isnan(interval.low):
             axis.plot([x, x], [interval.low, interval.high], color=colour, alpha=0.5)
         axis.scatter(x, y, s=36, color=colour, zorder=3)
-        axis.annotate(
-            group.name,
-            (x, y),
-            textcoords="offset points",
-            xytext=(6, 4 if number % 2 else -10),
-            fontsize=8,
-        )
+        # Above and below by turns: networks of like cost would write over each other.
+        offset = (6, 4 if number % 2 else -10)
+        axis.annotate(setting.name, (x, y), offset, textcoords="offset points", fontsize=8)
         points.append((x, y))
     if len(comparison.evaluation_sets) == 1 and (front := pareto_front(points)):
         axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
@@ -252,203 +241,105 @@ def _precision_recall_points(score: np.ndarray, target: np.ndarray) -> Points:
     return hits[1:] / hits[-1], hits[1:] / (hits[1:] + misses[1:])
 
 
+def _roc(comparison: Comparison) -> Any:
+    def draw_chance(axis: Any, target: np.ndarray) -> None:
+        axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
+
+    return _curves(comparison, _roc_points, draw_chance, "1 - specificity", "sensitivity")
+
+
+def _precision_recall(comparison: Comparison) -> Any:
+    def draw_chance(axis: Any, target: np.ndarray) -> None:
+        axis.axhline(target.mean(), color="grey", ls=":", lw=1)
+
+    return _curves(comparison, _precision_recall_points, draw_chance, "recall", "precision")
+
+
 def _curves(
     comparison: Comparison,
     points: Callable[[np.ndarray, np.ndarray], Points],
+    draw_chance: Callable[[Any, np.ndarray], None],
     xlabel: str,
     ylabel: str,
 ) -> Any:
-    labels = comparison.settings[0].predictions.scored.labels
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
-    figure, axes = _subplots(
-        rows,
-        columns,
-        figsize=(3.2 * columns + 2, 3 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
-    for axis in axes.flat[len(labels) :]:
+    """A panel per label, with a curve of each setting and one of chance."""
+    first = comparison.settings[0].predictions.scored
+    columns = min(3, len(first.labels))
+    rows = -(-len(first.labels) // columns)
+    figure, axes = subplots(rows, columns, (3.2 * columns + 2, 3 * rows), sharex=True, sharey=True)
+    for axis in axes.flat[len(first.labels) :]:
         axis.set_visible(False)
-    for i, (label, axis) in enumerate(zip(labels, axes.flat, strict=False)):
+    for i, (label, axis) in enumerate(zip(first.labels, axes.flat, strict=False)):
         axis.set(title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        for number, group in enumerate(comparison.settings):
-            scored = group.predictions.scored
-            if label not in scored.labels:
-                continue
-            at = scored.labels.index(label)
-            score, truth = scored.logits[:, at], scored.target[:, at]
-            if not 0 < truth.sum() < len(truth) or not np.isfinite(score).all():
-                continue
-            x, y = points(score, truth)
-            kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
-            axis.plot(x[kept], y[kept], lw=1.1, label=group.name, **_colour(number))
-        target = comparison.settings[0].predictions.scored.target[:, i]
-        if ylabel == "precision":
-            axis.axhline(target.mean(), color="grey", ls=":", lw=1)
-        else:
-            axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
+        for number, setting in enumerate(comparison.settings):
+            curve = _curve(setting, label, points)
+            if curve is not None:
+                axis.plot(*curve, lw=1.1, label=setting.name, **_colour(number))
+        draw_chance(axis, first.target[:, i])
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
     for axis in axes[:, 0]:
         axis.set_ylabel(ylabel)
-    shown: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles, names = axis.get_legend_handles_labels()
-        shown = dict(zip(names, handles, strict=True)) | shown
-    _legend(figure, list(shown.values()), list(shown))
+    _legend(figure, *axes.flat)
     return figure
 
 
+def _curve(
+    setting: SettingResult, label: str, points: Callable[[np.ndarray, np.ndarray], Points]
+) -> Points | None:
+    """None where a setting lacks the label, one of its classes, or a finite logit of any row."""
+    scored = setting.predictions.scored
+    if label not in scored.labels:
+        return None
+    i = scored.labels.index(label)
+    score, target = scored.logits[:, i], scored.target[:, i]
+    if not 0 < target.sum() < len(target) or not np.isfinite(score).all():
+        return None
+    x, y = points(score, target)
+    # Evenly by rank, the ends among them: more points are not seen at this size.
+    kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
+    return x[kept], y[kept]
+
+
 def _calibration(comparison: Comparison) -> Any:
-    figure, axis = _subplots(figsize=(6.6, 4.4))
+    figure, axes = subplots(1, 1, (6.6, 4.4))
+    axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
-    for number, group in enumerate(comparison.settings):
-        scored = group.predictions.scored
-        known = np.isfinite(scored.logits)
-        probability, target = sigmoid(scored.logits[known]), scored.target[known]
-        place = np.minimum((probability * _BINS).astype(int), _BINS - 1)
-        size = np.bincount(place, minlength=_BINS)
-        there = size > 0
-        x = np.bincount(place, probability, _BINS)[there] / size[there]
-        y = np.bincount(place, target, _BINS)[there] / size[there]
-        axis.plot(x, y, marker="o", ms=3, lw=1.1, label=group.name, **_colour(number))
+    for number, setting in enumerate(comparison.settings):
+        scored = setting.predictions.scored
+        finite = np.isfinite(scored.logits)
+        probability, target = sigmoid(scored.logits[finite]), scored.target[finite]
+        # A probability of 1, which float32 reaches, belongs to the last bin.
+        bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
+        size = np.bincount(bins, minlength=_BINS)
+        filled = size > 0
+        x = np.bincount(bins, probability, _BINS)[filled] / size[filled]
+        y = np.bincount(bins, target, _BINS)[filled] / size[filled]
+        axis.plot(x, y, marker="o", ms=3, lw=1.1, label=setting.name, **_colour(number))
     axis.set(xlabel="predicted probability", ylabel="share of positives")
-    _legend(figure, *axis.get_legend_handles_labels())
+    _legend(figure, axis)
     return figure
 
 
 def _confusion(best: SettingResult) -> Any:
     scored, thresholds = best.predictions.scored, best.predictions.thresholds
     labels = [k for k in scored.labels if k in thresholds]
-    figure, axes = _subplots(1, max(1, len(labels)), figsize=(1.9 * len(labels) + 0.8, 2.4))
-    for label, axis in zip(labels, np.atleast_1d(axes), strict=False):
+    figure, axes = subplots(1, max(1, len(labels)), (1.9 * len(labels) + 0.8, 2.4))
+    for label, axis in zip(labels, axes[0], strict=False):
         i = scored.labels.index(label)
-        said = sigmoid(scored.logits[:, i]) >= thresholds[label]
-        truth = scored.target[:, i] > 0.5
-        counts = np.array([[np.sum((truth == t) & (said == s)) for s in (0, 1)] for t in (0, 1)])
-        axis.imshow(
-            counts / np.maximum(1, counts.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1
+        predicted = sigmoid(scored.logits[:, i]) >= thresholds[label]
+        target = scored.target[:, i] > 0.5
+        counts = np.array(
+            [[np.sum((target == t) & (predicted == p)) for p in (0, 1)] for t in (0, 1)]
         )
+        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), n in np.ndenumerate(counts):
-            dark = n > 0.5 * counts[row].sum()
-            colour = "white" if dark else "black"
+            colour = "white" if n > 0.5 * counts[row].sum() else "black"
             axis.text(column, row, f"{n:,}", ha="center", va="center", color=colour)
-        axis.set(
-            title=f"{label}\nat {thresholds[label]:.2f}",
-            xticks=[0, 1],
-            yticks=[0, 1],
-            xticklabels=["no", "yes"],
-            yticklabels=["no", "yes"],
-            xlabel="said",
-        )
+        ticks: dict[str, Any] = {f"{k}ticks": [0, 1] for k in "xy"}
+        ticks |= {f"{k}ticklabels": ["no", "yes"] for k in "xy"}
+        axis.set(title=f"{label}\nat {thresholds[label]:.2f}", xlabel="said", **ticks)
         axis.grid(False)
-    np.atleast_1d(axes)[0].set_ylabel("is")
-    return figure
-
-
-# Hardest cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """A slice that a run got wrong: its id, what it shows, and the probability of `label`."""
-
-    image_id: str
-    truth: str
-    probability: float
-
-
-def hardest(run: Run) -> tuple[str, list[Case], list[Case]]:
-    """The most confident mistakes on one label: `any` if there is one, else the most frequent.
-
-    Returns:
-        The label, missed positives (the least probable first) and false alarms (the most probable
-        first), each image once.
-    """
-    assert run.predictions is not None
-    scored, ids = run.predictions.scored, run.predictions.image_id
-    labels = scored.labels
-    i = labels.index(ANY) if ANY in labels else int(scored.target.sum(0).argmax())
-    probability = sigmoid(scored.logits[:, i])
-    order = np.argsort(probability, kind="stable")
-
-    def cases(rows: np.ndarray) -> list[Case]:
-        found: dict[str, Case] = {}
-        for row in rows:
-            shown = [k for k, t in zip(labels, scored.target[row], strict=True) if t and k != ANY]
-            truth = ", ".join(shown) or ("positive" if scored.target[row, i] else "none")
-            case = Case(str(ids[row]), truth, float(probability[row]))
-            found.setdefault(case.image_id, case)
-            if len(found) == _HARDEST:
-                break
-        return list(found.values())
-
-    positive = scored.target[order, i] > 0.5
-    return labels[i], cases(order[positive]), cases(order[~positive][::-1])
-
-
-def draw_hardest(run: Run, folder: Path) -> Picture | str:
-    """The hardest cases as window images; a sentence where their slices are not at hand."""
-    import matplotlib
-
-    label, missed, alarms = hardest(run)
-    try:
-        config = load(run.paths.config)
-        slices = _slices(config, [case.image_id for case in (*missed, *alarms)])
-    except (UserError, OSError, KeyError) as error:
-        log.warning("the hardest cases are not drawn: %s", error)
-        config, slices = None, {}
-    if not slices or config is None:
-        return "The decoded slices of this cohort are not at hand here: nothing is shown."
-    matplotlib.use("Agg")
-    with matplotlib.rc_context(_STYLE):
-        png, width = drawn(_cases, label, missed, alarms, slices, config.windows.channels)
-        _close_all()
-    (folder / "hardest.png").write_bytes(png)
-    return Picture(
-        "hardest",
-        png,
-        width,
-        f"hardest false negatives and false positives of {run.name}",
-        f"{run.name}: slices with {label} that it found least likely (left), and slices without "
-        f"that it found most likely (right), in the run's windows. Above each, what it shows and "
-        f"the probability that was predicted.",
-    )
-
-
-def _slices(config: Config, image_ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """int16 HU [S, S] of some scored images, from the cache of decoded slices; none without it."""
-    if not is_prepared(config):
-        return {}
-    dataset = load_dataset(config, build=False)
-    split = dataset.test if dataset.test is not None else dataset.val
-    place = dict(zip(split.image_id.tolist(), split.row.tolist(), strict=True))
-    return {k: np.asarray(dataset.hu[place[k]]) for k in image_ids}
-
-
-def _cases(
-    label: str,
-    missed: Sequence[Case],
-    alarms: Sequence[Case],
-    slices: dict[str, np.ndarray],
-    windows: Sequence[WindowConfig],
-) -> Any:
-    cases = [*missed, *alarms]
-    shown = windows[:3]
-    figure, axes = _subplots(
-        len(shown), len(cases), figsize=(1.5 * len(cases), 1.45 * len(shown) + 0.7), squeeze=False
-    )
-    for column, case in enumerate(cases):
-        kind = f"no {label}" if column >= len(missed) else case.truth.replace(", ", ",\n")
-        axes[0, column].set_title(f"{kind}\n{case.probability:.3f}", fontsize=8)
-        for row, window in enumerate(shown):
-            axis = axes[row, column]
-            low = window.center - window.width / 2
-            axis.imshow(slices[case.image_id], cmap="gray", vmin=low, vmax=low + window.width)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            if column == 0:
-                axis.set_ylabel(window.name, fontsize=8)
+    axes[0, 0].set_ylabel("is")
     return figure

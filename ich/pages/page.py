@@ -1,7 +1,10 @@
 """A page of text, tables and pictures, written once and shown as HTML and as Markdown.
 
-A page opens from a disk, anywhere: nothing in it is fetched, and its policy forbids it to. A script
-is there only for a `Ranking`, whose columns sort and whose lines open; the policy names its hash.
+A page opens from a disk, anywhere: nothing in it is fetched, and its policy forbids it to. Scripts
+are there only for a `Ranking`, whose columns sort and whose rows open, and for a `Stack`, which is
+scrolled through; the policy names their hashes.
+
+How a block looks is for `templates/` to say: `blocks.html.j2` has a macro for each class below.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Bullets:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Table:
     """A table; its first column names the rows. `folded`: in HTML behind a click."""
 
     caption: str
@@ -51,7 +54,7 @@ class Grid:
 
     @cached_property
     def rows(self) -> list[list[str]]:
-        return cells(self.frame)
+        return format_cells(self.frame)
 
     @cached_property
     def is_number(self) -> list[bool]:
@@ -92,44 +95,44 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class Row:
     """A row of a ranking. parts: rows behind a click, `opens` is its text. is_last: stays below
     the others, however they are sorted."""
 
     name: str
     cells: Sequence[Cell]
     note: str = ""
-    parts: Sequence[Line] = field(default_factory=list)
+    parts: Sequence[Row] = field(default_factory=list)
     opens: str = ""
     is_last: bool = False
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A table that sorts by any column, and whose lines may open into parts."""
+    """A table that sorts by any column, and whose rows may open into parts."""
 
     caption: str
     columns: Sequence[str]
-    lines: Sequence[Line]
+    rows: Sequence[Row]
 
 
 @dataclass(frozen=True)
 class Frame:
     """One slice of a stack. pictures: of each its heading and its file, PNG or JPEG, all of one
-    size. said: of each label its text, and whether it stands out."""
+    size. labels: of each its text, and whether it stands out."""
 
     title: str
     pictures: Sequence[tuple[str, bytes]]
-    said: Sequence[tuple[str, bool]]
+    labels: Sequence[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value of each frame, 0..1, and the limit from which it counts."""
+    """A value of each frame, 0..1, and the threshold from which it counts."""
 
     name: str
     values: Sequence[float]
-    limit: float
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -142,28 +145,30 @@ class Stack:
     first: int = 0
 
 
-Block = Text | Bullets | Grid | Picture | Link | Ranking | Stack
+Block = Text | Bullets | Table | Picture | Link | Ranking | Stack
 Section = tuple[str, list[Block]]
 
 
-def cells(table: pd.DataFrame) -> list[list[str]]:
-    """A table of this module as text: percent with two decimals, counts with commas."""
+def format_cells(table: pd.DataFrame) -> list[list[str]]:
+    """A table as text: percent with two decimals, counts with commas, nothing where it is NaN."""
     columns = [
-        [_cell(value, "{:.2f}" if "%" in str(name) else "{:,}") for value in column]
+        [_format_cell(value, "{:.2f}" if "%" in str(name) else "{:,}") for value in column]
         for name, column in table.items()
     ]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _cell(value: Any, form: str) -> str:
+def _format_cell(value: Any, form: str) -> str:
     if isinstance(value, str):
         return value
     return "" if pd.isna(value) else form.format(value)
 
 
-def drawn(draw: Callable[..., Any], *args: Any) -> tuple[bytes, int]:
-    """A figure as PNG, and its width in CSS pixels."""
-    import matplotlib
+def draw_picture(
+    name: str, alt: str, caption: str, draw: Callable[..., Any], *args: Any
+) -> Picture:
+    """A figure as a picture of a page: `draw` takes `args` and returns a matplotlib figure."""
+    import matplotlib  # half a second with its fonts, which only who draws shall wait for
 
     out = io.BytesIO()
     # Names come from users: `$` in them is no formula, and a script the font lacks no fault.
@@ -174,7 +179,7 @@ def drawn(draw: Callable[..., Any], *args: Any) -> tuple[bytes, int]:
         figure.savefig(out, format="png", facecolor=colour, bbox_inches="tight", pad_inches=0.1)
     png = out.getvalue()
     pixels = int.from_bytes(png[16:20], "big")  # PNG (RFC 2083), 4.1.1: the header's width
-    return png, round(pixels / figure.dpi * _CSS_DPI)
+    return Picture(name, png, round(pixels / figure.dpi * _CSS_DPI), alt, caption)
 
 
 # --- HTML and Markdown -------------------------------------------------------------------------
@@ -240,7 +245,7 @@ def _block_markdown(block: Block) -> list[str]:
         case Picture():
             link = f"![{_plain(block.alt)}](figures/{block.name}.png)"
             return [link, "", _plain(block.caption)]
-        case Grid():
+        case Table():
             rule = ["---:" if n else "---" for n in block.is_number]
             head, *rows = [[_plain(c) for c in row] for row in [block.columns, *block.rows]]
             table = [f"| {' | '.join(row)} |" for row in [head, rule, *rows]]
@@ -256,7 +261,7 @@ def _block_markdown(block: Block) -> list[str]:
 def _ranking_markdown(ranking: Ranking) -> list[str]:
     rule = "| --- |" + " ---: |" * (len(ranking.columns) - 1)
     lines = [f"| {' | '.join(_plain(c) for c in ranking.columns)} |", rule]
-    for line in ranking.lines:
+    for line in ranking.rows:
         for row, name in ((line, line.name), *((p, f"- {p.name}") for p in line.parts)):
             note = f" ({_plain(row.note)})" if row.note else ""
             texts = []

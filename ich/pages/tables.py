@@ -19,7 +19,8 @@ from ich.base.config import UserError
 from ich.base.files import write_text
 from ich.base.results import FINISHED, SweepPaths
 from ich.base.terminal import console
-from ich.pages.comparison_page import describe, without_paths, write_page
+from ich.pages.comparison_page import write_page
+from ich.pages.description import describe, without_paths
 from ich.scoring.comparison import (
     BASELINE,
     COMPARED_METRICS,

@@ -17,7 +17,8 @@ from ich.data.dicom import read_hu, read_slice
 from ich.data.inputs import Inputs
 from ich.data.phantom.spec import LABELS
 from ich.inference.ensemble import Ensemble, Predicted, load_ensemble, predict_files
-from ich.inference.explain import check_folder, ensemble_cams, explain, grad_cams
+from ich.inference.explain import check_folder, explain
+from ich.inference.gradcam import ensemble_cams, grad_cams
 from ich.inference.outputs import slice_table
 
 CPU = torch.device("cpu")

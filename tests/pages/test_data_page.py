@@ -25,18 +25,11 @@ from ich.base.config import (
 from ich.data.cache import Cache
 from ich.data.dataset import Prepared
 from ich.data.protocol import ENOUGH, Cohort, apply_protocol, oversample
-from ich.pages import data_page as data_report
-from ich.pages.data_page import (
-    REPORT_PERCENT,
-    balance_table,
-    choose_examples,
-    compose,
-    counts_table,
-    hu_counts,
-    leak_table,
-    write_data_report,
-)
-from ich.pages.page import cells
+from ich.pages import slices
+from ich.pages.data_page import write_data_report
+from ich.pages.data_tables import REPORT_PERCENT, balance_table, counts_table, leak_table
+from ich.pages.page import format_cells
+from ich.pages.slices import apply_windows, choose_examples, hu_counts
 
 REPORT = ProtocolConfig(ProtocolName.report, 0, None, 8, None, 0.25, 0.0)
 SOUND = ProtocolConfig(ProtocolName.sound, 0, None, 8, None, 0.25, 0.25)
@@ -113,7 +106,7 @@ def test_counts() -> None:
     assert table["rows"].tolist() == [20, 24, 18, 6]
     assert "3 ids stood more than once" in table["what"][0]
     assert table["what"][3] == "validation rows, which are scored"
-    assert cells(table)[1][:2] == ["oversampled", "24"]
+    assert format_cells(table)[1][:2] == ["oversampled", "24"]
 
 
 def test_balance_of_the_reports_protocol() -> None:
@@ -132,7 +125,7 @@ def test_balance_of_the_reports_protocol() -> None:
         ["a", 4, 20.0, 8, 100 * 8 / 24, 40.0, 100 * 6 / 18, 100 * 2 / 6]
     )
     assert table.iloc[1, 1:].tolist() == [0] * 7
-    assert cells(table)[0] == ["a", "4", "20.00", "8", "33.33", "40.00", "33.33", "33.33"]
+    assert format_cells(table)[0] == ["a", "4", "20.00", "8", "33.33", "40.00", "33.33", "33.33"]
 
 
 def test_the_reports_percentages_stand_beside_its_own_labels_alone() -> None:
@@ -143,7 +136,7 @@ def test_the_reports_percentages_stand_beside_its_own_labels_alone() -> None:
     table = balance_table(cohort, Source.rsna)
     assert table.loc[0, ["report's % before", "report's % after"]].tolist() == [0.42, 3.34]
     assert table.loc[1, ["report's % before", "report's % after"]].isna().all()
-    assert cells(table)[1][6:8] == ["", ""]
+    assert format_cells(table)[1][6:8] == ["", ""]
     assert "report's % before" not in balance_table(cohort, Source.folder)
 
 
@@ -302,7 +295,7 @@ def test_the_report_is_whole_and_alone(
 
 
 def _without_data(text: str) -> str:
-    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]*", "", text)
+    return re.sub(r"(data:image/png;base64,|sha256-)[A-Za-z0-9+/=]*", "", text)
 
 
 def _columns(line: str) -> int:
@@ -354,11 +347,11 @@ def test_windows_are_those_of_the_training() -> None:
 
     hu = np.random.default_rng(0).integers(-1024, 3072, (16, 16), dtype=np.int16)
     expected = CTWindows(WINDOWS)(torch.from_numpy(hu).float()[None, None])[0].numpy()
-    *grey, colours = compose(hu, WINDOWS)
+    *grey, colours = apply_windows(hu, WINDOWS)
     np.testing.assert_allclose(np.stack(grey), expected, atol=1e-6)
     np.testing.assert_array_equal(colours, np.dstack(grey[:3]))
-    assert len(compose(hu, WINDOWS[:1])) == 1
-    np.testing.assert_array_equal(compose(hu, WINDOWS[:2])[2][..., 2], 0)
+    assert len(apply_windows(hu, WINDOWS[:1])) == 1
+    np.testing.assert_array_equal(apply_windows(hu, WINDOWS[:2])[2][..., 2], 0)
 
 
 def test_examples_have_few_other_labels_and_much_tissue() -> None:
@@ -412,8 +405,8 @@ class Watched:
 def test_a_large_cache_is_never_read_as_a_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(data_report, "SAMPLED", 10)
-    monkeypatch.setattr(data_report, "CANDIDATES", 4)
+    monkeypatch.setattr(slices, "SAMPLED", 10)
+    monkeypatch.setattr(slices, "CANDIDATES", 4)
     cohort = apply_protocol(manifest(400, ("a", "b")), ("a", "b"), REPORT, 1.0)
     done = prepared(cohort)
     hu = Watched(done.cache.hu)

@@ -1,0 +1,175 @@
+"""The words that tables, pages and cards share: what was compared, and what that does not show."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from ich.scoring.comparison import Comparison
+from ich.scoring.predictions import Predictions
+from ich.scoring.uncertainty import MIN_GROUPS, Interval
+
+METRIC_NAMES = {"auc": "AUC", "accuracy": "accuracy"}
+
+
+def describe(comparison: Comparison) -> list[str]:
+    """What a table's reader must know: the cohort, the protocol, and what it does not show."""
+    if not comparison.finished:
+        return ["No job has finished."]
+    configs = [r.config for r in comparison.finished if r.config is not None]
+    results = [r.result for r in comparison.finished]
+
+    def setting(key: str) -> str:
+        return _either(OmegaConf.select(c, key) for c in configs)
+
+    # Runs of one cohort have equal summaries; a sweep over the cohort has a line for each.
+    cohorts = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in results}
+    lines = [
+        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {cohort_text(c)}. "
+        f"{scoring_text(c)}"
+        for c in cohorts.values()
+    ]
+    lines.append(
+        f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
+        f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
+        f"{_either(_start(c) for c in configs)}, seed {setting('seed')}. Every metric is that of "
+        f"the epoch with the best validation {setting('train.monitor')}. "
+        f"{_either(_computed(r) for r in results)}."
+    )
+    lines += _describe_intervals(comparison)
+    if "rsna" not in setting("data.source"):
+        lines.append(
+            "The report's columns are its own results on the RSNA set, for orientation; "
+            "nothing here compares with them."
+        )
+    return lines
+
+
+def _describe_intervals(comparison: Comparison) -> list[str]:
+    if not comparison.resamples or not comparison.settings:
+        why = "" if comparison.settings else " (no run has predictions that can be read)"
+        return [f"Intervals were not computed{why}: small differences mean nothing."]
+    lines = []
+    for rows in comparison.evaluation_sets:
+        where = f" (the rows of {rows.name})" if len(comparison.evaluation_sets) > 1 else ""
+        scored = rows.predictions
+        images = len(set(scored.image_id.tolist()))
+        lines.append(
+            f"Intervals are 95 %, from {comparison.resamples:,} bootstrap resamples of "
+            f"{_describe_unit(scored)} ({len(scored.image_id):,} scored rows of {images:,} images)"
+            f"{where}."
+        )
+    seeds = {len(g.runs) for g in comparison.settings}
+    if 1 in seeds:
+        lines.append(
+            "One seed per setting: intervals cover the choice of patients, not the luck of a "
+            "training. seed=0,1,2 would show that too."
+        )
+    if max(seeds) > 1:
+        lines.append(
+            "Several seeds per setting: scores are means over them, and intervals cover patients "
+            "and seeds, the latter as well as so few can."
+        )
+    if len(comparison.evaluation_sets) > 1:
+        lines.append(
+            f"The runs were scored on {len(comparison.evaluation_sets)} different sets of rows. "
+            f"Within each they are paired; between them the comparison is unpaired, and no "
+            f"difference is given."
+        )
+    return lines
+
+
+def _describe_unit(predictions: Predictions) -> str:
+    """What the bootstrap draws, how many, and what is wrong with that."""
+    count = predictions.scored.group_count
+    if predictions.unit != "patients":
+        return (
+            f"{count:,} images: patients are unknown, and their slices resemble each other, so the "
+            f"true intervals are wider"
+        )
+    too_few = f", too few for any (at least {MIN_GROUPS})" if count < MIN_GROUPS else ""
+    return f"{count:,} patients{too_few}"
+
+
+def _either(values: Iterable[Any]) -> str:
+    """The value that all share, or all the values there are."""
+    return " or ".join(dict.fromkeys(str(v) for v in values))
+
+
+_STEPS = {
+    "oversampled": "rows after oversampling",
+    "undersampled": "after undersampling negatives",
+    "subset": "in the subset",
+    "train": "for training",
+    "val": "for validation",
+    "test": "for testing",
+}
+
+
+def cohort_text(c: dict[str, Any]) -> str:
+    """How many images and rows a cohort has; of its summary in a run's result."""
+    parts = [f"{c['images']:,} images"]
+    parts += [f"{c[step]:,} {text}" for step, text in _STEPS.items() if step in c]
+    if c["quarantined"]:
+        parts.append(f"{c['quarantined']} undecodable and left out")
+    return ", ".join(parts)
+
+
+def scoring_text(c: dict[str, Any]) -> str:
+    """Which rows chose and which scored, and how many of those were seen before."""
+    if c["scored"] == "val":
+        text = "Selected and scored on the same validation rows: there is no test set. "
+    else:
+        text = "Epochs were chosen on the validation rows, and scored on the test rows. "
+    known = {k: v for k, v in c["leak"].items() if v is not None}
+    if known and not any(known.values()):
+        return f"{text}No {' and no '.join(known)} of the scored rows stands in another set."
+    shares = ", ".join(f"{v:.1%} the {k}" for k, v in known.items())
+    text += f"Of the scored rows, these share with the training rows: {shares}."
+    if unknown := [k for k, v in c["leak"].items() if v is None]:
+        text += f" Unknown for {' and '.join(unknown)}: data.metadata or headers would tell."
+    return text
+
+
+def _computed(result: dict[str, Any]) -> str:
+    """On what, and in which precision."""
+    return ", ".join(str(result[k]) for k in ("device", "precision") if result.get(k))
+
+
+def _optimizer(cfg: Any) -> str:
+    name = str(OmegaConf.select(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
+    return f"{name} {float(OmegaConf.select(cfg, 'optimizer.lr')):g}"
+
+
+def _pixels(cfg: Any) -> str:
+    size = OmegaConf.select(cfg, "data.image_size")
+    return f"{size} px" if size else "each model's own image size"
+
+
+def _start(cfg: Any) -> str:
+    if OmegaConf.select(cfg, "model.weights"):
+        return "weights from a local file"
+    if OmegaConf.select(cfg, "model.pretrained"):
+        return "ImageNet weights"
+    return "random initialization (no pretrained weights)"
+
+
+# In quotes a path may hold blanks.
+_PATH = re.compile(r"(?<![\w.:/])~?(?:/[^\s/'\",;:=]+(?: [^\s/'\",;:=]+)*)+/([^\s/'\",;:=]+)")
+
+
+def without_paths(text: str) -> str:
+    """Of each absolute path its last part: the rest tells of the machine, and of its user."""
+    return _PATH.sub(r"\1", text)
+
+
+def interval_text(interval: Interval, form: str = ".3f") -> str:
+    """As `0.912 to 0.934`; empty where there is none."""
+    if np.isnan(interval.low):
+        return ""
+    return f"{interval.low:{form}} to {interval.high:{form}}"
