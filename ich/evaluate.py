@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ich.base import entry
-from ich.base.config import CONF_DIR, EvaluateConfig, UserError, typed
+from ich.base.config import CONF_DIR, EvaluateConfig, UserError, to_dataclass
 from ich.inference.scores import evaluate, validate
 
 
@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> None:
                 "models is missing. Give the folder of a run with models=PATH, an MLflow run id, "
                 "or models=models:/ich@best."
             )
-        config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
+        config = to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
         validate(config)
         evaluate(config)
 

@@ -13,8 +13,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ich.base import entry
-from ich.base.config import CONF_DIR, PrepareConfig, typed, validate_data
+from ich.base.config import CONF_DIR, PrepareConfig, to_dataclass
 from ich.base.terminal import Terminal
+from ich.base.validation import validate
 from ich.data.cache import verify_cache
 from ich.data.dataset import load_cohort, open_store, prepare
 from ich.data.protocol import Cohort
@@ -26,9 +27,9 @@ from ich.pages.page import format_cells
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="prepare")
 def run(cfg: DictConfig) -> None:
     """One preparation; a user's mistake is one paragraph."""
-    config = typed(OmegaConf.create(OmegaConf.to_container(cfg)), PrepareConfig)  # type: ignore[arg-type]
+    config = to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)), PrepareConfig)  # type: ignore[arg-type]
     with entry.one_paragraph():
-        validate_data(config)
+        validate(config)
         if config.dry_run:
             dry_run(config)
         else:

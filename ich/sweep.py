@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ich.base.config import CONF_DIR, register, typed
+from ich.base.config import CONF_DIR, register_schemas, to_dataclass
 from ich.base.entry import end_on_signals
 from ich.base.results import FINISHED
 from ich.launch import launcher
@@ -34,7 +34,7 @@ _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 def train_one(cfg: DictConfig) -> float | None:
     """One job of the sweep; returns the monitored metric, for sweepers that optimize it."""
     launcher.enter()
-    config = typed(cfg)
+    config = to_dataclass(cfg)
     if config.sweep.plan:
         launcher.plan([config])
         return None
@@ -58,7 +58,7 @@ def close(interrupted: bool) -> bool:
 
 def main() -> None:
     """Exit status 0 if every job finished, 1 if one failed, 130 or 143 after Ctrl-C or SIGTERM."""
-    register()
+    register_schemas()
     launcher.register_resolvers()
     end_on_signals()  # so that `except` is reached
     try:

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sweeps import SMALL, Folder
 
-from ich.base.config import CONF_DIR, Config, register, typed
+from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import PhantomSpec
 from ich.launch.launcher import register_resolvers
@@ -73,7 +73,7 @@ def composed(tmp_path: Path) -> Callable[..., Config]:
     """Composes conf/ with overrides, as the sweep does, with its folders under tmp_path."""
 
     def make(*overrides: str) -> Config:
-        register()
+        register_schemas()
         register_resolvers()
         own = [
             f"data.cache_dir={tmp_path / 'cache'}",
@@ -83,6 +83,6 @@ def composed(tmp_path: Path) -> Callable[..., Config]:
         ]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("config", overrides=[*own, *overrides])
-        return typed(OmegaConf.create(OmegaConf.to_container(cfg)))
+        return to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)))
 
     return make

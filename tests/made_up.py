@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ich.base.config import Config, plain, to_yaml
+from ich.base.config import Config, to_dict, to_yaml
 from ich.base.results import RunPaths, SweepPaths
 from ich.data.phantom.spec import LABELS
 from ich.scoring.metrics import always_negative, multilabel_metrics
@@ -59,7 +59,7 @@ def write_sweep(
         own = ("model.pretrained=false", f"job='{job}'", f"name='{root.name}'")
         config = composed(f"model={model}", *parts, *own)
         run.config.write_text(to_yaml(config))
-        configs[job] = plain(config)
+        configs[job] = to_dict(config)
         if job in failed:
             run.write_result({"status": "failed", "reason": "ended by SIGKILL", "job": job})
             continue

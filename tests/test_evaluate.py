@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from ich.base.config import CONF_DIR, EvaluateConfig, UserError, register, typed
+from ich.base.config import CONF_DIR, EvaluateConfig, UserError, register_schemas, to_dataclass
 from ich.base.results import SweepPaths
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import LABELS, PhantomSpec
@@ -135,14 +135,14 @@ def test_the_page_holds_both_sides(tmp_path: Path) -> None:
 @pytest.fixture
 def config(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     monkeypatch.chdir(trained)  # its cohort's file is under .ich-cache there
-    register()
+    register_schemas()
     job = SweepPaths(trained / "multirun_reports" / "s").read_record()["jobs"][0]
 
     def make(*overrides: str) -> EvaluateConfig:
         own = [f"models='multirun_reports/s/{job}'", f"output={tmp_path / 'out'}", "resamples=20"]
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("evaluate", overrides=[*own, *overrides])
-        return typed(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
+        return to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)), EvaluateConfig)  # type: ignore[arg-type]
 
     return make
 

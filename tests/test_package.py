@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ich.base.config import CONF_DIR, register
+from ich.base.config import CONF_DIR, register_schemas
 from ich.data.dicom import read_hu
 from ich.launch.launcher import register_resolvers
 
@@ -215,7 +215,7 @@ def test_every_make_target_and_module_of_the_readme_exists() -> None:
 def test_every_sweep_command_of_the_readme_composes() -> None:
     commands = re.findall(r"^python -m ich\.sweep (.+)$", readme(), re.M)
     assert len(commands) >= 4
-    register()
+    register_schemas()
     register_resolvers()
     for command in commands:
         words = [w for w in shlex.split(command, comments=True) if w != "-m"]
@@ -229,7 +229,7 @@ def test_every_sweep_command_of_the_readme_composes() -> None:
 def test_every_command_of_the_readme_with_one_config_composes(module: str, least: int) -> None:
     commands = re.findall(rf"^python -m ich\.{module} (.+)$", readme(), re.M)
     assert len(commands) >= least
-    register()
+    register_schemas()
     for command in commands:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             compose(module, overrides=shlex.split(command))

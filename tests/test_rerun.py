@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from sweeps import SABOTEUR
 
 from ich.base import provenance
-from ich.base.config import Config, UserError, load, to_yaml
+from ich.base.config import Config, UserError, load_config, to_yaml
 from ich.base.files import write_json
 from ich.base.processes import hold
 from ich.base.results import FINISHED, Origin, RunPaths, SweepPaths
@@ -275,7 +275,7 @@ def test_a_repeated_run_is_identical(project: Path) -> None:
 def test_another_seed_in_the_record_is_another_training(
     run: RunPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.config.write_text(to_yaml(replace(load(run.config), seed=1)))
+    run.config.write_text(to_yaml(replace(load_config(run.config), seed=1)))
     assert main([str(run.root)]) == 1
     out = capsys.readouterr().out
     assert "seed: 0 in the sweep's record, 1 in config.yaml, which counts." in out
@@ -479,7 +479,7 @@ def test_other_data_are_refused_with_both_fingerprints(
     was = run.read_origin()["cohort"]
     moved = tmp_path / "elsewhere"
     shutil.copytree(phantom, moved)
-    config = load(run.config)
+    config = load_config(run.config)
     run.config.write_text(to_yaml(replace(config, data=replace(config.data, root=str(moved)))))
     error = refused(capsys, run.root)
     assert f"their fingerprint was {was} and is " in error
@@ -491,7 +491,7 @@ def test_other_data_are_refused_with_both_fingerprints(
 def test_other_initial_weights_are_refused_with_both_digests(
     run: RunPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load(run.config)
+    config = load_config(run.config)
     path = run.root / "initial.safetensors"
     path.write_bytes(b"x")
     model = replace(config.model, weights=str(path))

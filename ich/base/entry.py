@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from hydra.errors import CompactHydraException
 
-from ich.base.config import UserError, register
+from ich.base.config import UserError, register_schemas
 from ich.base.terminal import harmless
 
 _asked: list[int] = []  # signals that asked this process to end
@@ -45,7 +45,7 @@ def one_paragraph() -> Iterator[None]:
 def run(command: Callable[[], object]) -> None:
     """Runs a command that composes one config with Hydra: exit status 0, 1 after a mistake, 130 or
     143 after Ctrl-C or SIGTERM."""
-    register()
+    register_schemas()
     end_on_signals()
     try:
         command()

@@ -12,8 +12,9 @@ from typing import Any, NotRequired, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
 
-from ich.base.config import Config, identity, load
+from ich.base.config import Config, load_config
 from ich.base.files import write_json
+from ich.base.naming import identity
 
 FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
 
@@ -144,7 +145,7 @@ class RunPaths:
         if any(made_of.get(k) != origin[k] for k in ("cohort", "weights")):
             return False
         try:
-            return identity(load(self.config)) == identity(config)
+            return identity(load_config(self.config)) == identity(config)
         except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich
             return False
 

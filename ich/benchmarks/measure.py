@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from ich.base.config import CONF_DIR, Config, register, typed
+from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
 from ich.benchmarks.peers import Rate
 from ich.launch.launcher import register_resolvers
 
@@ -67,7 +67,7 @@ def geometric_mean(rows: Sequence[Row]) -> Row:
 
 def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
     """The config of a job as a sweep composes it, from scratch, on slices under `folder`."""
-    register()
+    register_schemas()
     register_resolvers()
     own = [
         f"model={model}",
@@ -81,7 +81,7 @@ def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
         *overrides,
     ]
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return typed(compose("config", overrides=own))
+        return to_dataclass(compose("config", overrides=own))
 
 
 def wait_for_device(device: torch.device) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from ich.base.config import Config, Source, UserError, load
+from ich.base.config import Config, Source, UserError, load_config
 from ich.base.results import FINISHED, RunPaths
 from ich.inference.ensemble import Ensemble, Member
 from ich.pages.description import cohort_text, scoring_text
@@ -86,7 +86,7 @@ def _read_run(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
             f"models:/ich@ALIAS."
         )
     try:
-        return run, load(run.config), run.read_result()
+        return run, load_config(run.config), run.read_result()
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(
             f"{run.config} is damaged or of another version of ich "

@@ -17,8 +17,8 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from ich.base.config import EvaluateConfig, Rows, UserError
-from ich.base.config import validate_data as validate_ranges
 from ich.base.terminal import Terminal
+from ich.base.validation import validate as validate_ranges
 from ich.data.cache import check_quarantine
 from ich.data.dataset import Report, cohort_rows, labelled_images, load_cohort, numbers, open_store
 from ich.data.inputs import Group, Inputs

@@ -29,9 +29,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from ich.base.config import Config, Device, Monitor, job_name, sweep_name, typed
+from ich.base.config import Config, Device, Monitor, to_dataclass
 from ich.base.entry import one_paragraph
 from ich.base.files import write_json
+from ich.base.naming import job_name, sweep_name
 from ich.base.results import FAILED, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
 from ich.launch import clusters
@@ -381,7 +382,7 @@ def enter() -> None:
 def without_hydra(job: DictConfig) -> Config:
     """The typed config of a composed job."""
     plain = OmegaConf.create({k: v for k, v in OmegaConf.to_container(job).items() if k != "hydra"})  # type: ignore[union-attr]
-    return typed(plain)
+    return to_dataclass(plain)
 
 
 def swept_keys(hydra_cfg: Any) -> set[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ich.base.config import Config, image_size, load
+from ich.base.config import Config, image_size, load_config
 from ich.base.results import FINISHED, RunPaths, State
 from ich.base.terminal import duration
 from ich.data import dataset
@@ -179,7 +179,7 @@ def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
         if result["status"] != FINISHED or result.get("resumed"):
             continue  # a resumed run's minutes include what was done twice
         try:
-            config = load(run.config)
+            config = load_config(run.config)
             work = _work(config, result["cohort"], result["epochs"])
             kind = _kind(config, result["device"])
             yield kind, (result["minutes"] * 60 / work, path.parent.relative_to(output).as_posix())

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from ich.base import provenance
-from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, plain, validate
+from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, to_dict
 from ich.base.results import Origin, RunPaths, State, SweepPaths
+from ich.base.validation import validate
 from ich.data import dataset
 from ich.pages.data_page import write_data_report
 from ich.tracking.registry import check_tracking, open_sweep_run
@@ -195,7 +196,7 @@ def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: 
             "modes": sweep.read_record().get("modes", {})
             | {workload_key(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
             "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
-            "configs": before.get("configs", {}) | {j.config.job: plain(j.config) for j in jobs},
+            "configs": before.get("configs", {}) | {j.config.job: to_dict(j.config) for j in jobs},
             "provenance": before.get("provenance") or provenance.record(),
         }
     )

@@ -29,11 +29,13 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.base import provenance
-from ich.base.config import Config, UserError, identity, load, typed, validate
+from ich.base.config import Config, UserError, load_config, to_dataclass
 from ich.base.files import write_json
+from ich.base.naming import identity
 from ich.base.processes import hold
 from ich.base.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
+from ich.base.validation import validate
 from ich.data.dataset import cohort_key, prepare
 from ich.launch.jobs import Result, run_job
 from ich.launch.preflight import check_weights, weights_digest
@@ -75,7 +77,7 @@ def read_original(folder: Path) -> Original:
     result = _finished(run, sweep)
     compare_runs(run, run, 0.0)  # files that cannot be read would otherwise be found hours later
     try:
-        config = load(run.config)
+        config = load_config(run.config)
     except OmegaConfBaseException as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -204,7 +206,7 @@ def _config_changes(original: Original) -> Iterator[str]:
     """A config.yaml that was edited, or a later launch that has not come to this job."""
     recorded = original.sweep.read_record().get("configs", {}).get(original.run.root.name)
     try:
-        launched = identity(typed(recorded)) if recorded else {}
+        launched = identity(to_dataclass(recorded)) if recorded else {}
     except OmegaConfBaseException:  # of another version of ich
         return
     own = identity(original.config)

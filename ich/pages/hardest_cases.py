@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ich.base.config import Config, UserError, WindowConfig, load
+from ich.base.config import Config, UserError, WindowConfig, load_config
 from ich.data.dataset import is_prepared, load_dataset
 from ich.pages.figures import STYLE, subplots
 from ich.pages.page import Picture, draw_picture
@@ -66,7 +66,7 @@ def draw_hardest(run: Run, folder: Path) -> Picture | str:
 
     label, missed, alarms = hardest(run)
     try:
-        config = load(run.paths.config)
+        config = load_config(run.paths.config)
         slices = _slices(config, [case.image_id for case in (*missed, *alarms)])
     except (UserError, OSError, KeyError) as error:
         log.warning("the hardest cases are not drawn: %s", error)

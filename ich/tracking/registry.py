@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ich.base.config import Config, TrackingConfig, UserError, load, typed
+from ich.base.config import Config, TrackingConfig, UserError, load_config, to_dataclass
 from ich.base.results import RunPaths, SweepPaths
 from ich.scoring.comparison import COMPARED_METRICS, RANKING_METRIC, load_comparison
 from ich.tracking.mirror import RunMirror
@@ -100,7 +100,7 @@ def main() -> None:
     """`python -m ich.tracking.registry SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
     sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
     record = sweep.read_record()
-    config = typed(next(iter(record["configs"].values())))
+    config = to_dataclass(next(iter(record["configs"].values())))
     try:
         store = MlflowStore(config.tracking)
         parent = record.get("mlflow_run")
@@ -190,7 +190,7 @@ def promote(sweep: SweepPaths) -> str:
         UserError: the sweep is not in MLflow, or MLflow cannot be used.
     """
     record = sweep.read_record()
-    configs = [typed(c) for c in record.get("configs", {}).values()]
+    configs = [to_dataclass(c) for c in record.get("configs", {}).values()]
     if not configs or not all(c.tracking.mlflow for c in configs):
         raise UserError(
             f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "
@@ -265,7 +265,7 @@ def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
     known = run.read_tracking()
     whole = known.get("complete") and store.exists(str(known.get("mlflow_run")))
     if not whole and run.config.exists():
-        RunMirror(load(run.config), run, parent).push()
+        RunMirror(load_config(run.config), run, parent).push()
 
 
 if __name__ == "__main__":

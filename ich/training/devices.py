@@ -6,13 +6,7 @@ import logging
 
 import torch
 
-from ich.base.config import (
-    Config,
-    CudaGraph,
-    Device,
-    UserError,
-    image_size,
-)
+from ich.base.config import Config, CudaGraph, Device, UserError, image_size
 from ich.training.mode import CHANNELS_LAST, ComputeMode
 from ich.training.model import (
     model_cost,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ich.base.config import Config, UserError, load
+from ich.base.config import Config, UserError, load_config
 from ich.base.files import write_json
 from ich.base.processes import hold, watch_supervisor
 from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
@@ -76,7 +76,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
         The exit status.
     """
     keep_memory()
-    cfg = load(run.config)
+    cfg = load_config(run.config)
     stop = GracefulStop(ProgressFile(run.progress, cfg.train.epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)

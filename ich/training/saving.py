@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ich.base.config import (
-    Config,
-    image_size,
-)
+from ich.base.config import Config, image_size
 from ich.base.metadata import Metadata
 from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, Split

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ich.base.config import Config, Device, Precision, plain, typed
+from ich.base.config import Config, Device, Precision, to_dataclass, to_dict
 from ich.base.provenance import processor
 from ich.base.workers import keep_memory
 from ich.data.dataset import Dataset, Split
@@ -37,7 +37,7 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str
     What cannot be timed is left out: its job decides for itself.
     """
     command = [sys.executable, "-m", "ich.training.timing"]
-    text = json.dumps([plain(config) for config in configs])
+    text = json.dumps([to_dict(config) for config in configs])
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
@@ -111,7 +111,7 @@ def main() -> None:
     keep_memory()  # as the trainings do
     configs: list[dict[str, Any]] = json.load(sys.stdin)
     for values in configs:
-        config = typed(values)
+        config = to_dataclass(values)
         mode = select_mode(config, None)
         print(json.dumps({"kind": workload_key(config), "mode": asdict(mode)}), flush=True)
 

@@ -20,15 +20,13 @@ from ich.base.config import (
     Monitor,
     ProtocolName,
     UserError,
-    identity,
-    job_name,
-    load,
-    register,
-    sweep_name,
+    load_config,
+    register_schemas,
+    to_dataclass,
     to_yaml,
-    typed,
-    validate,
 )
+from ich.base.naming import identity, job_name, sweep_name
+from ich.base.validation import validate
 from ich.data.phantom.spec import LABELS
 from ich.launch.launcher import register_resolvers
 from ich.training.losses import build_loss
@@ -97,7 +95,7 @@ ABLATIONS = [e for e in EXPERIMENTS if e.startswith("ablation_")]
 
 @pytest.mark.parametrize("experiment", ABLATIONS)
 def test_every_job_of_an_ablation_composes(experiment: str, composed: Compose) -> None:
-    register()
+    register_schemas()
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
@@ -117,7 +115,7 @@ def test_every_job_of_an_ablation_composes(experiment: str, composed: Compose) -
 
 @pytest.mark.parametrize("experiment", sorted(set(EXPERIMENTS) - set(ABLATIONS)))
 def test_every_other_experiment_is_a_sweep_over_the_reports_eight_models(experiment: str) -> None:
-    register()
+    register_schemas()
     register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
@@ -151,7 +149,7 @@ def test_defaults_are_the_reports(composed: Compose) -> None:
 def test_a_saved_config_reads_back_equal(composed: Compose, tmp_path: Path) -> None:
     config = composed("model=vgg16", "data=rsna", "optimizer=sgd")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -224,7 +222,7 @@ def test_values_out_of_range_are_refused(composed: Compose, override: str, messa
     ],
 )
 def test_unknown_names_and_types_are_refused(override: str, message: str) -> None:
-    register()
+    register_schemas()
     register_resolvers()
     with (
         initialize_config_dir(str(CONF_DIR), version_base="1.3"),
@@ -253,4 +251,4 @@ def test_names_keep_sweeps_and_jobs_apart() -> None:
 
 def test_unknown_keys_in_a_saved_config_are_refused() -> None:
     with pytest.raises(Exception, match="Key 'epoch' not in 'TrainConfig'"):
-        typed(OmegaConf.create({"train": {"epoch": 1}}))
+        to_dataclass(OmegaConf.create({"train": {"epoch": 1}}))

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ich.base.config import Config, TrackingConfig, UserError, plain, to_yaml
+from ich.base.config import Config, TrackingConfig, UserError, to_dict, to_yaml
 from ich.base.files import write_json
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.journal import Journal
@@ -39,7 +39,7 @@ def sweep(config: Config) -> SweepPaths:
     run = place.run(config.job)
     run.root.mkdir(parents=True)
     run.config.write_text(to_yaml(config))
-    record = {"jobs": [config.job], "configs": {config.job: plain(config)}}
+    record = {"jobs": [config.job], "configs": {config.job: to_dict(config)}}
     place.write_record(record | {"mlflow_run": open_sweep_run(config, place)})
     return place
 

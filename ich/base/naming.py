@@ -1,0 +1,65 @@
+"""What tells trainings apart: the settings that its outcome depends on, and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+from ich.base.config import Config, flatten
+
+# What a training's outcome does not depend on: changing these repeats nothing.
+_INCIDENTAL = (
+    "sweep",
+    "tracking",
+    "data.workers",
+    "data.cache_dir",
+    "data.max_quarantine",
+    "train.threads",
+    "train.feed",
+    "train.checkpoint_minutes",
+)
+
+
+def _is_incidental(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in _INCIDENTAL)
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What makes this training this one: its flat settings without the incidental ones."""
+    return {k: v for k, v in flatten(config).items() if not _is_incidental(k)}
+
+
+def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) -> str:
+    """A job's folder: its model, then the other swept overrides; only characters safe in a path.
+
+    Of a path only its last part is shown, and other characters are replaced; then a hash of the
+    exact text keeps two jobs apart.
+    """
+    keys = set(swept) - {"model"}
+    rest = [o.lstrip("+~") for o in task_overrides if o.split("=", 1)[0].lstrip("+~") in keys]
+    text = ",".join([model, *rest])
+    short = re.sub(r"=[^,]*/", "=", text)
+    safe = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", short).strip(".")
+    if safe != text or len(safe) > 120:
+        safe = f"{safe[:120]}-{_short_hash([text])}"
+    return safe
+
+
+def sweep_name(task_overrides: Iterable[str], swept: Iterable[str], base: str) -> str:
+    """A sweep's folder: `base`, and a hash of the overrides that all its jobs share, if any.
+
+    Adding a model, or another value to what is swept over, therefore stays in the same folder.
+    `base` is the experiment, or the data where there is no experiment.
+    """
+    ignored = {"model", "experiment", "name", f"data={base}", *swept}
+    shared = []
+    for override in task_overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if not ignored & {key, override} and not _is_incidental(key):
+            shared.append(override)
+    return f"{base}-{_short_hash(sorted(shared))}" if shared else base
+
+
+def _short_hash(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]

@@ -1,0 +1,133 @@
+"""Whether a config can be used: every value in its range, and settings that fit each other.
+
+A range of one setting stands beside its field in `ich.base.config`; here are the rules that involve
+several.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from ich.base.config import (
+    OPTIMIZER_SETTINGS,
+    AnyConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    OptimizerConfig,
+    ProtocolConfig,
+    ProtocolName,
+    UserError,
+    WindowsConfig,
+    image_size,
+)
+
+
+def validate(config: AnyConfig) -> None:
+    """Checks every range of a config, and what depends on several settings.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    _check_ranges(config)
+    _check_labels(config.data)
+    _check_protocol(config.protocol)
+    if not isinstance(config, EvaluateConfig):  # which has the windows of the model's weights
+        _check_windows(config.windows)
+    if isinstance(config, Config):
+        _check_optimizer(config.optimizer)
+        _check_image_size(config)
+
+
+def _check_ranges(node: Any, prefix: str = "") -> None:
+    """Walks nested dataclasses, and refuses the first value that its field does not allow."""
+    for field in fields(node):
+        key, value = f"{prefix}{field.name}", getattr(node, field.name)
+        if is_dataclass(value):
+            _check_ranges(value, f"{key}.")
+        elif value is not None and (allowed := field.metadata.get("allowed")):
+            _require(allowed.holds(value), key, value, allowed.text)
+
+
+def _require(holds: object, key: str, value: Any, allowed: str) -> None:
+    if not holds:
+        shown = value.value if isinstance(value, Enum) else value
+        raise UserError(
+            f"{key} is {shown!r}, but must be {allowed}. Set it with {key}=VALUE on the "
+            f"command line, or in the YAML under conf/ that gave it."
+        )
+
+
+def _check_labels(data: DataConfig) -> None:
+    labels, any_label = data.label_columns, data.any_label
+    _require(
+        any_label is None or labels is None or any_label in labels,
+        "data.any_label",
+        any_label,
+        f"null or one of data.label_columns, {', '.join(labels or [])}",
+    )
+
+
+def _check_protocol(p: ProtocolConfig) -> None:
+    if p.name is ProtocolName.sound:
+        _require(
+            0 <= p.test_fraction < 1 - p.val_fraction,
+            "protocol.test_fraction",
+            p.test_fraction,
+            "0 or more, with val_fraction below 1 in all",
+        )
+    else:
+        _require(
+            p.test_fraction == 0,
+            "protocol.test_fraction",
+            p.test_fraction,
+            "0: the report's protocol has no test set; use protocol=sound",
+        )
+    _require(
+        p.folds is None or (p.name is ProtocolName.sound and p.folds >= 3),
+        "protocol.folds",
+        p.folds,
+        "null, or at least 3 with protocol=sound (one fold tests, one validates)",
+    )
+    if p.folds is None:
+        _require(p.fold is None, "protocol.fold", p.fold, "null without protocol.folds")
+    else:
+        within = p.fold is not None and 0 <= p.fold < p.folds
+        _require(within, "protocol.fold", p.fold, f"from 0 to {p.folds - 1}")
+
+
+def _check_windows(windows: WindowsConfig) -> None:
+    for window in windows.channels:
+        if not (math.isfinite(window.center) and 0 < window.width < math.inf):
+            raise UserError(
+                f"window {window.name!r} has center {window.center} and width {window.width}, but "
+                f"the center must be finite and the width above 0 HU. Mend windows.channels."
+            )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    allowed = OPTIMIZER_SETTINGS.get(optimizer._target_)
+    if allowed is None:
+        raise UserError(
+            f"optimizer._target_ is {optimizer._target_!r}, but must be one of "
+            f"{', '.join(OPTIMIZER_SETTINGS)}. Choose with optimizer=adam, adamw or sgd."
+        )
+    given = {k for k, v in vars(optimizer).items() if k != "_target_" and v is not None}
+    if extra := sorted(given - allowed):
+        raise UserError(
+            f"optimizer.{extra[0]} is set, but {optimizer._target_} has no such setting; it takes "
+            f"{', '.join(sorted(allowed))}. Leave it out, or choose another optimizer."
+        )
+
+
+def _check_image_size(config: Config) -> None:
+    size = image_size(config)
+    if not config.model.min_size <= size <= 2048:
+        raise UserError(
+            f"the image size is {size} pixels, but {config.model.name} needs at least "
+            f"{config.model.min_size} and at most 2048. Set data.image_size, or leave it null for "
+            f"the model's own {config.model.image_size}."
+        )
