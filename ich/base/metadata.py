@@ -48,12 +48,13 @@ class Metadata:
             raise ValueError("another format")
         values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
         windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
-        found = Metadata(**values, windows=windows)
-        found.check()
-        return found
+        metadata = Metadata(**values, windows=windows)
+        metadata.check()
+        return metadata
 
     def check(self) -> None:
         """Raises ValueError or TypeError if a network could not be used by it."""
+        # A file from elsewhere is read by it: no size may fill the memory, no value divide by 0.
         sizes, labels = (self.cache_size, self.image_size), self.labels
         texts = (self.model, self.timm, *labels)
         if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):

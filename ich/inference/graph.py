@@ -63,7 +63,8 @@ class Graph(nn.Module):
             self.register_buffer("average", torch.from_numpy(weights.copy()))
         self.register_buffer("resample", Resample(size, NO_AUGMENT).matrix(cached))
         windows = CTWindows(metadata.windows, "cpu", metadata.mean, metadata.std)
-        for name, values in zip(("slope", "shift", "low", "high"), windows.numbers(), strict=True):
+        names = ("slope", "shift", "low", "high")
+        for name, values in zip(names, windows.coefficients(), strict=True):
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from ich.data.dataset import Sizes
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
 from ich.launch.preflight import Job, check_jobs, look_up
 from ich.training.devices import device_name, pick_device
-from ich.training.model import Cost, check_architecture, model_cost, weights_at_hand
+from ich.training.model import Cost, check_architecture, initial_weights_source, model_cost
 from ich.training.timing import time_training_steps
 
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
@@ -107,7 +107,7 @@ def _planned(job: Job, sizes: Sizes, speeds: Speeds) -> Planned:
         seconds = _START_SECONDS + seconds * _work(config, sizes.rows, left)
     return Planned(
         job=job,
-        weights=weights_at_hand(config.model),
+        weights=initial_weights_source(config.model),
         cost=cost,
         memory=_PROCESS_BYTES + _MEMORY_FACTOR * (state + cost.activations),
         disk=weights * (2 if config.tracking.mlflow else 1),

@@ -28,7 +28,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: any, on the CPU. facts: what JSON can hold; `order` is its place in time."""
+    """tensors: any, on the CPU. facts: what JSON can hold; by `order` the newer one is known."""
 
     tensors: dict[str, torch.Tensor]
     facts: dict[str, Any]
@@ -59,22 +59,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         file.write(_MAGIC + hashlib.sha256(body).digest())
         file.write(body)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # a rename can be on disk before the data it names
     part.replace(path)
     return path
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest undamaged generation of a folder, None if there is none."""
-    found = []
+    readable = []
     for path in _generations(folder):
         try:
-            found.append(_read(path))
+            readable.append(_read(path))
         except FileNotFoundError:
             continue
         except (CheckpointError, OSError) as error:
             log.warning("the checkpoint %s cannot be used: %s", path.name, error)
-    return max(found, key=lambda c: c.facts["order"], default=None)
+    return max(readable, key=lambda c: c.facts["order"], default=None)
 
 
 def drop_checkpoints(folder: Path) -> None:
@@ -97,6 +97,7 @@ def _read(path: Path) -> Checkpoint:
     if hashlib.sha256(body).digest() != data[len(_MAGIC) : start]:
         raise CheckpointError("it is cut or damaged (its checksum differs)")
     try:
+        # `load` leaves the metadata out: here are the header's length and the header, in JSON.
         length = int.from_bytes(body[:8], "little")
         facts = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["ich"])
         return Checkpoint(load_tensors(body), facts)

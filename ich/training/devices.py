@@ -8,9 +8,7 @@ import torch
 
 from ich.base.config import Config, CudaGraph, Device, UserError, image_size
 from ich.training.mode import CHANNELS_LAST, ComputeMode
-from ich.training.model import (
-    model_cost,
-)
+from ich.training.model import model_cost
 
 log = logging.getLogger("ich.train")
 
@@ -33,7 +31,7 @@ def memory_format(mode: ComputeMode) -> torch.memory_format:
 def configure_cudnn(device: torch.device, mode: ComputeMode) -> None:
     """Makes torch's convolutions on a GPU compute in the mode's precision, by the fastest way."""
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # nearly all batches have one shape
         torch.backends.cudnn.allow_tf32 = mode.precision == "tf32"
 
 

@@ -62,7 +62,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     started = time.perf_counter() - state.wall_seconds
     best = train_epochs(run, journal, trainer, dataset, state, on_step)
     scores, target = best.scores, dataset.val.target
-    if dataset.test is not None:
+    if dataset.test is not None:  # looked at once, when nothing is left to choose by it
         load_weights(trainer.model, run.best)
         logits = trainer.evaluate(dataset.test, best.epoch, on_step, "testing")
         target = dataset.test.target
@@ -91,7 +91,10 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
 
 
 def select_and_record_mode(cfg: Config, run: RunPaths) -> ComputeMode:
-    """What this run computes in: as it began, or as its sweep chose; noted for whoever resumes."""
+    """The mode that this run began in or its sweep chose, else a timed one.
+
+    It is written down, so that the run is resumed and repeated in the same.
+    """
     origin = run.read_origin()
     mode = select_mode(cfg, origin.get("mode"))
     write_json(run.origin, origin | {"mode": asdict(mode)})
@@ -106,8 +109,11 @@ def train_epochs(
     state: TrainingState,
     on_step: StepCallback,
 ) -> BestEpoch:
-    """The epochs that are left, each validated and logged; keeps weights and predictions of the
-    best, and checkpoints from which the training goes on as if nothing had happened."""
+    """Trains the epochs that are left, validates and logs each, and returns the best one.
+
+    Saves weights and predictions of the best, and checkpoints from which the training goes on as if
+    nothing had happened.
+    """
     cfg = trainer.cfg
     writer = CheckpointWriter(run, trainer, dataset, state)
     try:
@@ -127,14 +133,14 @@ def train_epochs(
                 train_loss,
                 *(scores[k] for k in ("log_loss", "accuracy", "auc")),
             )
-            state.auc_top = float(np.fmax(state.auc_top, scores["auc"]))
+            state.auc_top = float(np.fmax(state.auc_top, scores["auc"]))  # fmax passes over NaN
             best = state.best
             if best is None or is_better(scores, best.scores, cfg.train.monitor):
                 state.best = BestEpoch(epoch, scores, logits)
                 save_best(run, trainer.model, dataset, logits, cfg)
             state.next_epoch()
             writer.save()
-    except Terminated:
+    except Terminated:  # raised between two steps, where the state is whole
         writer.save()
         raise
     assert state.best is not None

@@ -23,7 +23,7 @@ from ich.data.dataset import Dataset, Split
 from ich.training.transforms import stream_seed
 
 log = logging.getLogger(__name__)
-_AHEAD = 2  # batches that a thread reads before they are asked for
+_PREFETCHED = 2  # batches that a thread reads before they are asked for
 _HOST_SHARE = 0.5  # of free memory, page-locked at most: the rest of the system needs it
 
 
@@ -86,16 +86,16 @@ class PrefetchedSlices:
             for start in range(0, len(rows), 1024):
                 part = torch.from_numpy(hu[rows[start : start + 1024]])
                 kept[start : start + len(part)].copy_(part)
-            self.hu = kept.numpy()
+            self.hu = kept.numpy()  # a view of the same page-locked memory
             self._kept = kept
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
         with ThreadPoolExecutor(1, "read ahead") as reader:
             ahead: list[Future[torch.Tensor]] = []
-            for number in range(len(rows) + _AHEAD):
+            for number in range(len(rows) + _PREFETCHED):
                 if number < len(rows):
                     ahead.append(reader.submit(self._gather, rows[number]))
-                if number >= _AHEAD:
+                if number >= _PREFETCHED:
                     yield ahead.pop(0).result().to(self.device, non_blocking=True)
 
     def _gather(self, row: np.ndarray) -> torch.Tensor:
@@ -125,7 +125,7 @@ def open_slice_source(
                 source: SliceSource = ResidentSlices(dataset.hu, rows, device)
             else:
                 source = PrefetchedSlices(dataset.hu, rows, device, pinned=choice is Feed.pinned)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:  # the second: none to lock
             reason = str(error).splitlines()[0]
             log.warning("slices cannot be %s (%s); the next place is tried", choice.value, reason)
             continue
@@ -190,6 +190,7 @@ class Loader:
         if not parts:
             return
         sizes = [len(part) for part in parts]
+        # All of an epoch is sent at once, and cut on the device: views, without a wait per step.
         left = torch.cat(parts)
         targets = torch.from_numpy(self.split.target)[left].to(self.device).split(sizes)
         drawn = draws[left].to(self.device).split(sizes) if draws is not None else None

@@ -22,6 +22,7 @@ from ich.base.config import ModelConfig, UserError
 from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
 
 log = logging.getLogger(__name__)
+# Layers that a file of weights may have and `Classifier` does not, by how their names begin.
 _HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits.")
 
 
@@ -129,26 +130,27 @@ def model_cost(cfg: ModelConfig, channels: int, size: int, batch: int, outputs: 
         batch: images of a training step.
         outputs: labels.
     """
-    kept: dict[int, torch.Tensor] = {}  # by storage: two views of one keep it once
+    saved: dict[int, torch.Tensor] = {}  # by storage: two views of one keep it once
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.device("meta"):
         net = timm.create_model(cfg.timm, num_classes=0, in_chans=channels)
         model = _classifier(net, outputs)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
+            # Two at least: batch normalization in training takes no variance of one value.
             out = model(torch.zeros(max(2, batch), channels, size, size))
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             model.eval()(torch.zeros(1, channels, size, size))
     del out
-    activations = sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)
+    activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in own)
     return Cost(_count(model), flops.get_total_flops() // 2, activations)
 
 
-def weights_at_hand(cfg: ModelConfig) -> str:
+def initial_weights_source(cfg: ModelConfig) -> str:
     """Where a job's initial weights would come from, in two or three words; asks no network."""
     if cfg.weights:
         return "local file" if Path(cfg.weights).is_file() else "no such file"
@@ -313,14 +315,14 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
     Raises:
         UserError: see `read_metadata`; or its tensors are another network's.
     """
-    found = read_metadata(path)
-    cfg = ModelConfig(found.model, found.timm, found.image_size, pretrained=False)
+    metadata = read_metadata(path)
+    cfg = ModelConfig(metadata.model, metadata.timm, metadata.image_size, pretrained=False)
     try:
         input_spec(cfg)
-        model = build_model(cfg, len(found.windows), len(found.labels))
+        model = build_model(cfg, len(metadata.windows), len(metadata.labels))
     except (UserError, RuntimeError):
         raise UserError(
-            f"the weights {path} are of {found.model} ({found.timm}), a network that timm "
+            f"the weights {path} are of {metadata.model} ({metadata.timm}), a network that timm "
             f"{timm.__version__} does not have. Install the timm they were trained with."
         ) from None
     state = load_file(path)
@@ -329,12 +331,12 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
     if want != have:
         first = next(k for k in [*want, *have] if want.get(k) != have.get(k))
         raise UserError(
-            f"the weights {path} say they are of {found.model} ({found.timm}), but their tensors "
-            f"are another network's: {first} is {have.get(first, 'missing')} in the file and "
-            f"{want.get(first, 'missing')} in {found.model}. Give the file of that network."
+            f"the weights {path} say they are of {metadata.model} ({metadata.timm}), but their "
+            f"tensors are another network's: {first} is {have.get(first, 'missing')} in the file "
+            f"and {want.get(first, 'missing')} in {metadata.model}. Give the file of that network."
         )
     model.load_state_dict(state)
-    return model.eval(), found
+    return model.eval(), metadata
 
 
 class _Tracer(fx.Tracer):

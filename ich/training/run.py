@@ -82,6 +82,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
         signal.signal(number, stop)
     if supervisor:
         watch_supervisor(supervisor)
+    # A stack, so that only taking the lock is tried, and not the training under it.
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(hold(run, _EARLIER_PROCESS_SECONDS))

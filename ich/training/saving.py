@@ -112,7 +112,7 @@ def resume_training(
 def save_best(
     run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
 ) -> None:
-    """Replaces `best.safetensors` and `predictions.npz` by this epoch's."""
+    """Replaces `best.safetensors` and `predictions.npz` by this epoch's; logits float32 [N, L]."""
     spec, target = input_spec(cfg.model), dataset.val.target
     metadata = Metadata(
         model=cfg.model.name,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,16 +25,16 @@ from ich.base.workers import keep_memory
 from ich.data.dataset import Dataset, Split
 from ich.training.mode import CHANNELS_LAST, ComputeMode, pick_fastest, workload_key
 
-log = logging.getLogger(__name__)
 _ROUNDS = 3
 
 
 def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Times each kind among some jobs in a process of its own; yields kind and mode as they come.
+    """Times each workload among some jobs; yields its key and its mode as they come.
 
-    A GPU's memory is free again when it ends, and the random state of this process is untouched.
     What cannot be timed is left out: its job decides for itself.
     """
+    # In a process of its own: a GPU's memory is free again when it ends, the random state of this
+    # one is untouched, and a network that kills its process costs a timing and not the sweep.
     command = [sys.executable, "-m", "ich.training.timing"]
     text = json.dumps([to_dict(config) for config in configs])
     with subprocess.Popen(
@@ -44,14 +43,14 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            for give in (lambda: child.stdin.write(text), child.stdin.close):
+            for send in (lambda: child.stdin.write(text), child.stdin.close):
                 with contextlib.suppress(BrokenPipeError):  # it died, and says no more
-                    give()
+                    send()
             for line in child.stdout:
-                found = json.loads(line)
-                yield found["kind"], found["mode"]
+                timed = json.loads(line)
+                yield timed["workload"], timed["mode"]
         finally:
-            child.kill()
+            child.kill()  # also if whoever iterates is interrupted
 
 
 def select_mode(config: Config, recorded: dict[str, str] | None) -> ComputeMode:
@@ -76,6 +75,7 @@ def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str
 
     The steps are real ones, on made-up slices and random weights; the first is not counted.
     """
+    # Imported here: torch takes seconds, which a launch with nothing to time need not wait for.
     from ich.training.devices import pick_device
     from ich.training.trainer import Trainer
 
@@ -86,10 +86,11 @@ def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str
     candidates = [(p.value, CHANNELS_LAST) for p in precisions]
     trainers = {c: Trainer.build(config, dataset, device, ComputeMode(*c)) for c in candidates}
     best = dict.fromkeys(candidates, float("inf"))
+    # In turn, so that whatever else the machine does meets all of them.
     for round_ in range(rounds + 1):
         for candidate, trainer in trainers.items():
             seconds = trainer.time_step()
-            if round_ > 0:
+            if round_ > 0:  # the first step allocates, and on a GPU picks its algorithms
                 best[candidate] = min(best[candidate], seconds / config.train.batch_size)
     return best
 
@@ -107,13 +108,13 @@ def random_dataset(cfg: Config) -> Dataset:
 
 
 def main() -> None:
-    """Reads jobs from standard input and writes a line for each kind of them."""
+    """Reads jobs from standard input and writes a line of JSON for each."""
     keep_memory()  # as the trainings do
     configs: list[dict[str, Any]] = json.load(sys.stdin)
     for values in configs:
         config = to_dataclass(values)
         mode = select_mode(config, None)
-        print(json.dumps({"kind": workload_key(config), "mode": asdict(mode)}), flush=True)
+        print(json.dumps({"workload": workload_key(config), "mode": asdict(mode)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ class Trainer:
     @staticmethod
     def build(cfg: Config, dataset: Dataset, device: torch.device, mode: ComputeMode) -> Trainer:
         """Everything a training needs, seeded by `cfg.seed`."""
+        # The first weights and dropout; orders and augmentations have generators of their own.
         torch.manual_seed(stream_seed(cfg.seed, 0, "init"))
         channels, spec = len(cfg.windows.channels), input_spec(cfg.model)
         model = build_model(cfg.model, channels, len(dataset.labels))
@@ -174,7 +175,7 @@ class Trainer:
         if state.step == 0:
             state.lr = float(self.optimizer.param_groups[0]["lr"])
         draws = self.resample.draws(self.cfg.seed, epoch, rows)
-        # One tensor: so many small ones, each where it was made, would scatter the free memory.
+        # One tensor: a small one for each step, between large freed blocks, cost 0.5 MB a step.
         losses = torch.zeros(steps, device=self.device)
         losses[: state.step] = state.losses[: state.step]
         state.losses = losses
@@ -232,7 +233,8 @@ class Trainer:
             elif owner == "optimizer":
                 number, _, key = rest.partition("/")
                 like = parameters[int(number)]
-                if value.shape == like.shape:  # in the parameter's own memory layout
+                # In the parameter's own memory layout, which a file does not keep.
+                if value.shape == like.shape:
                     value = torch.empty_like(like, dtype=value.dtype).copy_(value)
                 state.setdefault(int(number), {})[key] = value
         self.model.load_state_dict(weights)
@@ -241,6 +243,7 @@ class Trainer:
             now = group["lr"]
             group["lr"] = torch.full_like(now, lr) if isinstance(now, torch.Tensor) else lr
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # `schedule` leaves the function out, which no JSON holds; None keeps the one built here.
         self.scheduler.load_state_dict({**schedule["scheduler"], "lr_lambdas": [None]})
         torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda" and "random/cuda" in tensors:

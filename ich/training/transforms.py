@@ -51,7 +51,7 @@ class CTWindows:
             for w, m, s in zip(windows, mean_, std_, strict=True)
         ]
 
-    def numbers(self) -> tuple[torch.Tensor, ...]:
+    def coefficients(self) -> tuple[torch.Tensor, ...]:
         """Slope, intercept, lowest and highest value of each channel, float32 [C]."""
         slope, intercept = (torch.stack([m[i] for m in self.maps]) for i in (0, 1))  # type: ignore[misc]
         limits = torch.tensor([m[2] for m in self.maps], dtype=torch.float32)
@@ -119,14 +119,14 @@ class Resample:
         """
         # Both axes at once: on a CPU most of the time is the calls, not the numbers.
         flip = torch.stack([u[:, 1] < self.cfg.vflip, u[:, 0] < self.cfg.hflip])[..., None]
-        place = torch.stack([u[:, 5], u[:, 4]])[..., None]
+        offset = torch.stack([u[:, 5], u[:, 4]])[..., None]  # of the crop, as a share of the rest
         side = self.cfg.crop_min + (1 - self.cfg.crop_min) * u[:, 3]
         side = torch.where(u[:, 2] < self.cfg.crop, side, 1.0)[:, None]  # a share of the slice
         out = torch.arange(self.size, device=u.device, dtype=torch.float32)
         out = torch.where(flip, self.size - 1 - out, out)
         scale = side * (pixels / self.size)  # source pixels per output pixel
-        center = ((out + 0.5) * scale + (1 - side) * place * pixels - 0.5)[..., None]
-        reach = scale.clamp(min=1)[..., None]
+        center = ((out + 0.5) * scale + (1 - side) * offset * pixels - 0.5)[..., None]
+        reach = scale.clamp(min=1)[..., None]  # half a triangle's base; enlarging interpolates
         widest = math.ceil(2 * max(1.0, pixels / self.size))  # that of a slice without crop
         source = (center - reach).floor() + torch.arange(1, widest + 1, device=u.device)
         inside = source.clamp(0, pixels - 1)

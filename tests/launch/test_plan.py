@@ -18,7 +18,7 @@ from ich.data.dataset import cohort_sizes, load_dataset
 from ich.launch.jobs import run_job
 from ich.launch.plan import Plan, describe_plan, make_plan, total_seconds
 from ich.launch.preflight import look_up
-from ich.training.model import count_parameters, model_cost, weights_at_hand
+from ich.training.model import count_parameters, initial_weights_source, model_cost
 
 
 def quiet(*_: object) -> None:
@@ -170,13 +170,13 @@ def test_kept_activations_grow_with_the_batch_and_not_with_the_weights() -> None
 def test_where_weights_would_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ModelConfig(name="x", timm="resnet50.tv_in1k", image_size=224)
     monkeypatch.setattr("ich.training.model._is_cached", lambda _: True)
-    assert weights_at_hand(model) == "at hand"
+    assert initial_weights_source(model) == "at hand"
     monkeypatch.setattr("ich.training.model._is_cached", lambda _: False)
-    assert weights_at_hand(model) == "to download"
-    assert weights_at_hand(replace(model, pretrained=False)) == "random"
-    assert weights_at_hand(replace(model, weights=str(tmp_path / "w"))) == "no such file"
+    assert initial_weights_source(model) == "to download"
+    assert initial_weights_source(replace(model, pretrained=False)) == "random"
+    assert initial_weights_source(replace(model, weights=str(tmp_path / "w"))) == "no such file"
     (tmp_path / "w").touch()
-    assert weights_at_hand(replace(model, weights=str(tmp_path / "w"))) == "local file"
+    assert initial_weights_source(replace(model, weights=str(tmp_path / "w"))) == "local file"
 
 
 def test_jobs_are_added_up_over_the_processors_they_have(config: Config) -> None:
