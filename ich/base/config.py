@@ -23,6 +23,8 @@ from ich.base.ranges import (
     AT_LEAST_1,
     AT_LEAST_1_OR_NULL,
     FINITE_NOT_NEGATIVE,
+    POSITIVE_SHARE,
+    PROPER_SHARE,
     SHARE,
     allowed,
     number,
@@ -138,9 +140,7 @@ class DataConfig:
     )
     any_label: str | None = None
     metadata: str | None = None
-    subset: float = field(
-        default=MISSING, metadata=number("above 0 and at most 1", above=0, at_most=1)
-    )
+    subset: float = field(default=MISSING, metadata=POSITIVE_SHARE)
     cache_size: int = field(
         default=MISSING, metadata=number("from 16 to 1024 pixels", at_least=16, at_most=1024)
     )
@@ -169,9 +169,7 @@ class ProtocolConfig:
             "a finite number above 0, or null to keep all negatives", above=0, below=math.inf
         ),
     )
-    val_fraction: float = field(
-        default=MISSING, metadata=number("above 0 and below 1", above=0, below=1)
-    )
+    val_fraction: float = field(default=MISSING, metadata=PROPER_SHARE)
     test_fraction: float = MISSING
     folds: int | None = None
     fold: int | None = None
@@ -202,9 +200,7 @@ class AugmentConfig:
     hflip: float = field(default=MISSING, metadata=SHARE)
     vflip: float = field(default=MISSING, metadata=SHARE)
     crop: float = field(default=MISSING, metadata=SHARE)
-    crop_min: float = field(
-        default=MISSING, metadata=number("above 0 and at most 1", above=0, at_most=1)
-    )
+    crop_min: float = field(default=MISSING, metadata=POSITIVE_SHARE)
 
 
 @dataclass
@@ -227,9 +223,7 @@ class LossConfig:
     gamma: float | None = field(
         default=None, metadata=number("0 or more", at_least=0, below=math.inf)
     )
-    alpha: float | None = field(
-        default=None, metadata=number("above 0 and below 1", above=0, below=1)
-    )
+    alpha: float | None = field(default=None, metadata=PROPER_SHARE)
 
 
 # `_target_` is executable configuration: only these names are ever looked up.

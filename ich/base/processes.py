@@ -18,7 +18,7 @@ GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 
 @contextlib.contextmanager
 def no_second_signal() -> Iterator[None]:
-    """Impatience must not leave children behind."""
+    """Ignores further signals while children are ended: impatience must leave none behind."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -34,7 +34,7 @@ def watch_supervisor(pid: int) -> None:
     """
 
     def follow() -> None:
-        while os.getppid() == pid:
+        while os.getppid() == pid:  # an orphan is given another parent
             time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)

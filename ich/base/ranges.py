@@ -44,5 +44,7 @@ def number(text: str, **limits: float) -> dict[str, Allowed]:
 
 AT_LEAST_1 = number("at least 1", at_least=1)
 AT_LEAST_1_OR_NULL = number("at least 1, or null", at_least=1)
+POSITIVE_SHARE = number("above 0 and at most 1", above=0, at_most=1)
+PROPER_SHARE = number("above 0 and below 1", above=0, below=1)
 SHARE = number("a number from 0 to 1", at_least=0, at_most=1)
 FINITE_NOT_NEGATIVE = number("a finite number, 0 or more", at_least=0, below=math.inf)

@@ -40,6 +40,7 @@ def estimate_training_bytes(cfg: Config, outputs: int) -> int:
     and as much again as a quarter of them for what a step needs on the way."""
     size, channels = image_size(cfg), len(cfg.windows.channels)
     cost = model_cost(cfg.model, channels, size, cfg.train.batch_size, outputs)
+    # Four float32 for each parameter; the optimizer may keep fewer moments than Adam's two.
     return int(1.25 * (16 * cost.params + cost.activations))
 
 

@@ -32,6 +32,7 @@ def build_optimizer(
         settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
         if "SGD" not in cfg._target_:  # which counts no steps
             settings["capturable"] = True
+    # fused: one pass over a parameter, where the default makes one for each operation of the rule.
     optimizer: torch.optim.Optimizer = cls(model.parameters(), fused=True, **settings)
     return optimizer
 

@@ -27,7 +27,8 @@ from ich.training.trainer import StepCallback
 
 log = logging.getLogger("ich.train")
 _EARLIER_PROCESS_SECONDS = 30  # what the last process of a killed sweep may need to end
-_MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4  # what an ended training waits for MLflow
+# What an ended training waits for MLflow; after SIGTERM, SIGKILL follows in GRACE_SECONDS.
+_MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4
 
 
 class ProgressFile:
@@ -41,6 +42,7 @@ class ProgressFile:
         if now - self._written >= 0.25 or step == steps:
             self._written = now
             counts = {"epoch": epoch, "epochs": self._epochs, "step": step, "steps": steps}
+            # Not synced: after a crash of the machine nobody asks how far it was.
             write_json(self._path, {"phase": phase, **counts}, sync=False)
 
 

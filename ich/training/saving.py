@@ -52,7 +52,7 @@ class CheckpointWriter:
         # The best weights too: those on disk may be of an epoch that this state has not reached.
         if state.best is not None:
             weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
-            tensors["best/weights"] = torch.from_numpy(weights.copy())
+            tensors["best/weights"] = torch.from_numpy(weights.copy())  # which may be written to
             tensors["best/logits"] = torch.from_numpy(state.best.logits)
         names = [f.name for f in fields(state) if f.name not in ("losses", "best")]
         facts = {
@@ -145,6 +145,6 @@ def save_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarr
             f"{name}_target": split.target,
             f"{name}_logits": values,
         }
-    part = run.predictions.with_name("predictions.part.npz")
+    part = run.predictions.with_name("predictions.part.npz")  # savez would append another suffix
     np.savez_compressed(part, **arrays)
     part.rename(run.predictions)

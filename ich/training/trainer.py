@@ -148,6 +148,7 @@ class Trainer:
 
     def network(self, x: torch.Tensor) -> torch.Tensor:
         """The network's input [B, C, H, W] -> float32 logits [B, L], in the mode's precision."""
+        # The weights stay float32: autocast converts what a convolution or product takes of them.
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.mode.precision == "bf16"
         ):
@@ -179,6 +180,7 @@ class Trainer:
         losses = torch.zeros(steps, device=self.device)
         losses[: state.step] = state.losses[: state.step]
         state.losses = losses
+        # An epoch that was taken up in its middle has run before.
         begin = time.perf_counter() - state.epoch_seconds
         on_step("training", epoch, state.step, steps)
         batches = self.train_loader.epoch(self.cfg.seed, epoch, draws, state.step)
@@ -191,7 +193,7 @@ class Trainer:
             state.step, state.epoch_seconds = step, time.perf_counter() - begin
             on_step("training", epoch, step, steps)
             after_step()
-        _require_finite(state.losses, epoch, 1)
+        _require_finite(state.losses, epoch, 1)  # on a GPU only here, where the host waits anyway
         return float(state.losses.sum()) / rows
 
     def eager_step(self, batch: Batch) -> torch.Tensor:
