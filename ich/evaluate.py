@@ -18,7 +18,7 @@ from ich.inference.scores import evaluate, validate
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="evaluate")
 def run(cfg: DictConfig) -> None:
     """One evaluation; a user's mistake is one paragraph."""
-    with entry.one_paragraph():
+    with entry.without_traceback():
         if OmegaConf.is_missing(cfg, "models"):
             raise UserError(
                 "models is missing. Give the folder of a run with models=PATH, an MLflow run id, "
@@ -30,4 +30,4 @@ def run(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(run)
+    entry.run_hydra(run)

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
-    return entry.status(lambda: run(args))
+    return entry.exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as the help says; 130 or 143 after Ctrl-C or SIGTERM."""
     args = parse(argv)
     keep_memory()
-    return entry.status(lambda: run(args))
+    return entry.exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ich.pages.page import format_cells
 def run(cfg: DictConfig) -> None:
     """One preparation; a user's mistake is one paragraph."""
     config = to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)), PrepareConfig)  # type: ignore[arg-type]
-    with entry.one_paragraph():
+    with entry.without_traceback():
         validate(config)
         if config.dry_run:
             dry_run(config)
@@ -77,4 +77,4 @@ def _show(terminal: Terminal, config: PrepareConfig, cohort: Cohort, key: str) -
 
 
 if __name__ == "__main__":
-    entry.run(run)
+    entry.run_hydra(run)

@@ -22,7 +22,7 @@ from sweeps import SABOTEUR
 from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_yaml
 from ich.base.files import write_json
-from ich.base.processes import hold
+from ich.base.processes import lock_run
 from ich.base.results import FINISHED, Origin, RunPaths, SweepPaths
 from ich.launch.rerun import Original, changes, rerun_config, restoring
 from ich.rerun import main
@@ -521,7 +521,7 @@ def test_a_second_rerun_at_once_is_refused(
     trains(nothing)
     reruns = SweepPaths(run.root.parent).reruns
     reruns.mkdir()
-    with hold(RunPaths(reruns), 0):
+    with lock_run(RunPaths(reruns), 0):
         assert "another rerun is under way in multirun_reports/s/reruns" in refused(
             capsys, run.root
         )

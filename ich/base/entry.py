@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from ich.base.config import UserError, register_schemas
 from ich.base.terminal import harmless
 
-_asked: list[int] = []  # signals that asked this process to end
+_received: list[int] = []  # signals that ended this process
 
 
 def end_on_signals() -> None:
@@ -20,7 +20,7 @@ def end_on_signals() -> None:
     ended and nothing half is left."""
 
     def end(number: int, _: object) -> None:
-        _asked.append(number)
+        _received.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -29,20 +29,20 @@ def end_on_signals() -> None:
 
 
 @contextmanager
-def one_paragraph() -> Iterator[None]:
+def without_traceback() -> Iterator[None]:
     """Turns a user's mistake, or a file that cannot be used, into text without a traceback."""
     try:
         yield
     except Exception as error:
-        if _asked:  # an extension module turns what interrupts its import into an ImportError
-            sys.exit(128 + _asked[0])
+        if _received:  # an extension module turns what interrupts its import into an ImportError
+            sys.exit(128 + _received[0])
         if not isinstance(error, UserError | OSError):
             raise
         what = "" if isinstance(error, UserError) else "a folder or file cannot be used: "
         raise CompactHydraException(harmless(f"ich: {what}{error}")) from None
 
 
-def run(command: Callable[[], object]) -> None:
+def run_hydra(command: Callable[[], object]) -> None:
     """Runs a command that composes one config with Hydra: exit status 0, 1 after a mistake, 130 or
     143 after Ctrl-C or SIGTERM."""
     register_schemas()
@@ -53,11 +53,11 @@ def run(command: Callable[[], object]) -> None:
         sys.exit(130)
 
 
-def status(command: Callable[[], int]) -> int:
-    """The exit status of a command without Hydra: its own, else as `run` has it."""
+def exit_status(command: Callable[[], int]) -> int:
+    """The exit status of a command without Hydra: its own, else as `run_hydra` has it."""
     end_on_signals()
     try:
-        with one_paragraph():
+        with without_traceback():
             return command()
     except CompactHydraException as error:
         print(error, file=sys.stderr)

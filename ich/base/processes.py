@@ -17,7 +17,7 @@ GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 
 
 @contextlib.contextmanager
-def no_second_signal() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """Ignores further signals while children are ended: impatience must leave none behind."""
     before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -44,7 +44,7 @@ def watch_supervisor(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def hold(run: RunPaths, seconds: float) -> Iterator[None]:
+def lock_run(run: RunPaths, seconds: float) -> Iterator[None]:
     """Keeps a run's folder for this process.
 
     The last process of a killed sweep may need some seconds to end.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ich.base.config import Config, UserError
-from ich.base.processes import GRACE_SECONDS, hold, no_second_signal
+from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.terminal import Board
 
@@ -76,10 +76,10 @@ def ending_jobs(runs: Sequence[RunPaths], sweep: SweepPaths) -> Iterator[None]:
     except BaseException:
         sweep.interrupt()
         end = time.monotonic() + 2 * GRACE_SECONDS
-        with no_second_signal():
+        with signals_ignored():
             for run in (run for run in runs if run.lock.exists()):
                 # Held by its training until that has ended.
-                with contextlib.suppress(BlockingIOError), hold(run, end - time.monotonic()):
+                with contextlib.suppress(BlockingIOError), lock_run(run, end - time.monotonic()):
                     pass
         raise
 

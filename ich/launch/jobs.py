@@ -22,7 +22,7 @@ from typing import TypeVar
 from ich.base import provenance
 from ich.base.config import Config, to_yaml
 from ich.base.files import write_json
-from ich.base.processes import GRACE_SECONDS, hold, no_second_signal
+from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
 from ich.base.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State
 from ich.tracking.mirror import Mirror
 
@@ -114,7 +114,7 @@ def run_in_slots(
             pass
     except BaseException:
         stop.set()
-        with no_second_signal():
+        with signals_ignored():
             for over in ended:
                 over.wait(2 * GRACE_SECONDS)
         raise
@@ -277,7 +277,7 @@ def write_lost(
 ) -> None:
     """The result of a job whose supervisor was lost, once its training has ended."""
     run.root.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(BlockingIOError), hold(run, 2 * GRACE_SECONDS):
+    with contextlib.suppress(BlockingIOError), lock_run(run, 2 * GRACE_SECONDS):
         state = run.state(config, origin)
         if state is State.new and run.result.exists():  # of another run: the job never began
             _take_over(config, run, origin, state)

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from ich.base.config import Config, Device, Monitor, to_dataclass
-from ich.base.entry import one_paragraph
+from ich.base.entry import without_traceback
 from ich.base.files import write_json
 from ich.base.naming import job_name, sweep_name
 from ich.base.results import FAILED, State, SweepPaths
@@ -180,7 +180,7 @@ class CheckedLauncher(OnceLauncher):
             [*overrides, f"name={job.name}", f"job='{job.job}'"]
             for overrides, job in zip(job_overrides, jobs, strict=True)
         ]
-        with one_paragraph():
+        with without_traceback():
             return self._launch(named, initial_job_idx, configs, sweep)
 
     def _launch(
@@ -309,7 +309,7 @@ def compose_jobs(
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
-    with one_paragraph(), Terminal().preparing() as report:
+    with without_traceback(), Terminal().preparing() as report:
         sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:
         launched.append(sweep)
@@ -320,7 +320,7 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
 
 def plan(configs: Sequence[Config], at_once: int = 1) -> None:
     """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
-    with one_paragraph():
+    with without_traceback():
         from ich.launch.plan import describe_plan, make_plan
 
         with Terminal().preparing() as report:

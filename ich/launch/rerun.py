@@ -32,7 +32,7 @@ from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_dataclass
 from ich.base.files import write_json
 from ich.base.naming import identity
-from ich.base.processes import hold
+from ich.base.processes import lock_run
 from ich.base.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
 from ich.base.validation import validate
@@ -296,8 +296,8 @@ def repeat(original: Original, now: dict[str, Any]) -> Result:
     run.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
-            held.enter_context(hold(RunPaths(original.sweep.reruns), 0))
-            with hold(run, _EARLIER_PROCESS_SECONDS):
+            held.enter_context(lock_run(RunPaths(original.sweep.reruns), 0))
+            with lock_run(run, _EARLIER_PROCESS_SECONDS):
                 pass
         except BlockingIOError:
             raise UserError(

@@ -16,7 +16,7 @@ import torch
 
 from ich.base.config import Config, UserError, load_config
 from ich.base.files import write_json
-from ich.base.processes import hold, watch_supervisor
+from ich.base.processes import lock_run, watch_supervisor
 from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
 from ich.base.workers import keep_memory
 from ich.tracking.journal import Journal
@@ -87,7 +87,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     # A stack, so that only taking the lock is tried, and not the training under it.
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(run, _EARLIER_PROCESS_SECONDS))
+            stack.enter_context(lock_run(run, _EARLIER_PROCESS_SECONDS))
         except BlockingIOError:
             log.error("another process trains in this folder, and did not end")
             return 1
