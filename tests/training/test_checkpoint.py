@@ -62,9 +62,9 @@ def config(composed: Compose, phantom: Path) -> Config:
 def run_until(
     config: Config, run: RunPaths, stop: Callable[[str, int], None] | None
 ) -> dict[str, object]:
-    """One process's share of a training: `stop` is called at every tick and may raise."""
+    """One process's share of a training: `stop` is called at every step and may raise."""
     run.root.mkdir(parents=True, exist_ok=True)
-    return fit(config, run, Journal(run.metrics), lambda *place: stop(*place[:2]) if stop else None)
+    return fit(config, run, Journal(run.metrics), lambda *step: stop(*step[:2]) if stop else None)
 
 
 def final(run: RunPaths) -> dict[str, torch.Tensor]:
