@@ -21,7 +21,6 @@ from omegaconf import DictConfig
 
 from ich.base.config import CONF_DIR, register_schemas, to_dataclass
 from ich.base.entry import end_on_signals
-from ich.base.results import FINISHED
 from ich.launch import launcher
 from ich.pages.tables import compare
 from ich.scoring.uncertainty import RESAMPLES
@@ -48,7 +47,7 @@ def close(interrupted: bool) -> bool:
     """Writes the tables of what this process launched; True if every job finished."""
     all_ok = True
     for sweep in launcher.launched:
-        ok = all(r["status"] == FINISHED for r in sweep.read_results())
+        ok = all(r.is_finished for r in sweep.read_results())
         compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
         close_sweep_run(sweep, status, _PATIENCE_INTERRUPTED if interrupted else None)

@@ -5,16 +5,41 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ich.base.config import Config, to_dict, to_yaml
+from ich.base.records import (
+    FAILED,
+    FINISHED,
+    CohortSummary,
+    FitResult,
+    RunResult,
+    SweepRecord,
+)
 from ich.base.results import RunPaths, SweepPaths
 from ich.data.phantom.spec import LABELS
 from ich.scoring.metrics import always_negative, multilabel_metrics
 
+LEAK = {"image": 0.1, "study": 0.9, "patient": 0.9}
+COHORT = CohortSummary({"images": 30, "train": 20, "val": 10}, {}, "val", LEAK, protocol="report")
+FIT = FitResult(
+    scores={"accuracy": 0.9, "auc": 0.8},
+    val_scores={"accuracy": 0.9, "auc": 0.8},
+    best_epoch=2,
+    auc_top=0.8,
+    labels=("epidural", "any"),
+    params=10,
+    params_imagenet=20,
+    epochs=2,
+    minutes=1.0,
+    images_per_s=5.0,
+    device="CPU, 2 threads",
+    cohort=COHORT,
+    always_negative={"accuracy": 0.88, "auc": 0.5},
+)
 MILLIONS = {"vgg16": 14.72, "resnet50": 23.52, "mobilenet_v2": 2.23, "xception": 20.82}
 
 
@@ -61,18 +86,18 @@ def write_sweep(
         run.config.write_text(to_yaml(config))
         configs[job] = to_dict(config)
         if job in failed:
-            run.write_result({"status": "failed", "reason": "ended by SIGKILL", "job": job})
+            run.write_result(RunResult(FAILED, "ended by SIGKILL", job))
             continue
         _write_run(run, model, job, (rows or {}).get(job, common), signal, number)
-    record: dict[str, Any] = {
-        "name": root.name,
-        "jobs": list(jobs),
-        "started": "2026-11-25 12:00",
-        "command": "python -m ich.sweep -m ...",
-        "configs": configs,
-        "cohorts": [],
-    }
-    sweep.write_record(record)
+    sweep.write_record(
+        SweepRecord(
+            name=root.name,
+            jobs=tuple(jobs),
+            started="2026-11-25 12:00",
+            command="python -m ich.sweep -m ...",
+            configs=configs,
+        )
+    )
     return sweep
 
 
@@ -88,36 +113,22 @@ def _write_run(
     arrays = {f"val_{k}": v for k, v in rows.items()} | {"val_logits": logits}
     np.savez_compressed(run.predictions, labels=np.array(LABELS), **arrays)
     scores = multilabel_metrics(logits, target, LABELS)
-    leak = {"image": 0.1, "study": 0.9, "patient": 0.9}
-    run.write_result(
-        {
-            "job": job,
-            "model": model,
-            "status": "finished",
-            "reason": "",
-            **scores,
-            **{f"val_{k}": v for k, v in scores.items()},
-            "auc_top": scores["auc"],
-            "best_epoch": 2,
-            "labels": list(LABELS),
-            "params": int(1e6 * MILLIONS.get(model, 5)),
-            "params_imagenet": int(1e6 * MILLIONS.get(model, 5)) + 1000,
-            "minutes": 1.0 + seed,
-            "images_per_s": 100.0 / (1 + seed),
-            "device": "CPU, 2 threads",
-            "precision": "fp32",
-            "always_negative": always_negative(target, LABELS),
-            "cohort": {
-                "protocol": "report",
-                "images": len(target),
-                "train": 10,
-                "val": len(target),
-                "quarantined": 0,
-                "scored": "val",
-                "leak": leak,
-            },
-        }
+    params = int(1e6 * MILLIONS.get(model, 5))
+    fit = replace(
+        FIT,
+        scores=scores,
+        val_scores=scores,
+        auc_top=scores["auc"],
+        labels=LABELS,
+        params=params,
+        params_imagenet=params + 1000,
+        minutes=1.0 + seed,
+        images_per_s=100.0 / (1 + seed),
+        precision="fp32",
+        always_negative=always_negative(target, LABELS),
+        cohort=replace(COHORT, steps={"images": len(target), "train": 10, "val": len(target)}),
     )
+    run.write_result(RunResult(FINISHED, "", job, model, fit))
     lines = [
         {
             "step": n,

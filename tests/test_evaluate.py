@@ -136,7 +136,7 @@ def test_the_page_holds_both_sides(tmp_path: Path) -> None:
 def config(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     monkeypatch.chdir(trained)  # its cohort's file is under .ich-cache there
     register_schemas()
-    job = SweepPaths(trained / "multirun_reports" / "s").read_record()["jobs"][0]
+    job = SweepPaths(trained / "multirun_reports" / "s").read_record().jobs[0]
 
     def make(*overrides: str) -> EvaluateConfig:
         own = [f"models='multirun_reports/s/{job}'", f"output={tmp_path / 'out'}", "resamples=20"]
@@ -157,14 +157,14 @@ def test_the_runs_own_validation_rows_score_as_in_training(
 ) -> None:
     page = evaluate(config(f'data.root="{phantom}"', "rows=val"))
     run = SweepPaths(trained / "multirun_reports" / "s").run(
-        SweepPaths(trained / "multirun_reports" / "s").read_record()["jobs"][0]
+        SweepPaths(trained / "multirun_reports" / "s").read_record().jobs[0]
     )
     own = read_predictions(run)
     assert own is not None
     for name in ("auc", "accuracy", "log_loss", "auc_any", "brier"):
         assert metric(page, name) == pytest.approx(own.metrics[name], abs=1e-5)
         assert metric(page, name, "difference") == pytest.approx(0, abs=1e-5)
-    leak = run.read_result()["cohort"]["leak"]
+    leak = run.read_result().fit.cohort.leak
     said = capsys.readouterr().out
     assert f"{leak['image']:.1%} the image, {leak['study']:.1%} the study" in said
 

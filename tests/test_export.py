@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run(trained: Path) -> RunPaths:
     sweep = SweepPaths(trained / "multirun_reports" / "s")
-    return sweep.run(sweep.read_record()["jobs"][0])
+    return sweep.run(sweep.read_record().jobs[0])
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_windows_are_in_the_graph(model: Ensemble) -> None:
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first run of the sweep in all three formats, for slices of 64 pixels."""
     sweep = SweepPaths(trained / "multirun_reports" / "s")
-    root, out = sweep.run(sweep.read_record()["jobs"][0]).root, tmp_path_factory.mktemp("exports")
+    root, out = sweep.run(sweep.read_record().jobs[0]).root, tmp_path_factory.mktemp("exports")
     for kind in exporting.FORMATS:
         words = ["--model", root, "--format", kind, "-o", out, "--size", 64, "--resamples", 50]
         assert main([str(w) for w in words]) == 0
@@ -193,20 +193,20 @@ def test_a_value_out_of_range_is_refused(
 
 def test_the_card_says_what_is_known(exported: Path, run: RunPaths) -> None:
     card = (exported / "model_card.md").read_text()
-    result = run.read_result()
+    fit = run.read_result().fit
     for text in (
         "# Model card: mobilenet_v2",
         "brain (40/80), subdural (80/200), soft_tissue (40/380)",
-        f"cohort {result['cohort']['cohort']}",
+        f"cohort {fit.cohort.cohort}",
         "There is no test set: the same rows chose the epoch and the thresholds, and scored.",
-        f"{result['cohort']['leak']['patient']:.1%} of the scored rows the patient",
+        f"{fit.cohort.leak['patient']:.1%} of the scored rows the patient",
         "Not a medical device",
         "Trained on synthetic slices: its metrics say nothing about a patient.",
         "without intervals",  # eight patients
         "Synthetic slices, made by ich.phantom",
         "The initial weights were random.",
-        f"| auc | {result['auc']:.4f} |",
-        f"| accuracy | {result['accuracy']:.4f} |",
+        f"| auc | {fit.scores['auc']:.4f} |",
+        f"| accuracy | {fit.scores['accuracy']:.4f} |",
     ):
         assert text in card, text
     for label, threshold in load_ensemble([str(run.root)], CPU).thresholds.items():

@@ -61,7 +61,7 @@ def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder) -> None:
     assert "not finite in epoch 1, step 3" in table["reason"][0]
     assert "train.batch_size" in table["reason"][1]
     assert "is cut or damaged" in folder.of(3).log.read_text()
-    assert folder.of(5).read_result()["resumed"] == 1
+    assert folder.of(5).read_result().fit.resumed == 1
     assert folder.digests(7) == healthy
 
     status, output = folder.run(8)
@@ -96,7 +96,7 @@ def test_a_sweep_that_is_ended_ends_its_jobs_and_goes_on_later(
         assert ended == {"s": "KILLED", folder.job(0): "KILLED", folder.job(1): "KILLED"}
     status, output = folder.run(3, "train.epochs=4")
     assert status == 0, output
-    assert folder.of(0).read_result()["resumed"] == 1
+    assert folder.of(0).read_result().fit.resumed == 1
 
 
 def test_a_sweep_that_is_killed_leaves_no_job_alive_and_goes_on_later(folder: Folder) -> None:
@@ -108,7 +108,7 @@ def test_a_sweep_that_is_killed_leaves_no_job_alive_and_goes_on_later(folder: Fo
     wait_for(lambda: not folder.processes(), 30)
     status, output = folder.run(2, "train.epochs=4")
     assert status == 0, output
-    assert folder.of(0).read_result()["resumed"] == 1
+    assert folder.of(0).read_result().fit.resumed == 1
     with sqlite3.connect(folder.root / "mlflow.db") as db:
         assert {s for (s,) in db.execute("SELECT status FROM runs")} <= {"FINISHED", "KILLED"}
 
@@ -118,7 +118,7 @@ def test_a_failed_job_is_tried_again_from_its_checkpoint(folder: Folder) -> None
     steps = {0: ("SIGKILL", 40)}
     status, output = folder.run(2, "sweep.retry=1", sabotage=steps)
     assert status == 0, output
-    assert folder.of(0).read_result()["resumed"] == 1
+    assert folder.of(0).read_result().fit.resumed == 1
 
 
 def test_the_first_failure_stops_the_sweep_if_it_is_to(folder: Folder) -> None:

@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def runs(trained: Path) -> list[Path]:
     sweep = SweepPaths(trained / "multirun_reports" / "s")
-    return [sweep.run(job).root for job in sweep.read_record()["jobs"]]
+    return [sweep.run(job).root for job in sweep.read_record().jobs]
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_mlflow_names_lead_to_the_same_weights(
     trained: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
-    of_run = {RunPaths(r).read_tracking()["mlflow_run"]: r for r in runs}
+    of_run = {RunPaths(r).read_tracking().mlflow_run: r for r in runs}
     store = MlflowStore(TrackingConfig(mlflow=True))
     best = of_run[store.client.get_model_version_by_alias("ich", "best").run_id]
     names = {**of_run, f"runs:/{next(iter(of_run))}": runs[0]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,7 @@ def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
     assert len(client.search_model_versions("name = 'ich'")) == 4
     version = client.get_model_version_by_alias("ich", "other")
     assert version.tags["ich.job"] == "xception"
-    parent = client.get_run(str(other.read_record()["mlflow_run"]))
+    parent = client.get_run(str(other.read_record().mlflow_run))
     assert parent.data.tags["ich.best_job"] == "xception"
     assert parent.data.metrics["best/auc"] > 0.9
     kept = {f.path for f in client.list_artifacts(parent.info.run_id)}
@@ -341,7 +342,7 @@ def test_nothing_is_promoted_that_mlflow_does_not_have(
     three: SweepPaths, tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = three.read_record()
-    for config in record["configs"].values():
+    for config in record.configs.values():
         config["tracking"]["mlflow"] = False
     three.write_record(record)
     with pytest.raises(UserError, match=r"was trained with tracking=none"):
@@ -397,7 +398,7 @@ def test_few_patients_have_no_interval(tmp_path: Path, composed: Compose) -> Non
 
 def test_the_page_names_no_path_of_the_machine(three: SweepPaths) -> None:
     command = "python -m ich.sweep data.root=/home/alice/rsna.zip data.labels='/srv/a b/l.csv'"
-    three.write_record(three.read_record() | {"command": command})
+    three.write_record(replace(three.read_record(), command=command))
     compare(three, resamples=0)
     for file in (three.page, three.markdown):
         assert "data.root=rsna.zip" in file.read_text()
@@ -450,8 +451,8 @@ def test_seeds_are_one_setting_where_names_had_to_be_cut(tmp_path: Path, compose
     for seed, digest in ((0, "f0afa1"), (1, "5e04ae")):
         name = f"xception,augment.hflip=x_y,seed={seed}-{digest}"
         sweep.run(f"xception,seed={seed}").root.rename(sweep.run(name).root)
-    jobs = [p.name for p in sorted(sweep.root.glob("xception*"))]
-    sweep.write_record(sweep.read_record() | {"jobs": jobs})
+    jobs = tuple(p.name for p in sorted(sweep.root.glob("xception*")))
+    sweep.write_record(replace(sweep.read_record(), jobs=jobs))
     (group,) = load_comparison([sweep], 0).settings
     assert group.name == "xception,augment.hflip=x_y"
     assert len(group.runs) == 2

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up import FIT
 from safetensors.numpy import load_file, save_file
 from sweeps import SABOTEUR
 
@@ -23,7 +24,8 @@ from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_yaml
 from ich.base.files import write_json
 from ich.base.processes import lock_run
-from ich.base.results import FINISHED, Origin, RunPaths, SweepPaths
+from ich.base.records import FAILED, FINISHED, KILLED, Hardware, Origin, Provenance, RunResult
+from ich.base.results import RunPaths, SweepPaths
 from ich.launch.rerun import Original, changes, rerun_config, restoring
 from ich.rerun import main
 from ich.scoring.verdict import Outcome, compare_runs, describe
@@ -42,9 +44,10 @@ def make(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None
              "val/auc_any": None, "train/images_per_s": 10.0 * n} for n in (1, 2)
         ],
         "result": {
-            "status": FINISHED, "reason": "", "auc": 0.9, "accuracy": 0.8, "val_auc": 0.9,
-            "val_accuracy": 0.8, "best_epoch": 2, "auc_top": 0.9, "minutes": 1.0, "params": 7,
-            "labels": ["epidural", "any"], "always_negative": {"accuracy": 0.7},
+            "status": FINISHED, "reason": "", **replace(
+                FIT, scores={"auc": 0.9, "accuracy": 0.8}, always_negative={"accuracy": 0.7},
+                val_scores={"auc": 0.9, "accuracy": 0.8},
+            ).to_json(),
         },
         "predictions": {
             "labels": np.array(["epidural", "any"]),
@@ -61,7 +64,7 @@ def make(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None
     run = RunPaths(folder)
     folder.mkdir()
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in what["epochs"]))
-    run.write_result(what["result"])
+    write_json(run.result, what["result"])
     np.savez_compressed(run.predictions, **what["predictions"])
     save_file(what["weights"], run.best, what["header"])
     return run
@@ -233,8 +236,8 @@ def trains(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> Train:
             assert not again.best.exists()
             shutil.copytree(run.root, again.root, dirs_exist_ok=True)
             again.config.write_text(to_yaml(config))
-            write_json(again.origin, origin)
-            write_json(again.provenance, provenance.record())
+            again.write_origin(origin)
+            again.write_provenance(provenance.record())
             change(again)
             return again.read_result()
 
@@ -264,7 +267,10 @@ def test_a_repeated_run_is_identical(project: Path) -> None:
     assert f"{JOB} epoch 2/2: loss" in out
     original, again = RunPaths(project / folder), rerun_of(RunPaths(project / folder))
     assert again.root == project / "multirun_reports" / "s" / "reruns" / JOB
-    assert original.read_result()["threads"] == again.read_result()["threads"] == 1
+    first, second = original.read_result().fit, again.read_result().fit
+    assert first is not None
+    assert second is not None
+    assert first.threads == second.threads == 1
     assert again.best.read_bytes() == original.best.read_bytes()
     record = json.loads(again.comparison.read_text())
     assert (record["verdict"], record["tolerance"]) == ("identical", 1e-3)
@@ -331,7 +337,7 @@ def test_a_rerun_that_fails_says_why_and_compares_nothing(
     run: RunPaths, trains: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def die(again: RunPaths) -> None:
-        again.write_result({"status": "failed", "reason": "ended by SIGKILL (out of memory?)"})
+        again.write_result(RunResult(FAILED, "ended by SIGKILL (out of memory?)"))
 
     trains(die)
     assert main([str(run.root)]) == 1
@@ -379,19 +385,19 @@ def test_other_code_is_reported_with_the_commands_that_restore_it(
 @pytest.fixture
 def original(composed: Callable[..., Config], tmp_path: Path) -> Original:
     config = composed("model=mobilenet_v2", "tracking=mlflow")
-    result = {"device": "CPU, 2 threads", "threads": 2}
-    hardware = {"processor": "a chip", "cores": 2, "gpus": []}
-    made_with = {"versions": {"torch": "2.6", "timm": "1.0"}, "hardware": hardware}
+    versions, hardware = {"torch": "2.6", "timm": "1.0"}, Hardware("a chip", cores=2)
+    made_with = Provenance("x", versions=versions, hardware=hardware)
     sweep = SweepPaths(tmp_path / "s")
     origin = Origin(cohort="c", weights="w", code="x")
-    return Original(sweep.run(JOB), sweep, config, origin, result, made_with, None)
+    fit = replace(FIT, threads=2)
+    return Original(sweep.run(JOB), sweep, config, origin, fit, made_with, None)
 
 
 def test_each_change_of_packages_hardware_and_threads_is_a_sentence(original: Original) -> None:
-    now = {"code": "x", **json.loads(json.dumps(original.made_with))}
+    now = original.made_with
     assert changes(original, now, "CPU, 4 threads") == []
-    now["versions"] = {"torch": "2.7", "scipy": "1.11"}
-    now["hardware"] = {"processor": "a chip", "cores": 1, "gpus": ["a GPU, 8 GB"]}
+    hardware = Hardware("a chip", cores=1, gpus=("a GPU, 8 GB",))
+    now = Provenance("x", versions={"torch": "2.7", "scipy": "1.11"}, hardware=hardware)
     assert changes(original, now, "a GPU") == [
         "torch: 2.6 then, 2.7 now.",
         "timm: 1.0 then, none now.",
@@ -401,8 +407,8 @@ def test_each_change_of_packages_hardware_and_threads_is_a_sentence(original: Or
         "gpus: none then, a GPU, 8 GB now.",
         "threads: 2 as then, on 1 cores: slower, but the same sums.",
     ]
-    older = replace(original, result={"device": "CPU, 2 threads"}, made_with={})
-    code, packages, threads = changes(older, now | {"code": "y"}, "CPU, 2 threads")
+    older = replace(original, fit=FIT, made_with=Provenance())
+    code, packages, threads = changes(older, replace(now, code="y"), "CPU, 2 threads")
     assert code == "code of ich: x then, y now; it was version unknown, of no recorded commit."
     assert "not recorded" in packages
     assert "threads: not recorded as a number (CPU, 2 threads)" in threads
@@ -476,7 +482,7 @@ def test_a_run_that_did_not_finish_is_refused(
 def test_other_data_are_refused_with_both_fingerprints(
     run: RunPaths, capsys: pytest.CaptureFixture[str], phantom: Path, tmp_path: Path
 ) -> None:
-    was = run.read_origin()["cohort"]
+    was = run.read_origin().cohort
     moved = tmp_path / "elsewhere"
     shutil.copytree(phantom, moved)
     config = load_config(run.config)
@@ -542,9 +548,9 @@ def test_a_rerun_goes_on_unless_it_began_with_other_code(
     again = rerun_of(run)
     seen = []
 
-    def run_job(_: Config, run: RunPaths, *__: object) -> dict[str, object]:
+    def run_job(_: Config, run: RunPaths, *__: object) -> RunResult:
         seen.append(run.has_checkpoint())
-        return {"status": "killed", "reason": "a test"}
+        return RunResult(KILLED, "a test")
 
     monkeypatch.setattr("ich.launch.rerun.run_job", run_job)
     again.result.unlink()
@@ -583,4 +589,6 @@ def test_a_killed_rerun_goes_on_when_the_command_is_given_again(
     assert process.wait(30) == status
     out = command(Path.cwd(), "rerun", str(run.root), status=0)
     assert "\nidentical\n" in out
-    assert again.read_result()["resumed"] == 1, out
+    fit = again.read_result().fit
+    assert fit is not None, out
+    assert fit.resumed == 1

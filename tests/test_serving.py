@@ -36,13 +36,13 @@ from ich.tracking.store import MlflowStore, TrackingConfig
 @pytest.fixture
 def run(trained: Path) -> RunPaths:
     sweep = SweepPaths(trained / "multirun_reports" / "s")
-    return sweep.run(sweep.read_record()["jobs"][0])
+    return sweep.run(sweep.read_record().jobs[0])
 
 
 @pytest.fixture
 def model_folder(trained: Path, run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(trained)
-    return MlflowStore(TrackingConfig(mlflow=True)).fetch(run.read_tracking()["mlflow_run"]) / (
+    return MlflowStore(TrackingConfig(mlflow=True)).fetch(run.read_tracking().mlflow_run) / (
         "model"
     )
 

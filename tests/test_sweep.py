@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -10,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import run_module
+from made_up import FIT
 from mlflow import MlflowClient
 from sweeps import SMALL
 
 from ich.base.config import UserError
+from ich.base.records import FAILED, FINISHED, RunResult
 from ich.base.results import SweepPaths
 from ich.data.phantom.spec import LABELS
 from ich.pages.tables import best_cells, build_table, compare
@@ -191,18 +194,9 @@ def test_mistakes_are_said_before_any_job_starts(
 # The table itself
 
 
-def result(job: str, **values: object) -> dict[str, object]:
-    base = {
-        "job": job,
-        "model": job,
-        "status": "finished",
-        "reason": "",
-        "accuracy": 0.9,
-        "auc": 0.8,
-        "params": 10,
-        "always_negative": {"accuracy": 0.88, "auc": 0.5},
-    }
-    return {**base, **values}
+def result(job: str, status: str = FINISHED, accuracy: float = 0.9, params: int = 10) -> RunResult:
+    fit = replace(FIT, scores={"accuracy": accuracy, "auc": 0.8}, params=params)
+    return RunResult(status, "", job, job, fit)
 
 
 def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
@@ -210,7 +204,7 @@ def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
         [
             result("vgg16"),
             result("xception", accuracy=0.95, params=5),
-            result("mobilenet_v2", auc=None, status="failed", params=1),
+            result("mobilenet_v2", status=FAILED, params=1),
         ]
     )
     assert {(1, "accuracy"), (0, "auc"), (1, "auc"), (1, "params")} <= best_cells(table)
@@ -264,7 +258,7 @@ def test_a_sweep_without_a_finished_job_still_has_its_table(tmp_path: Path) -> N
     place = SweepPaths(tmp_path)
     place.record.write_text('{"name": "x", "jobs": ["a"], "started": "", "command": ""}')
     place.run("a").root.mkdir()
-    place.run("a").write_result({"status": "failed", "reason": "ended by SIGKILL", "job": "a"})
+    place.run("a").write_result(RunResult(FAILED, "ended by SIGKILL", "a"))
     table = compare(place)
     assert table["reason"].tolist() == ["ended by SIGKILL"]
     assert "failed: ended by SIGKILL" in place.markdown.read_text()

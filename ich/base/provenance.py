@@ -9,9 +9,9 @@ import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import ich
+from ich.base.records import GitState, Hardware, Provenance
 
 # Of the whole package, wherever in it this module stands.
 _PACKAGE = Path(ich.__file__).resolve().parent
@@ -38,22 +38,22 @@ def code_version(package: Path = _PACKAGE) -> str:
     return digest.hexdigest()[:12]
 
 
-def git_state(package: Path = _PACKAGE) -> dict[str, Any]:
+def git_state(package: Path = _PACKAGE) -> GitState | None:
     """Commit of the checkout that the package lies in, and whether it was changed since.
 
-    Empty for an installed package, and where git is absent or does not answer.
+    None for an installed package, and where git is absent or does not answer.
     """
     commit = _git(package, "rev-parse", "HEAD")
     if not commit or not _git(package, "ls-files", "--", "."):
-        return {}
+        return None
     changed = _git(package, "status", "--porcelain", "--", ".")
-    return {"commit": commit.strip(), "changed": bool(changed)}
+    return GitState(commit.strip(), bool(changed))
 
 
 def git_diff(package: Path = _PACKAGE) -> str:
     """What was changed since the commit, new files included, as `git apply` takes it; cut above
     1 MB, empty for none."""
-    if not git_state(package):
+    if git_state(package) is None:
         return ""
     plain = ("--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")
     text = _git(package, "diff", *plain, "HEAD", "--", ".")
@@ -103,16 +103,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """Processor, cores, memory (GiB), system, and the GPUs' names where nvidia-smi tells them."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(pages / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
-        "gpus": _gpus(),
-    }
+    return Hardware(
+        processor=processor(),
+        cores=os.cpu_count(),
+        memory_gib=round(pages / 2**30, 1),
+        system=f"{platform.system()} {platform.release()}",
+        gpus=tuple(_gpus()),
+    )
 
 
 def processor(gpu: bool = False) -> str:
@@ -137,11 +137,6 @@ def _gpus() -> list[str]:
     return done.stdout.decode(errors="replace").strip().splitlines()
 
 
-def record(package: Path = _PACKAGE) -> dict[str, Any]:
-    """All of it, as JSON can hold it."""
-    return {
-        "code": code_version(package),
-        "git": git_state(package),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
+def record(package: Path = _PACKAGE) -> Provenance:
+    """All of it, here and now."""
+    return Provenance(code_version(package), git_state(package), versions(), hardware())

@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
 
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.base.config import Config, load_config
 from ich.base.files import write_json
 from ich.base.naming import identity
-
-FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
+from ich.base.records import (
+    FAILED,
+    NOT_STARTED,
+    EpochMetrics,
+    JobProgress,
+    Json,
+    Origin,
+    Provenance,
+    RunResult,
+    SweepRecord,
+    TrackingState,
+)
 
 
 class State(Enum):
@@ -26,16 +35,6 @@ class State(Enum):
     resume = "resume"
     retry = "retry"
     new = "new"
-
-
-class Origin(TypedDict):
-    """What a run is made from beside its config: fingerprints of data, weights and code, and what
-    it computes in (`ich.training.mode.Mode`), once that is settled."""
-
-    cohort: str
-    weights: str
-    code: str
-    mode: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -103,35 +102,46 @@ class RunPaths:
         """Held by the process that trains here."""
         return self.root / ".lock"
 
-    def read_result(self) -> dict[str, Any]:
+    def read_result(self) -> RunResult:
         """The run's outcome; a run that never wrote one is `not started`."""
         if not self.result.exists():
-            return {"status": NOT_STARTED, "reason": ""}
+            return RunResult(NOT_STARTED)
         try:
-            result: dict[str, Any] = json.loads(self.result.read_text())
-        except json.JSONDecodeError:
-            return {"status": FAILED, "reason": f"{self.result.name} is damaged"}
-        return result
+            return RunResult.from_json(json.loads(self.result.read_text()))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # A row that says so, rather than a table that is not written for one file's sake.
+            return RunResult(FAILED, f"{self.result.name} is damaged")
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: RunResult) -> None:
         """Writes `result.json`, whole or not at all. NaN becomes null: JSON has no NaN."""
-        write_json(self.result, result)
+        write_json(self.result, result.to_json())
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The journal: one dict per epoch. A last line cut off by a crash is left out."""
+    def read_metrics(self) -> list[EpochMetrics]:
+        """The journal, a line per epoch. A last line cut off by a crash is left out."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines()
-        return list(_parsed(lines))
+        return [EpochMetrics.from_json(values) for values in _parsed(lines)]
+
+    def read_progress(self) -> JobProgress | None:
+        """Where its training is; None before its first step and after its end."""
+        try:
+            return JobProgress(**json.loads(self.progress.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write_progress(self, progress: JobProgress) -> None:
+        # Several times a second, and of no use after a power cut: not synced.
+        write_json(self.progress, asdict(progress), sync=False)
 
     def state(self, config: Config, origin: Origin) -> State:
         """What starting this job would do, judged by what the folder holds."""
         if not self._holds(config, origin):
             return State.new
-        status = self.read_result()["status"]
-        if status == FINISHED and self.best.exists():
+        result = self.read_result()
+        if result.is_finished and self.best.exists():
             return State.done
-        if status == FAILED:
+        if result.status == FAILED:
             return State.retry
         return State.resume if self.has_checkpoint() else State.new
 
@@ -141,28 +151,34 @@ class RunPaths:
 
     def _holds(self, config: Config, origin: Origin) -> bool:
         """Whether the folder is of this very training, whatever became of it."""
-        made_of = self.read_origin()
-        if any(made_of.get(k) != origin[k] for k in ("cohort", "weights")):
+        began = self.read_origin()
+        if (began.cohort, began.weights) != (origin.cohort, origin.weights):
             return False
         try:
             return identity(load_config(self.config)) == identity(config)
         except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich
             return False
 
-    def read_origin(self) -> dict[str, Any]:
+    def read_origin(self) -> Origin:
         """What the run was made from, empty if nothing tells."""
-        return _read_json(self.origin)
+        return Origin.from_json(_read_json(self.origin))
 
-    def read_provenance(self) -> dict[str, Any]:
+    def write_origin(self, origin: Origin) -> None:
+        write_json(self.origin, origin.to_json())
+
+    def read_provenance(self) -> Provenance:
         """What `ich.base.provenance.record` returned as the run began, empty if nothing tells."""
-        return _read_json(self.provenance)
+        return Provenance.from_json(_read_json(self.provenance))
 
-    def read_tracking(self) -> dict[str, Any]:
-        """`mlflow_run`, whether the copy in MLflow is `complete`, and which run it supersedes."""
-        return _read_json(self.tracking)
+    def write_provenance(self, provenance: Provenance) -> None:
+        write_json(self.provenance, provenance.to_json())
 
-    def write_tracking(self, value: dict[str, Any]) -> None:
-        write_json(self.tracking, value)
+    def read_tracking(self) -> TrackingState:
+        """The run's copy in MLflow, empty if nothing tells."""
+        return TrackingState.from_json(_read_json(self.tracking))
+
+    def write_tracking(self, state: TrackingState) -> None:
+        write_json(self.tracking, state.to_json())
 
     def supersede(self) -> None:
         """Moves an earlier run of the same job aside; it is kept, and no table lists it.
@@ -171,7 +187,7 @@ class RunPaths:
         """
         if not (self.config.exists() or self.result.exists()):
             return
-        earlier = self.read_tracking().get("mlflow_run")
+        earlier = self.read_tracking().mlflow_run
         shelf = self.root.parent / "superseded"
         shelf.mkdir(exist_ok=True)
         n = 1
@@ -180,7 +196,7 @@ class RunPaths:
         shutil.move(self.root, shelf / f"{self.root.name}.{n}")
         self.root.mkdir()
         if earlier:
-            self.write_tracking({"supersedes": earlier})
+            self.write_tracking(TrackingState(supersedes=earlier))
 
 
 @dataclass(frozen=True)
@@ -252,30 +268,29 @@ class SweepPaths:
         """What the code of the latest launch had changed since its commit."""
         return self.root / "launch.diff"
 
-    def read_results(self) -> list[dict[str, Any]]:
+    def read_results(self) -> list[RunResult]:
         """The outcome of each job of the latest launch, in its order."""
         stopped = _read_json(self.stopped).get("job")
         reason = f"not started: sweep.on_failure=stop, and {stopped} failed" if stopped else ""
         results = []
-        for job in self.read_record()["jobs"]:
-            result = self.run(job).read_result() | {"job": job}
-            if result["status"] == NOT_STARTED:
-                result["reason"] = reason
-            results.append(result)
+        for job in self.read_record().jobs:
+            result = replace(self.run(job).read_result(), job=job)
+            not_started = result.status == NOT_STARTED
+            results.append(replace(result, reason=reason) if not_started else result)
         return results
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        write_json(self.record, record)
+    def write_record(self, record: SweepRecord) -> None:
+        write_json(self.record, record.to_json())
 
-    def read_record(self) -> dict[str, Any]:
-        """The latest launch, or an empty dict for a folder that holds none."""
+    def read_record(self) -> SweepRecord:
+        """The latest launch, empty for a folder that holds none."""
         if not self.record.exists():
-            return {}
-        record: dict[str, Any] = json.loads(self.record.read_text())
-        return record
+            return SweepRecord()
+        return SweepRecord.from_json(json.loads(self.record.read_text()))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Json:
+    """An object, empty if the file is not there or damaged: what it says can be found out again."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -283,7 +298,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
+def _parsed(lines: list[str]) -> Iterator[Json]:
     for number, line in enumerate(lines):
         try:
             yield json.loads(line)

@@ -5,7 +5,6 @@ In a pipe or a log file there are no bars, only the lines.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -31,7 +29,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ich.base.config import Config
-from ich.base.results import FAILED, FINISHED, KILLED, RunPaths, State, SweepPaths
+from ich.base.records import FAILED, FINISHED, KILLED, EpochMetrics, JobProgress, RunResult
+from ich.base.results import RunPaths, State, SweepPaths
 
 _TEXTS = ("what", "state", "weights", "time from")  # columns that are not numbers
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
@@ -175,25 +174,25 @@ class Board:
             for line in journal[shown:]:
                 self._line(_epoch_line(config, line))
             shown = max(shown, len(journal))  # a resumed training cuts its journal first
-            row.follow(_read_progress(run))
+            row.follow(run.read_progress())
 
         return watch
 
-    def ended(self, config: Config, result: dict[str, Any], before: bool) -> None:
+    def ended(self, config: Config, result: RunResult, before: bool) -> None:
         """A job ended, or had ended before this launch."""
         row = self._rows.setdefault(config.job, _Row(config.job))
-        row.status = str(result["status"])
-        if row.status != FINISHED:
-            row.note = " ".join(str(result["reason"]).split())
+        row.status, fit = result.status, result.fit
+        if fit is None:
+            row.note = " ".join(result.reason.split())
             self._line(f"[red]{config.job} {row.status}[/red]: {escape(row.note)}")
             return
         monitor = config.train.monitor.value
-        row.note = f"{monitor} {_number(result.get(monitor))}"
+        row.note = f"{monitor} {_number(fit.scores.get(monitor))}"
         word = "was finished before" if before else "finished"
         self._line(
-            f"[green]{config.job} {word}[/green]: best epoch {result['best_epoch']}, accuracy "
-            f"{_number(result['accuracy'])}, AUC {_number(result['auc'])}, "
-            f"{_number(result['minutes'], 1)} min"
+            f"[green]{config.job} {word}[/green]: best epoch {fit.best_epoch}, accuracy "
+            f"{_number(fit.scores['accuracy'])}, AUC {_number(fit.scores['auc'])}, "
+            f"{_number(fit.minutes, 1)} min"
         )
 
     def _line(self, text: str) -> None:
@@ -231,20 +230,20 @@ class _Row:
     first: float | None = None
     done: float = 0.0
 
-    def follow(self, state: dict[str, Any] | None) -> None:
+    def follow(self, progress: JobProgress | None) -> None:
         """Takes over what the job's process says of itself."""
-        if not state:
+        if progress is None:
             self.note = "starting"
             return
-        self.done = (state["epoch"] - 1 + state["step"] / state["steps"]) / state["epochs"]
+        self.done = (progress.epoch - 1 + progress.step / progress.steps) / progress.epochs
         if self.first is None:
             self.first, self.began = self.done, time.monotonic()
-        place = f"epoch {state['epoch']}/{state['epochs']}, {state['phase']}"
+        note = f"epoch {progress.epoch}/{progress.epochs}, {progress.phase}"
         gained = self.done - self.first
         if gained > 0:
             left = (time.monotonic() - self.began) * (1 - self.done) / gained
-            place += f" {state['step']}/{state['steps']}, {duration(left)} left"
-        self.note = place
+            note += f" {progress.step}/{progress.steps}, {duration(left)} left"
+        self.note = note
 
     def bar(self) -> ProgressBar | str:
         return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
@@ -263,22 +262,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _epoch_line(config: Config, line: dict[str, float | None]) -> str:
+def _epoch_line(config: Config, line: EpochMetrics) -> str:
+    metrics = line.metrics
     return (
-        f"{config.job} epoch {line['step']}/{config.train.epochs}: "
-        f"loss {_number(line['train/loss'])}, validation loss {_number(line['val/log_loss'])}, "
-        f"accuracy {_number(line['val/accuracy'])}, AUC {_number(line['val/auc'])}, "
-        f"{_number(line['train/images_per_s'], 0)} images/s"
+        f"{config.job} epoch {line.step}/{config.train.epochs}: "
+        f"loss {_number(metrics['train/loss'])}, "
+        f"validation loss {_number(metrics['val/log_loss'])}, "
+        f"accuracy {_number(metrics['val/accuracy'])}, AUC {_number(metrics['val/auc'])}, "
+        f"{_number(metrics['train/images_per_s'], 0)} images/s"
     )
 
 
 def _number(value: object, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "undefined"
-
-
-def _read_progress(run: RunPaths) -> dict[str, Any] | None:
-    try:
-        state: dict[str, Any] = json.loads(run.progress.read_text())
-    except FileNotFoundError:
-        return None
-    return state

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ich.base.config import Config
+from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.measure import Row, copy_rate, job, ratio, wait_for_device
 from ich.benchmarks.peers import Rate
@@ -18,7 +19,7 @@ from ich.data.cache import build_cache
 from ich.data.dataset import Dataset, load_dataset, open_store
 from ich.data.store import SliceStore, read_bytes
 from ich.training.devices import pick_device
-from ich.training.mode import CHANNELS_LAST, ComputeMode
+from ich.training.mode import CHANNELS_LAST
 from ich.training.trainer import Trainer
 
 _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the default of data=rsna

@@ -11,13 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from ich.base.config import Config, Precision, to_yaml
-from ich.base.files import write_json
+from ich.base.records import Origin
 from ich.base.results import RunPaths
 from ich.benchmarks.measure import Row, alternate, job, row
 from ich.benchmarks.predictions import write_random_weights
@@ -74,7 +74,7 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
         mode = select_mode(
             replace(config, train=replace(config.train, precision=Precision.fp32)), None
         )
-        write_json(run.origin, {"mode": asdict(mode)})  # as a sweep has chosen it
+        run.write_origin(Origin(mode=mode))  # as a sweep has chosen it
         command = [sys.executable, "-m", "ich.train", str(run.root)]
         with run.log.open("wb") as log_file:
             child = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)

@@ -17,13 +17,17 @@ from ich.training.devices import device_name, pick_device
 def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str]) -> Path:
     """Saves the rows as JSON and Markdown, named by date and device."""
     device = pick_device(job("mobilenet_v2", 96, Path()).train.device)
-    made_with = provenance.record()
+    hardware, versions = provenance.hardware(), provenance.versions()
+    git = provenance.git_state()
     head = {
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
-        **{k: made_with["hardware"][k] for k in ("processor", "cores", "memory_gib", "gpus")},
-        "versions": made_with["versions"],
-        "commit": made_with["git"].get("commit", "none"),
+        "processor": hardware.processor,
+        "cores": hardware.cores,
+        "memory_gib": hardware.memory_gib,
+        "gpus": list(hardware.gpus),
+        "versions": versions,
+        "commit": git.commit if git else "none",
         "settings": settings,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -35,7 +39,7 @@ def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str
         "",
         ", ".join(f"{k} {v}" for k, v in shown.items()),
         "",
-        ", ".join(f"{k} {v}" for k, v in made_with["versions"].items()),
+        ", ".join(f"{k} {v}" for k, v in versions.items()),
         "",
         "| what | ours, per s | other, per s | ratio | lowest | highest |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ich.base.config import image_size
+from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.inputs import phantom_files
 from ich.benchmarks.measure import (
@@ -24,7 +25,7 @@ from ich.benchmarks.measure import (
 from ich.benchmarks.peers import BATCH, Rate
 from ich.data.dataset import Dataset, load_dataset
 from ich.training.devices import pick_device
-from ich.training.mode import CONTIGUOUS, ComputeMode, pick_fastest
+from ich.training.mode import CONTIGUOUS, pick_fastest
 from ich.training.model import build_model, model_cost
 from ich.training.optimizer import build_optimizer
 from ich.training.timing import time_training_steps

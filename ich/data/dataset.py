@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +26,7 @@ from ich.base.config import (
     UserError,
 )
 from ich.base.files import lock
+from ich.base.records import CohortSummary
 from ich.base.workers import return_memory
 from ich.data.cache import Cache, build_cache, cache_folder, read_cache, rows_in
 from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
@@ -70,7 +70,7 @@ class Dataset:
     train: Split
     val: Split
     test: Split | None
-    summary: dict[str, Any]
+    summary: CohortSummary
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,10 @@ class Prepared:
             if name not in self.cohort.splits:
                 raise UserError(f"no slice is left in the {name} set after the quarantine.")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> CohortSummary:
         """The cohort's summary, with its fingerprint and what became of its files."""
-        return {
-            **self.cohort.summary(),
-            "quarantined": len(self.cache.quarantine),
-            "cohort": self.key,
-            "cache": self.cache.folder.name,
-        }
+        lost, folder = len(self.cache.quarantine), self.cache.folder.name
+        return replace(self.cohort.summary(), quarantined=lost, cohort=self.key, cache=folder)
 
 
 def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) -> Dataset:
@@ -122,7 +118,7 @@ def load_dataset(cfg: Config, report: Report | None = None, build: bool = True) 
     cohort, cache = done.cohort, done.cache
     rows = cohort.rows.assign(**{key: numbers(cohort.rows[key]) for key in KEYS})
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
-    summary = {**done.summary(), "protocol": cfg.protocol.name.value}
+    summary = replace(done.summary(), protocol=cfg.protocol.name.value)
     return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ich.base.config import ProtocolConfig, ProtocolName, UserError
+from ich.base.records import CohortSummary
 from ich.data.stratify import partition
 
 TRAIN, VAL, TEST = "train", "val", "test"
@@ -77,7 +77,7 @@ class Cohort:
             positives={**self.positives, **positives},
         )
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> CohortSummary:
         """Counts, label rates per split, imbalance and leak: what tables and trackers show."""
         rates = {
             name: {k: round(n / max(1, self.steps[name]), 4) for k, n in positives.items()}
@@ -85,7 +85,7 @@ class Cohort:
             if name in SPLITS
         }
         leak = audit(self.rows, self.scored)
-        return {**self.steps, "rates": rates, "scored": self.scored, "leak": leak}
+        return CohortSummary(self.steps, rates, self.scored, leak)
 
 
 def apply_protocol(

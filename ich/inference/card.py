@@ -6,14 +6,14 @@ The headings are those of Mitchell et al. 2019, Model Cards for Model Reporting 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pandas as pd
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.base.config import Config, Source, UserError, load_config
-from ich.base.results import FINISHED, RunPaths
+from ich.base.records import CohortSummary, FitResult
+from ich.base.results import RunPaths
 from ich.inference.ensemble import Ensemble, Member
 from ich.pages.description import cohort_text, scoring_text
 from ich.pages.evaluation_page import OVERALL, PER_LABEL, shown_table
@@ -46,7 +46,7 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
         UserError: the run's result or predictions are not at hand.
     """
     (member,) = model.members
-    run, config, result = _read_run(member)
+    run, config, fit = _read_run(member)
     scored, validation = read_predictions(run), read_predictions(run, "val")
     if scored is None or validation is None:
         raise UserError(
@@ -58,10 +58,10 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
     sections: list[Section] = [
         ("Model details", [Bullets(list(_details(member, config, run, exported)))]),
         ("Intended use", [Bullets(_INTENDED)]),
-        ("Training and evaluation data", [Bullets(list(_data(config, result)))]),
+        ("Training and evaluation data", [Bullets(list(_data(config, fit.cohort)))]),
         ("Metrics", list(_metrics(model, scored, validation, resamples))),
         ("Thresholds", list(_thresholds(model))),
-        ("Limits", [Bullets(list(_limits(config, result, scored)))]),
+        ("Limits", [Bullets(list(_limits(config, fit.cohort, scored)))]),
         ("Licence", [Bullets(_licence(config))]),
     ]
     return to_markdown(title, facts, sections)
@@ -77,16 +77,17 @@ _INTENDED = [
 ]
 
 
-def _read_run(member: Member) -> tuple[RunPaths, Config, dict[str, Any]]:
+def _read_run(member: Member) -> tuple[RunPaths, Config, FitResult]:
     run = member.run
-    if run is None or not run.config.is_file() or run.read_result().get("status") != FINISHED:
+    fit = run.read_result().fit if run else None
+    if run is None or fit is None or not run.config.is_file():
         raise UserError(
             f"{member.weights} has no finished run beside it, so nothing is known of its data and "
             f"metrics for the model card. Give the folder of its run, its MLflow run id, or "
             f"models:/ich@ALIAS."
         )
     try:
-        return run, load_config(run.config), run.read_result()
+        return run, load_config(run.config), fit
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(
             f"{run.config} is damaged or of another version of ich "
@@ -117,15 +118,14 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
         f"with the best validation {t.monitor.value} was kept."
     )
     provenance = run.read_provenance()
-    commit = provenance.get("git", {}).get("commit", "unknown")
-    versions = ", ".join(f"{k} {v}" for k, v in provenance.get("versions", {}).items())
+    commit = provenance.commit or "unknown"
+    versions = ", ".join(f"{k} {v}" for k, v in provenance.versions.items())
     yield f"Made with commit {commit}" + (f"; {versions}." if versions else ".")
 
 
-def _data(config: Config, result: dict[str, Any]) -> Iterator[str]:
-    cohort = result["cohort"]
+def _data(config: Config, cohort: CohortSummary) -> Iterator[str]:
     yield f"data={config.data.source.value}, protocol={config.protocol.name.value}, cohort " + (
-        f"{cohort.get('cohort', 'unknown')}: {cohort_text(cohort)}."
+        f"{cohort.cohort or 'unknown'}: {cohort_text(cohort)}."
     )
     yield scoring_text(cohort)
 
@@ -166,9 +166,9 @@ def _thresholds(model: Ensemble) -> Iterator[Block]:
     yield Table("Thresholds", pd.DataFrame(lines))
 
 
-def _limits(config: Config, result: dict[str, Any], scored: Predictions) -> Iterator[str]:
-    leak = {k: v for k, v in result["cohort"]["leak"].items() if v}
-    if result["cohort"]["scored"] == "val":
+def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Iterator[str]:
+    leak = {k: v for k, v in cohort.leak.items() if v}
+    if cohort.scored == "val":
         yield "There is no test set: the same rows chose the epoch and the thresholds, and scored."
     if leak:
         shares = ", ".join(f"{v:.1%} of the scored rows the {k}" for k, v in leak.items())

@@ -153,7 +153,7 @@ def wanted_rows(
 
 def _cohort_of(member: Member) -> str:
     """The fingerprint of what a member was trained on; empty if nothing tells."""
-    return str(member.run.read_origin().get("cohort", "")) if member.run else ""
+    return member.run.read_origin().cohort if member.run else ""
 
 
 def common_labels(model: Ensemble, known: tuple[str, ...]) -> list[str]:

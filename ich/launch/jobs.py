@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ich.base import provenance
 from ich.base.config import Config, to_yaml
-from ich.base.files import write_json
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
-from ich.base.results import FAILED, FINISHED, KILLED, Origin, RunPaths, State
+from ich.base.records import FAILED, KILLED, NOT_STARTED, Origin, RunResult
+from ich.base.results import RunPaths, State
 from ich.tracking.mirror import Mirror
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 _POLL_SECONDS = 0.2
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
 
-Result = dict[str, object]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -131,7 +130,7 @@ def run_job(
     watch: Callable[[], None],
     slot: Slot | None = None,
     stop: threading.Event | None = None,
-) -> Result:
+) -> RunResult:
     """Trains one job in a child process and returns its result, which is always written.
 
     A folder that already holds this very job, finished, is left as it is; one that holds a
@@ -148,14 +147,14 @@ def run_job(
         stop: ends it when set.
     """
     slot, stop = slot or Slot(), stop or threading.Event()
-    result: Result = {}
+    result = RunResult(NOT_STARTED)
     for _ in range(1 + config.sweep.retry):
         state = run.state(config, origin)
         if state is State.done:
             return run.read_result()
         _take_over(config, run, origin, state)
         result = _attempt(config, run, parent, watch, slot, stop)
-        if result["status"] != FAILED or stop.is_set():
+        if result.status != FAILED or stop.is_set():
             break
     return result
 
@@ -164,13 +163,13 @@ def _take_over(config: Config, run: RunPaths, origin: Origin, state: State) -> N
     """Makes the folder ready: an earlier run goes on, or makes place."""
     if state is not State.new and run.has_checkpoint():
         run.result.unlink(missing_ok=True)
-        run.write_tracking(run.read_tracking() | {"complete": False})
+        run.write_tracking(replace(run.read_tracking(), complete=False))
         return
     run.supersede()
     run.root.mkdir(parents=True, exist_ok=True)
     run.config.write_text(to_yaml(config))
-    write_json(run.origin, origin)
-    write_json(run.provenance, provenance.record())
+    run.write_origin(origin)
+    run.write_provenance(provenance.record())
     if diff := provenance.git_diff():
         run.diff.write_text(diff)
 
@@ -182,7 +181,7 @@ def _attempt(
     watch: Callable[[], None],
     slot: Slot,
     stop: threading.Event,
-) -> Result:
+) -> RunResult:
     command = [sys.executable, "-m", "ich.train", str(run.root), "--watched-by", str(os.getpid())]
     if parent:
         command += ["--parent", parent]
@@ -190,7 +189,7 @@ def _attempt(
         reason = supervise(command, run, config.sweep.time_limit, watch, slot, stop)
         died = not run.result.exists()
     except JobTimeoutError as error:
-        reason, died = str(error), run.read_result()["status"] != FINISHED
+        reason, died = str(error), not run.read_result().is_finished
     if died and stop.is_set():
         reason = "ended by SIGTERM, with its sweep"
     if died:
@@ -267,8 +266,7 @@ def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str)
     """The result of a child that could not write its own, and the end of its MLflow run."""
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
-    identity = {"job": config.job, "model": config.model.name}
-    run.write_result({"status": status, "reason": reason, **identity})
+    run.write_result(RunResult(status, reason, config.job, config.model.name))
     Mirror(config, run, parent).finish(_MIRROR_SECONDS)
 
 

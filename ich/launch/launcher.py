@@ -33,7 +33,8 @@ from ich.base.config import Config, Device, Monitor, to_dataclass
 from ich.base.entry import without_traceback
 from ich.base.files import write_json
 from ich.base.naming import job_name, sweep_name
-from ich.base.results import FAILED, State, SweepPaths
+from ich.base.records import FAILED, RunResult
+from ich.base.results import State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
 from ich.launch import clusters
 from ich.launch.jobs import (
@@ -105,7 +106,7 @@ class LocalLauncher(OnceLauncher):
         def work(number: int, slot: Slot) -> JobReturn:
             return self._run(jobs[number], configs[number], slot, stop, lock, board)
 
-        with Board(sweep.read_record()["jobs"]) as board:
+        with Board(sweep.read_record().jobs) as board:
             return run_in_slots(work, range(len(jobs)), slots, stop)
 
     def slots(self, configs: Sequence[Config]) -> list[Slot]:
@@ -192,7 +193,7 @@ class CheckedLauncher(OnceLauncher):
     ) -> Sequence[JobReturn]:
         target = str(self.inner._target_)
         with ExitStack() as stack:
-            board = stack.enter_context(Board(sweep.read_record()["jobs"]))
+            board = stack.enter_context(Board(sweep.read_record().jobs))
             follower = clusters.Follower(configs, sweep, board)
             if clusters.is_elsewhere(target):
                 stack.enter_context(follower.following())
@@ -215,7 +216,7 @@ class LostJob(JobReturn):
     def record(self, config: Config, sweep: SweepPaths) -> None:
         """Gives the job its row in the table."""
         record, run = sweep.read_record(), sweep.run(config.job)
-        write_lost(config, run, record["origins"][config.job], record["mlflow_run"], self.reason)
+        write_lost(config, run, record.origins[config.job], record.mlflow_run, self.reason)
 
 
 class PlanLauncher(Launcher):
@@ -340,7 +341,7 @@ def train(
     """
     sweep = SweepPaths(Path(config.sweep.output) / config.name)
     record, run = sweep.read_record(), sweep.run(config.job)
-    if config.job not in record.get("origins", {}):
+    if config.job not in record.origins:
         raise CompactHydraException(
             f"ich: {sweep.root} does not know the job {config.job!r}. A job on another machine "
             f"needs the launching folder at the same place, on a file system that both share."
@@ -349,23 +350,22 @@ def train(
         return None
     slot = slot or Slot(environment=clusters.share_of_cores())
     stop = stop or clusters.Interruption(sweep)
-    origin = record["origins"][config.job]
+    origin = record.origins[config.job]
     before = run.state(config, origin) is State.done
     watch = board.started(config, run, slot.name) if not before else lambda: None
     try:
-        result = run_job(config, run, origin, record["mlflow_run"], watch, slot, stop)
+        result = run_job(config, run, origin, record.mlflow_run, watch, slot, stop)
     except OSError as error:  # a full disk, mostly; the other jobs may have better luck
-        result = {"status": FAILED, "reason": f"its folder cannot be used: {error}"}
+        result = RunResult(FAILED, f"its folder cannot be used: {error}")
     board.ended(config, result, before)
-    if result["status"] == FAILED and config.sweep.on_failure.value == "stop":
+    if result.status == FAILED and config.sweep.on_failure.value == "stop":
         write_json(sweep.stopped, {"job": config.job})
-    score = result.get(f"val_{config.train.monitor.value}")
-    return float(score) if isinstance(score, int | float) else None
+    return result.fit.val_scores[config.train.monitor.value] if result.fit else None
 
 
 def board_for(config: Config) -> Board:
     """What a job that another launcher started shows, unless the launching process shows it."""
-    jobs = SweepPaths(Path(config.sweep.output) / config.name).read_record().get("jobs", [])
+    jobs = SweepPaths(Path(config.sweep.output) / config.name).read_record().jobs
     silent = clusters.is_elsewhere(_target(HydraConfig.get().launcher))
     return Board(jobs, Console(quiet=True) if silent else console)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ich.base.config import Config, image_size, load_config
-from ich.base.results import FINISHED, RunPaths, State
+from ich.base.results import RunPaths, State
 from ich.base.terminal import duration
 from ich.data import dataset
 from ich.data.dataset import Sizes
@@ -175,14 +175,14 @@ def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
     found = [*output.glob("*/*/result.json"), *output.glob("*/superseded/*/result.json")]
     for path in sorted(found, key=lambda p: p.stat().st_mtime_ns):
         run = RunPaths(path.parent)
-        result = run.read_result()
-        if result["status"] != FINISHED or result.get("resumed"):
+        fit = run.read_result().fit
+        if fit is None or fit.resumed:
             continue  # a resumed run's minutes include what was done twice
         try:
             config = load_config(run.config)
-            work = _work(config, result["cohort"], result["epochs"])
-            kind = _kind(config, result["device"])
-            yield kind, (result["minutes"] * 60 / work, path.parent.relative_to(output).as_posix())
+            work = _work(config, fit.cohort.steps, fit.epochs)
+            kind = _kind(config, fit.device)
+            yield kind, (fit.minutes * 60 / work, path.parent.relative_to(output).as_posix())
         except (KeyError, TypeError, ValueError, OSError):
             continue  # of another version of ich
 

@@ -20,7 +20,8 @@ from typing import IO
 
 from ich.base import provenance
 from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, to_dict
-from ich.base.results import Origin, RunPaths, State, SweepPaths
+from ich.base.records import Origin, SweepRecord
+from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.validation import validate
 from ich.data import dataset
 from ich.pages.data_page import write_data_report
@@ -41,8 +42,8 @@ class Job:
     @property
     def is_of_other_code(self) -> bool:
         """Whether the folder's run was made by another version of this package's code."""
-        before = self.run.read_origin().get("code")
-        return self.state is not State.new and before != self.origin["code"]
+        before = self.run.read_origin().code
+        return self.state is not State.new and before != self.origin.code
 
 
 def check_jobs(configs: Sequence[Config]) -> SweepPaths:
@@ -155,7 +156,7 @@ def settle_modes(
     Jobs of one kind, also of earlier launches in this folder, compute alike: the seeds of a network
     could not be compared otherwise.
     """
-    modes = dict(sweep.read_record().get("modes", {}))
+    modes = dict(sweep.read_record().modes)
     unknown = {
         workload_key(j.config): j.config
         for j in jobs
@@ -168,37 +169,35 @@ def settle_modes(
         modes[of_kind] = mode
         if report:
             report("timing precision", number, len(unknown))
-    settled = []
-    for job in jobs:
-        origin = job.origin.copy()
-        if chosen_mode := modes.get(workload_key(job.config)):
-            origin["mode"] = chosen_mode
-        settled.append(replace(job, origin=origin))
-    return settled
+    return [
+        replace(job, origin=replace(job.origin, mode=modes.get(workload_key(job.config))))
+        for job in jobs
+    ]
 
 
 def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: str | None) -> None:
     """Writes down what was launched, from what and where: enough to do it again."""
-    before = sweep.read_record() if earlier else {}
+    record = sweep.read_record()
+    before = record if earlier else SweepRecord()
     if not earlier:
         sweep.stopped.unlink(missing_ok=True)
         sweep.diff.write_text(provenance.git_diff())
-    names = [*earlier, *(j.config.job for j in jobs)]
-    cohorts = [*before.get("cohorts", []), *(j.origin["cohort"] for j in jobs)]
+    names = [*before.jobs, *(j.config.job for j in jobs)]
+    cohorts = [*before.cohorts, *(j.origin.cohort for j in jobs)]
+    modes = {workload_key(j.config): j.origin.mode for j in jobs if j.origin.mode}
     sweep.write_record(
-        {
-            "name": jobs[0].config.name,
-            "jobs": list(dict.fromkeys(names)),
-            "cohorts": list(dict.fromkeys(cohorts)),
-            "mlflow_run": parent,
-            "started": before.get("started", time.strftime("%Y-%m-%d %H:%M")),
-            "command": _command(),
-            "modes": sweep.read_record().get("modes", {})
-            | {workload_key(j.config): j.origin["mode"] for j in jobs if "mode" in j.origin},
-            "origins": before.get("origins", {}) | {j.config.job: j.origin for j in jobs},
-            "configs": before.get("configs", {}) | {j.config.job: to_dict(j.config) for j in jobs},
-            "provenance": before.get("provenance") or provenance.record(),
-        }
+        SweepRecord(
+            name=jobs[0].config.name,
+            jobs=tuple(dict.fromkeys(names)),
+            cohorts=tuple(dict.fromkeys(cohorts)),
+            mlflow_run=parent,
+            started=before.started or time.strftime("%Y-%m-%d %H:%M"),
+            command=_command(),
+            modes=record.modes | modes,
+            origins=before.origins | {j.config.job: j.origin for j in jobs},
+            configs=before.configs | {j.config.job: to_dict(j.config) for j in jobs},
+            provenance=before.provenance if earlier else provenance.record(),
+        )
     )
 
 
@@ -213,7 +212,7 @@ def _hold(sweep: SweepPaths) -> list[str]:
     """
     root = sweep.root.absolute()
     if root in _held:
-        return list(sweep.read_record()["jobs"])
+        return list(sweep.read_record().jobs)
     root.mkdir(parents=True, exist_ok=True)
     handle = (root / ".lock").open("w")
     try:

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -33,11 +32,12 @@ from ich.base.config import Config, UserError, load_config, to_dataclass
 from ich.base.files import write_json
 from ich.base.naming import identity
 from ich.base.processes import lock_run
-from ich.base.results import FINISHED, NOT_STARTED, Origin, RunPaths, State, SweepPaths
+from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenance, RunResult
+from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
 from ich.base.validation import validate
 from ich.data.dataset import cohort_key, prepare
-from ich.launch.jobs import Result, run_job
+from ich.launch.jobs import run_job
 from ich.launch.preflight import check_weights, weights_digest
 from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe
 
@@ -50,16 +50,15 @@ _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.differen
 class Original:
     """A finished run, and what its folder and its sweep's tell of how it was made.
 
-    made_with: as `ich.base.provenance.record`; empty if nothing tells. diff: what its code had
-    changed since the commit.
+    made_with: empty if nothing tells. diff: what its code had changed since the commit.
     """
 
     run: RunPaths
     sweep: SweepPaths
     config: Config
     origin: Origin
-    result: dict[str, Any]
-    made_with: dict[str, Any]
+    fit: FitResult
+    made_with: Provenance
     diff: Path | None
 
     @property
@@ -74,7 +73,7 @@ def read_original(folder: Path) -> Original:
         UserError: there is none in the folder, or it cannot be repeated.
     """
     run, sweep = RunPaths(folder), _sweep_of(folder)
-    result = _finished(run, sweep)
+    fit = _finished(run, sweep)
     compare_runs(run, run, 0.0)  # files that cannot be read would otherwise be found hours later
     try:
         config = load_config(run.config)
@@ -86,14 +85,13 @@ def read_original(folder: Path) -> Original:
         ) from None
     validate(config)
     origin = run.read_origin()
-    if not all(isinstance(origin.get(key), str) for key in ("cohort", "weights", "code")):
+    if not (origin.cohort and origin.weights and origin.code):
         raise UserError(
             f"{folder} has no {run.origin.name} that tells which data and weights the run was made "
             f"from, so nothing could be called its repetition. Give its sweep's command again with "
             f"name=NEW: this version of ich writes it."
         )
-    made_of = Origin(**{k: origin[k] for k in Origin.__annotations__ if k in origin})  # type: ignore[typeddict-item]
-    return Original(run, sweep, config, made_of, result, *_made_with(run, sweep, made_of))
+    return Original(run, sweep, config, origin, fit, *_made_with(run, sweep, origin))
 
 
 def _sweep_of(folder: Path) -> SweepPaths:
@@ -107,7 +105,7 @@ def _sweep_of(folder: Path) -> SweepPaths:
         raise UserError(
             f"{folder} is a rerun itself. Give the run that it repeats, to repeat that once more."
         )
-    if jobs := SweepPaths(folder).read_record().get("jobs"):
+    if jobs := SweepPaths(folder).read_record().jobs:
         raise UserError(
             f"{folder} is a sweep. Give one of its runs, as in python -m ich.rerun "
             f"{folder / jobs[0]}; it has {', '.join(jobs)}."
@@ -120,8 +118,8 @@ def _is_shelf(folder: Path, name: str) -> bool:
     return folder.name == name and not SweepPaths(folder).record.exists()
 
 
-def _finished(run: RunPaths, sweep: SweepPaths) -> dict[str, Any]:
-    """The run's result.
+def _finished(run: RunPaths, sweep: SweepPaths) -> FitResult:
+    """What the run's training came to.
 
     Raises:
         UserError: there is no run, or it did not finish.
@@ -132,27 +130,25 @@ def _finished(run: RunPaths, sweep: SweepPaths) -> dict[str, Any]:
             f"as in python -m ich.rerun multirun_reports/demo/resnet50."
         )
     result = run.read_result()
-    if result["status"] == FINISHED:
-        return result
-    reason = result.get("reason") or ("it has no result" if result["status"] == NOT_STARTED else "")
-    command = sweep.read_record().get("command", "python -m ich.sweep ...")
+    if result.fit:
+        return result.fit
+    reason = result.reason or ("it has no result" if result.status == NOT_STARTED else "")
+    command = sweep.read_record().command or "python -m ich.sweep ..."
     raise UserError(
         f"the run in {run.root} did not finish, and only a finished run can be repeated. It is "
-        f"{result['status']}{f': {reason}' if reason else ''}. Give its sweep's command again, "
+        f"{result.status}{f': {reason}' if reason else ''}. Give its sweep's command again, "
         f"which goes on with it: {command}"
     )
 
 
-def _made_with(
-    run: RunPaths, sweep: SweepPaths, origin: Origin
-) -> tuple[dict[str, Any], Path | None]:
+def _made_with(run: RunPaths, sweep: SweepPaths, origin: Origin) -> tuple[Provenance, Path | None]:
     """What the run was made with, and the changes of its code: from the run, or from the latest
     launch of its sweep if that had the same code."""
-    if made_with := run.read_provenance():
+    if (made_with := run.read_provenance()) != Provenance():
         return made_with, run.diff if run.diff.exists() else None
-    launch = sweep.read_record().get("provenance", {})
-    if launch.get("code") != origin["code"]:
-        return {}, None
+    launch = sweep.read_record().provenance
+    if launch.code != origin.code:
+        return Provenance(), None
     return launch, sweep.diff if sweep.diff.exists() and sweep.diff.stat().st_size else None
 
 
@@ -164,19 +160,19 @@ def require_same_start(original: Original) -> None:
     """
     was, here = original.origin, "Paths that are not absolute are looked up in this folder, "
     now = cohort_key(original.config)
-    if now != was["cohort"]:
+    if now != was.cohort:
         raise UserError(
             f"the data are not those that {original.run.root} was made from: their fingerprint was "
-            f"{was['cohort']} and is {now}. It depends on where the data set and its CSVs lie, and "
+            f"{was.cohort} and is {now}. It depends on where the data set and its CSVs lie, and "
             f"on their names, sizes and dates. {here}{Path.cwd()}. Go to the folder where the "
             f"sweep was launched, or put the data back with their dates (cp -a, rsync -a, unzip); "
             f"if they did change, only a new sweep can tell what that means."
         )
     digest = weights_digest(original.config.model)
-    if digest != was["weights"]:
+    if digest != was.weights:
         raise UserError(
             f"the initial weights are not those that {original.run.root} was made from: they were "
-            f"{was['weights']} and are {digest} (model.weights is "
+            f"{was.weights} and are {digest} (model.weights is "
             f"{original.config.model.weights!r}). {here}{Path.cwd()}. Put the file back that the "
             f"run began with."
         )
@@ -185,12 +181,12 @@ def require_same_start(original: Original) -> None:
 # What differs between the record and now
 
 
-def changes(original: Original, now: dict[str, Any], device: str) -> list[str]:
+def changes(original: Original, now: Provenance, device: str) -> list[str]:
     """What differs between the run's record and now, a sentence each; none of it is a refusal.
 
     Args:
         original: the run.
-        now: as `ich.base.provenance.record`.
+        now: what the rerun is made with.
         device: where the rerun will train, as a run's result names it.
     """
     return [
@@ -198,13 +194,13 @@ def changes(original: Original, now: dict[str, Any], device: str) -> list[str]:
         *_code_changes(original, now),
         *_version_changes(original.made_with, now),
         *_hardware_changes(original, now, device),
-        *_thread_changes(original.result, now),
+        *_thread_changes(original.fit, now),
     ]
 
 
 def _config_changes(original: Original) -> Iterator[str]:
     """A config.yaml that was edited, or a later launch that has not come to this job."""
-    recorded = original.sweep.read_record().get("configs", {}).get(original.run.root.name)
+    recorded = original.sweep.read_record().configs.get(original.run.root.name)
     try:
         launched = identity(to_dataclass(recorded)) if recorded else {}
     except OmegaConfBaseException:  # of another version of ich
@@ -216,73 +212,70 @@ def _config_changes(original: Original) -> Iterator[str]:
             yield f"{key}: {launched[key]} in the sweep's record, {value} in {name}, which counts."
 
 
-def _code_changes(original: Original, now: dict[str, Any]) -> Iterator[str]:
-    was, made_with = original.origin["code"], original.made_with
-    if was == now["code"]:
+def _code_changes(original: Original, now: Provenance) -> Iterator[str]:
+    was, made_with = original.origin.code, original.made_with
+    if was == now.code:
         return
-    text = f"code of ich: {was} then, {now['code']} now; it was "
-    commit, version = (
-        made_with.get("git", {}).get("commit"),
-        made_with.get("versions", {}).get("ich"),
-    )
-    if commit:
+    text = f"code of ich: {was} then, {now.code} now; it was "
+    if made_with.commit:
         changed = f", with the changes in {original.diff.name}" if original.diff else ""
-        yield f"{text}commit {commit}{changed}."
+        yield f"{text}commit {made_with.commit}{changed}."
     else:
-        yield f"{text}version {version or 'unknown'}, of no recorded commit."
+        version = made_with.versions.get("ich", "unknown")
+        yield f"{text}version {version}, of no recorded commit."
 
 
 def restoring(original: Original) -> str | None:
     """The commands that bring the run's code back into a checkout, None if no commit is known."""
-    commit = original.made_with.get("git", {}).get("commit")
+    commit = original.made_with.commit
     if not commit:
         return None
     diff = original.diff and shlex.quote(str(original.diff.absolute()))
     return f"git checkout {commit}" + (f" && git apply {diff}" if diff else "")
 
 
-def _version_changes(made_with: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    if not made_with:
+def _version_changes(made_with: Provenance, now: Provenance) -> Iterator[str]:
+    if made_with == Provenance():
         yield "packages and hardware: not recorded, or replaced by a later launch with other code."
         return
-    then = made_with["versions"]
-    for name in dict.fromkeys([*then, *now["versions"]]):
-        before, after = (v.get(name, "none") for v in (then, now["versions"]))
+    for name in dict.fromkeys([*made_with.versions, *now.versions]):
+        before, after = (v.get(name, "none") for v in (made_with.versions, now.versions))
         if before != after:
             yield f"{name}: {before} then, {after} now."
 
 
-def _hardware_changes(original: Original, now: dict[str, Any], device: str) -> Iterator[str]:
+def _hardware_changes(original: Original, now: Provenance, device: str) -> Iterator[str]:
     # "CPU, 2 threads": the threads have a line of their own.
-    before, after = (d.partition(",")[0] for d in (original.result["device"], device))
+    before, after = (d.partition(",")[0] for d in (original.fit.device, device))
     if before != after:
         yield f"device: {before} then, {after} now."
-    then = original.made_with.get("hardware", {})
-    for name in ("processor", "cores", "gpus") if then else ():
-        if then[name] != now["hardware"][name]:
-            was, is_now = (_listed(h[name]) for h in (then, now["hardware"]))
-            yield f"{name}: {was} then, {is_now} now."
+    if original.made_with.hardware and now.hardware:
+        then, today = map(_compared, (original.made_with.hardware, now.hardware))
+        for name, was in then.items():
+            if was != today[name]:
+                yield f"{name}: {was} then, {today[name]} now."
 
 
-def _listed(value: Any) -> str:
-    return (", ".join(value) or "none") if isinstance(value, list) else str(value)
+def _compared(hardware: Hardware) -> dict[str, str]:
+    gpus = ", ".join(hardware.gpus) or "none"
+    return {"processor": hardware.processor, "cores": str(hardware.cores), "gpus": gpus}
 
 
-def _thread_changes(result: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    threads, cores = result.get("threads"), now["hardware"]["cores"]
+def _thread_changes(fit: FitResult, now: Provenance) -> Iterator[str]:
+    threads, cores = fit.threads, now.hardware and now.hardware.cores
     if threads is None:
         yield (
-            f"threads: not recorded as a number ({result['device']}); the last digits may differ. "
+            f"threads: not recorded as a number ({fit.device}); the last digits may differ. "
             f"This rerun takes as many as the config says, or torch chooses."
         )
-    elif threads > cores:
+    elif cores and threads > cores:
         yield f"threads: {threads} as then, on {cores} cores: slower, but the same sums."
 
 
 # The rerun
 
 
-def repeat(original: Original, now: dict[str, Any]) -> Result:
+def repeat(original: Original, now: Provenance) -> RunResult:
     """Trains the run again in the rerun's folder, and returns the result.
 
     A rerun that was killed goes on. One that finished, or began with other code or packages, is
@@ -292,7 +285,7 @@ def repeat(original: Original, now: dict[str, Any]) -> Result:
         UserError: another rerun of the same sweep is under way.
     """
     run, config = original.rerun, rerun_config(original)
-    origin = Origin(**{**original.origin, "code": now["code"]})
+    origin = replace(original.origin, code=now.code)
     run.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
@@ -317,15 +310,15 @@ def repeat(original: Original, now: dict[str, Any]) -> Result:
 
 def rerun_config(original: Original) -> Config:
     """The run's config, with the threads it had; without MLflow, where it stands already."""
-    config, threads = original.config, original.result.get("threads")
+    config, threads = original.config, original.fit.threads
     train = replace(config.train, threads=threads or config.train.threads)
     return replace(config, train=train, tracking=replace(config.tracking, mlflow=False))
 
 
-def _began_with(run: RunPaths, now: dict[str, Any]) -> bool:
+def _began_with(run: RunPaths, now: Provenance) -> bool:
     """Whether what lies in a rerun's folder is of this code and these packages."""
     before = run.read_provenance()
-    return all(before.get(key) == now[key] for key in ("code", "versions"))
+    return (before.code, before.versions) == (now.code, now.versions)
 
 
 def rerun(folder: Path, tolerance: float) -> bool:
@@ -345,11 +338,11 @@ def rerun(folder: Path, tolerance: float) -> bool:
     with Terminal().preparing() as report:
         prepare(original.config, report).require_rows()
     result = repeat(original, now)
-    if result["status"] != FINISHED:
-        _say(f"The rerun is {result['status']}; its log is {original.rerun.log}. The same command "
+    if not result.is_finished:
+        _say(f"The rerun is {result.status}; its log is {original.rerun.log}. The same command "
              f"goes on with it.")  # fmt: skip
         return False
-    if read_original(folder).result != original.result:
+    if read_original(folder).fit != original.fit:
         raise UserError(f"{folder} was replaced by another run meanwhile: nothing to compare with.")
     verdict = compare_runs(original.run, original.rerun, tolerance)
     write_json(original.rerun.comparison, _record(original, verdict, differing))
@@ -364,7 +357,9 @@ def _device(config: Config) -> str:
     return device_name(pick_device(config.train.device))
 
 
-def _record(original: Original, verdict: RerunComparison, differing: list[str]) -> dict[str, Any]:
+def _record(
+    original: Original, verdict: RerunComparison, differing: list[str]
+) -> dict[str, object]:
     """The comparison as JSON holds it."""
     parts = [asdict(part) for part in verdict.parts]
     return {
@@ -376,7 +371,7 @@ def _record(original: Original, verdict: RerunComparison, differing: list[str]) 
     }
 
 
-def _say_before(original: Original, now: dict[str, Any], differing: list[str]) -> None:
+def _say_before(original: Original, now: Provenance, differing: list[str]) -> None:
     _say(f"{original.run.root} is repeated in {original.rerun.root}.")
     if not differing:
         _say("Code, packages, hardware and threads are those of its record.")
@@ -385,7 +380,7 @@ def _say_before(original: Original, now: dict[str, Any], differing: list[str]) -
     for line in differing:
         _say(f"  {line}")
     commands = restoring(original)
-    if commands and original.origin["code"] != now["code"]:
+    if commands and original.origin.code != now.code:
         _say(f"That code again, in the topmost folder of its checkout: {commands}")
 
 

@@ -40,7 +40,7 @@ def _report_table(ours: dict[str, SettingResult]) -> Table:
         }
         if setting := ours.get(model):  # what we did not train stays empty
             line |= {
-                "trained M": f"{setting.runs[0].result['params'] / 1e6:.2f}",
+                "trained M": f"{setting.runs[0].fit.params / 1e6:.2f}",
                 "accuracy": f"{setting.mean('accuracy'):.4f}",
                 "AUC": f"{setting.mean('auc'):.4f}",
                 "accuracy - report's": f"{setting.mean('accuracy') - accuracy:+.4f}",

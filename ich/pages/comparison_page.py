@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from ich.base.config import flatten_values
 from ich.base.files import write_text
+from ich.base.records import Hardware
 from ich.base.results import SweepPaths
 from ich.pages import figures
 from ich.pages.against_report import against_the_report
@@ -57,7 +58,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
     sections += [("Configuration", _configuration(comparison)), ("Provenance", _origin(comparison))]
     facts = {
         "runs": f"{len(comparison.finished)} finished of {len(comparison.runs)}",
-        "launched": ", ".join(str(r["started"]) for r in comparison.records),
+        "launched": ", ".join(r.started for r in comparison.records),
     }
     write_text(paths.page, to_html(f"Comparison: {comparison.name}", facts, sections))
 
@@ -212,8 +213,8 @@ def _unfinished(comparison: Comparison) -> list[Block]:
     lines = [
         {
             "job": run.name,
-            "status": run.result["status"],
-            "reason": without_paths(str(run.result.get("reason", ""))),
+            "status": run.result.status,
+            "reason": without_paths(run.result.reason),
         }
         for run in comparison.runs
         if not run.is_finished
@@ -262,25 +263,24 @@ def _configuration(comparison: Comparison) -> list[Block]:
 def _origin(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = []
     for record in comparison.records:
-        provenance = record.get("provenance", {})
-        hardware = provenance.get("hardware", {})
+        hardware = record.provenance.hardware or Hardware()
         facts = {
-            "sweep": record["name"],
-            "command": without_paths(record["command"]),
-            "started": record["started"],
-            "commit": provenance.get("git", {}).get("commit", "unknown"),
-            "processor": hardware.get("processor", "unknown"),
-            "GPUs": ", ".join(map(str, hardware.get("gpus", []))) or "none",
-            **provenance.get("versions", {}),
+            "sweep": record.name,
+            "command": without_paths(record.command),
+            "started": record.started,
+            "commit": record.provenance.commit or "unknown",
+            "processor": hardware.processor,
+            "GPUs": ", ".join(hardware.gpus) or "none",
+            **record.provenance.versions,
         }
         frame = pd.DataFrame({"what": list(facts), "value": [str(v) for v in facts.values()]})
-        blocks.append(Table(f"{record['name']}: how it was made", frame))
+        blocks.append(Table(f"{record.name}: how it was made", frame))
         if len(comparison.records) == 1:  # of several sweeps the page stands in no sweep's folder
             blocks += [
                 Link(
                     f"The data of cohort {key}: counts, balance, leak, pictures",
                     f"data-{key}/data_report.html",
                 )
-                for key in record.get("cohorts", [])
+                for key in record.cohorts
             ]
     return blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from ich.base.records import CohortSummary, FitResult
 from ich.scoring.comparison import Comparison
 from ich.scoring.predictions import Predictions
 from ich.scoring.uncertainty import MIN_GROUPS, Interval
@@ -22,17 +22,20 @@ def describe(comparison: Comparison) -> list[str]:
     if not comparison.finished:
         return ["No job has finished."]
     configs = [r.config for r in comparison.finished if r.config is not None]
-    results = [r.result for r in comparison.finished]
+    results = [r.fit for r in comparison.finished]
 
     def setting(key: str) -> str:
         return _either(OmegaConf.select(c, key) for c in configs)
 
     # Runs of one cohort have equal summaries; a sweep over the cohort has a line for each.
-    cohorts = {json.dumps(r["cohort"], sort_keys=True): r["cohort"] for r in results}
+    cohorts: list[CohortSummary] = []
+    for fit in results:
+        if fit.cohort not in cohorts:
+            cohorts.append(fit.cohort)
     lines = [
-        f"Protocol `{c['protocol']}` on `{setting('data.source')}`: {cohort_text(c)}. "
+        f"Protocol `{c.protocol}` on `{setting('data.source')}`: {cohort_text(c)}. "
         f"{scoring_text(c)}"
-        for c in cohorts.values()
+        for c in cohorts
     ]
     lines.append(
         f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
@@ -111,34 +114,35 @@ _STEPS = {
 }
 
 
-def cohort_text(c: dict[str, Any]) -> str:
-    """How many images and rows a cohort has; of its summary in a run's result."""
-    parts = [f"{c['images']:,} images"]
-    parts += [f"{c[step]:,} {text}" for step, text in _STEPS.items() if step in c]
-    if c["quarantined"]:
-        parts.append(f"{c['quarantined']} undecodable and left out")
+def cohort_text(cohort: CohortSummary) -> str:
+    """How many images and rows a cohort has."""
+    steps = cohort.steps
+    parts = [f"{steps['images']:,} images"]
+    parts += [f"{steps[step]:,} {text}" for step, text in _STEPS.items() if step in steps]
+    if cohort.quarantined:
+        parts.append(f"{cohort.quarantined} undecodable and left out")
     return ", ".join(parts)
 
 
-def scoring_text(c: dict[str, Any]) -> str:
+def scoring_text(cohort: CohortSummary) -> str:
     """Which rows chose and which scored, and how many of those were seen before."""
-    if c["scored"] == "val":
+    if cohort.scored == "val":
         text = "Selected and scored on the same validation rows: there is no test set. "
     else:
         text = "Epochs were chosen on the validation rows, and scored on the test rows. "
-    known = {k: v for k, v in c["leak"].items() if v is not None}
+    known = {k: v for k, v in cohort.leak.items() if v is not None}
     if known and not any(known.values()):
         return f"{text}No {' and no '.join(known)} of the scored rows stands in another set."
     shares = ", ".join(f"{v:.1%} the {k}" for k, v in known.items())
     text += f"Of the scored rows, these share with the training rows: {shares}."
-    if unknown := [k for k, v in c["leak"].items() if v is None]:
+    if unknown := [k for k, v in cohort.leak.items() if v is None]:
         text += f" Unknown for {' and '.join(unknown)}: data.metadata or headers would tell."
     return text
 
 
-def _computed(result: dict[str, Any]) -> str:
+def _computed(fit: FitResult) -> str:
     """On what, and in which precision."""
-    return ", ".join(str(result[k]) for k in ("device", "precision") if result.get(k))
+    return ", ".join(text for text in (fit.device, fit.precision) if text)
 
 
 def _optimizer(cfg: Any) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ich.base.files import write_text
-from ich.base.results import FINISHED, RunPaths
+from ich.base.records import FINISHED, RunResult
+from ich.base.results import RunPaths
 from ich.pages import figures
 from ich.pages.page import Block, Bullets, Section, Table, Text, to_html, to_markdown
 from ich.scoring.comparison import Comparison, EvaluationSet, Run, SettingResult
@@ -103,7 +104,7 @@ def _compared(evaluation: Evaluation) -> Comparison:
     sets = []
     for name, predictions in sides:
         if predictions is not None:
-            run = Run(name, RunPaths(Path(name)), {"status": FINISHED}, None, predictions)
+            run = Run(name, RunPaths(Path(name)), RunResult(FINISHED), None, predictions)
             sets.append(EvaluationSet(predictions.fingerprint, [SettingResult(name, [run])]))
     runs = [g.runs[0] for s in sets for g in s.settings]
     return Comparison(evaluation.model, runs, sets, 0, [])

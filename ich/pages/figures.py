@@ -175,15 +175,18 @@ def _learning_curves(comparison: Comparison) -> Any:
     journals = [run.paths.read_metrics() for run in comparison.finished]
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for run, journal in zip(comparison.finished, journals, strict=True):
-            points = [(line["step"], line[key]) for line in journal if line[key] is not None]
+            points = [
+                (line.step, line.metrics[key]) for line in journal if line.metrics[key] is not None
+            ]
             style = _colour(settings.index(run.setting))
             if points:
                 axis.plot(*zip(*points, strict=True), label=run.setting, marker="o", ms=3, **style)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
     accuracy = axes[0, 1]
-    if comparison.finished[0].result["cohort"]["scored"] == "val":  # the panels show validation
-        baseline = comparison.finished[0].result["always_negative"]["accuracy"]
+    fit = comparison.finished[0].fit
+    if fit.cohort.scored == "val":  # the panels show validation
+        baseline = fit.always_negative["accuracy"]
         accuracy.axhline(baseline, color="grey", ls=":", label="always negative")
     _legend(figure, accuracy)
     return figure
@@ -194,7 +197,7 @@ def _cost(comparison: Comparison, key: str, title: str) -> Any:
     axis, points = axes[0, 0], []
     for number, setting in enumerate(comparison.settings):
         scale = 1e6 if key == "params" else 1
-        x = float(np.mean([r.result[key] for r in setting.runs])) / scale
+        x = float(np.mean([getattr(r.fit, key) for r in setting.runs])) / scale
         y, interval = setting.mean(RANKING_METRIC), setting.interval(RANKING_METRIC)
         if np.isnan(y):
             continue

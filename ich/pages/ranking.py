@@ -41,7 +41,7 @@ class _Column:
     def _value(self, run: Run) -> float:
         assert run.predictions is not None
         if self.key in _COSTS:
-            return float(run.result[self.key]) / _COSTS[self.key]
+            return float(getattr(run.fit, self.key)) / _COSTS[self.key]
         of_studies = self.key.startswith("study_")
         metrics = run.predictions.study_metrics if of_studies else run.predictions.metrics
         return metrics.get(self.key.removeprefix("study_"), np.nan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from rich.table import Table
 
 from ich.base.config import UserError
 from ich.base.files import write_text
-from ich.base.results import FINISHED, SweepPaths
+from ich.base.records import FINISHED, RunResult, Scores
+from ich.base.results import SweepPaths
 from ich.base.terminal import console
 from ich.pages.comparison_page import write_page
 from ich.pages.description import describe, without_paths
@@ -142,7 +144,7 @@ def compare(
     """
     place = report_folder(sweeps, out)
     comparison = load_comparison(sweeps, resamples)
-    table = build_table([r.result | {"job": r.name} for r in comparison.runs], comparison)
+    table = build_table([replace(r.result, job=r.name) for r in comparison.runs], comparison)
     place.root.mkdir(parents=True, exist_ok=True)
     heading = describe(comparison)
     write_text(place.csv, table.to_csv(index=False))
@@ -174,15 +176,13 @@ def report_folder(sweeps: Sequence[SweepPaths], out: Path | None) -> SweepPaths:
     return sweeps[0]
 
 
-def columns(results: list[dict[str, Any]]) -> list[str]:
+def columns(results: list[RunResult]) -> list[str]:
     """The columns of a table of these results: one AUC for each label that any of them has."""
-    labels = dict.fromkeys(k for r in results for k in r.get("labels", []))
+    labels = dict.fromkeys(k for r in results if r.fit for k in r.fit.labels)
     return [*_BEFORE, *(f"auc_{k}" for k in labels), *_AFTER]
 
 
-def build_table(
-    results: list[dict[str, Any]], comparison: Comparison | None = None
-) -> pd.DataFrame:
+def build_table(results: list[RunResult], comparison: Comparison | None = None) -> pd.DataFrame:
     """One row per result, in order, in `columns`; what a job does not have is empty."""
     rows = [_row(result) for result in results]
     if comparison:
@@ -197,12 +197,12 @@ def build_table(
                 row |= _uncertainty(group)
         rows += [_mean_row(g, rows, comparison) for g in comparison.settings if len(g.runs) > 1]
     # One row per set of validation rows: a sweep over the cohort has several.
-    seen: list[dict[str, float]] = []
+    seen: list[Scores] = []
     for result in results:
-        if result["status"] == FINISHED and result["always_negative"] not in seen:
-            seen.append(result["always_negative"])
-            where = f"the rows of {result['job']}" if len(seen) > 1 else ""
-            rows.append({"model": BASELINE, "reason": where, **result["always_negative"]})
+        if result.fit and result.fit.always_negative not in seen:
+            seen.append(result.fit.always_negative)
+            where = f"the rows of {result.job}" if len(seen) > 1 else ""
+            rows.append({"model": BASELINE, "reason": where, **result.fit.always_negative})
     table = pd.DataFrame(rows, columns=columns(results))
     whole = ["params", "params_imagenet", "best_epoch", "seed", "seeds"]
     return table.astype(dict.fromkeys(whole, "Int64"))
@@ -274,18 +274,19 @@ def metrics_table(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=names)
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
-    model = result.get("model") or result["job"].split(",")[0]
+def _row(result: RunResult) -> dict[str, Any]:
+    model = result.model or result.job.split(",")[0]
     accuracy, auc = REPORT_TABLE_2.get(model, (None, None))
-    cohort = result.get("cohort", {})
-    return {
-        **result,
+    row = {
+        **result.to_json(),
         "model": model,
         "report_accuracy": accuracy,
         "report_auc": auc,
-        "scored_on": cohort.get("scored"),
-        **{f"leak_{k}": v for k, v in cohort.get("leak", {}).items()},
     }
+    if result.fit:
+        cohort = result.fit.cohort
+        row |= {"scored_on": cohort.scored, **{f"leak_{k}": v for k, v in cohort.leak.items()}}
+    return row
 
 
 def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
@@ -355,7 +356,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
         f"Best in each column in bold. AUC is micro-averaged over the labels. {_MARKS}",
         "",
     ]
-    for key in dict.fromkeys(k for r in comparison.records for k in r.get("cohorts", [])):
+    for key in dict.fromkeys(k for r in comparison.records for k in r.cohorts):
         if len(comparison.records) == 1:
             lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
             lines += [""]
@@ -367,7 +368,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
             "![AUC by size](figures/auc_by_size.png)",
             "",
         ]
-    launches = [(r["started"], without_paths(r["command"])) for r in comparison.records]
+    launches = [(r.started, without_paths(r.command)) for r in comparison.records]
     lines += [f"Launched {started} with `{command}`." for started, command in launches]
     return "\n".join(lines) + "\n"
 
@@ -393,7 +394,7 @@ def _latex(comparison: Comparison, heading: list[str]) -> str:
             same = "$^{\\approx}$" if group.differs_from_best is False else ""
             score = f"{group.mean(RANKING_METRIC):.4f}"
             score = f"\\textbf{{{score}}}" if group.is_best else score
-            params = group.runs[0].result["params"] / 1e6
+            params = group.runs[0].fit.params / 1e6
             cells = [_escaped(group.name), f"{group.mean('accuracy'):.4f}"]
             cells += [f"{score}{between}{same}", f"{params:.1f} M"]
             lines.append(" & ".join(cells) + " \\\\")

@@ -16,13 +16,13 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ich.base.config import UserError
-from ich.base.results import FINISHED, RunPaths, SweepPaths
+from ich.base.records import FitResult, RunResult, SweepRecord
+from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS, RESAMPLES, UNDEFINED, Interval, draw_counts
@@ -45,17 +45,23 @@ class Run:
 
     name: str
     paths: RunPaths
-    result: dict[str, Any]
+    result: RunResult
     config: DictConfig | None
     predictions: Predictions | None
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.result["status"] == FINISHED)
+        return self.result.is_finished
+
+    @property
+    def fit(self) -> FitResult:
+        """What the training of a finished run came to."""
+        assert self.result.fit is not None
+        return self.result.fit
 
     @property
     def model(self) -> str:
-        return str(self.result.get("model") or self.name.split(",")[0])
+        return self.result.model or self.name.split(",")[0]
 
     @property
     def setting(self) -> str:
@@ -163,7 +169,7 @@ class Comparison:
     runs: list[Run]
     evaluation_sets: list[EvaluationSet]
     resamples: int
-    records: list[dict[str, Any]]
+    records: list[SweepRecord]
 
     @property
     def settings(self) -> list[SettingResult]:
@@ -210,7 +216,7 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
     records, runs = [], []
     for sweep in sweeps:
         record = sweep.read_record()
-        if not record:
+        if not sweep.record.exists():
             raise UserError(
                 f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a "
                 f"sweep, as in python -m ich.report multirun_reports/demo."
@@ -218,18 +224,16 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
         records.append(record)
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
         runs += [_load_run(sweep, r, prefix) for r in sweep.read_results()]
-    title = " + ".join(
-        str(r.get("name", s.root.name)) for r, s in zip(records, sweeps, strict=True)
-    )
+    title = " + ".join(str(r.name or s.root.name) for r, s in zip(records, sweeps, strict=True))
     return Comparison(title, runs, _evaluation_sets(runs, resamples), resamples, records)
 
 
-def _load_run(sweep: SweepPaths, result: dict[str, Any], prefix: str) -> Run:
-    paths = sweep.run(result["job"])
+def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
+    paths = sweep.run(result.job)
     config = OmegaConf.load(paths.config) if paths.config.exists() else None
     assert config is None or isinstance(config, DictConfig)
-    predictions = read_predictions(paths) if result["status"] == FINISHED else None
-    return Run(f"{prefix}{result['job']}", paths, result, config, predictions)
+    predictions = read_predictions(paths) if result.is_finished else None
+    return Run(f"{prefix}{result.job}", paths, result, config, predictions)
 
 
 # --- Pairing and resampling ----------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ich.base.config import UserError
-from ich.base.results import FINISHED, RunPaths
+from ich.base.records import Scores
+from ich.base.results import RunPaths
 
 # Of a line of the journal: which, when, and how fast. Every other value is the training's own.
 _NOT_COMPARED = ("step", "time", "train/images_per_s")
@@ -166,9 +167,9 @@ def _journals(a: RunPaths, b: RunPaths) -> FileComparison:
     return _compare_values(a.metrics.name, values())
 
 
-def _epochs(path: Path) -> dict[int, dict[str, Any]]:
+def _epochs(path: Path) -> dict[int, Scores]:
     path.stat()  # the reader takes a journal that is missing for an empty one
-    return {line["step"]: line for line in RunPaths(path.parent).read_metrics()}
+    return {line.step: line.metrics for line in RunPaths(path.parent).read_metrics()}
 
 
 def _results(a: RunPaths, b: RunPaths) -> FileComparison:
@@ -177,20 +178,25 @@ def _results(a: RunPaths, b: RunPaths) -> FileComparison:
     return _compare_values(a.result.name, ((k, k, one.get(k), two.get(k)) for k in keys))
 
 
-def _scores(run: RunPaths) -> dict[str, Any]:
+def _scores(run: RunPaths) -> dict[str, object]:
     """The metrics of a result, and what they are of; not what it took to get them."""
     result = run.read_result()
-    if result["status"] != FINISHED:
+    if result.fit is None:
         raise UserError(
-            f"{run.root} did not finish ({result['status']}: {result['reason']}), and only "
-            f"finished runs can be compared."
+            f"{run.root} did not finish ({result.status}: {result.reason}), and only finished runs "
+            f"can be compared."
         )
-    validation = [k for k in result if k.startswith("val_")]
-    keys = [k.removeprefix("val_") for k in validation] + validation
-    keys += ["auc_top", "best_epoch", "labels", "epochs", "params", "params_imagenet"]
-    baseline = result.get("always_negative", {})
-    return {k: result.get(k) for k in keys} | {
-        f"always_negative {k}": v for k, v in baseline.items()
+    fit = result.fit
+    return {
+        **fit.scores,
+        **{f"val_{k}": v for k, v in fit.val_scores.items()},
+        "auc_top": fit.auc_top,
+        "best_epoch": fit.best_epoch,
+        "labels": list(fit.labels),
+        "epochs": fit.epochs,
+        "params": fit.params,
+        "params_imagenet": fit.params_imagenet,
+        **{f"always_negative {k}": v for k, v in fit.always_negative.items()},
     }
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ich.base.records import EpochMetrics
 from ich.base.results import RunPaths
 
 log = logging.getLogger(__name__)
@@ -25,15 +26,16 @@ class Journal:
         """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            line = EpochMetrics(step, time.time(), values)
+            file.write(json.dumps(line.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._told()
 
     def rewind(self, step: int) -> None:
         """Drops the lines after a step: a resumed training writes them again."""
-        kept = [line for line in RunPaths(self._path.parent).read_metrics() if line["step"] <= step]
+        kept = [line for line in RunPaths(self._path.parent).read_metrics() if line.step <= step]
         if self._path.exists():
             part = self._path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.write_text("".join(json.dumps(line.to_json()) + "\n" for line in kept))
             part.replace(self._path)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ich.base.config import Config, flatten
-from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
+from ich.base.records import FAILED, FINISHED, KILLED, RunResult
+from ich.base.results import RunPaths
 from ich.tracking.store import (
     MODEL_FOLDER,
     MlflowStore,
@@ -49,44 +50,42 @@ class RunMirror:
         store, run_id, lines = self._store, self._run_id, self._run.read_metrics()
         for line in lines:
             # A step logged twice would stand twice in MLflow.
-            if line["step"] not in self._steps:
-                values = {k: v for k, v in line.items() if k not in ("step", "time")}
-                store.log_metrics(run_id, values, line["step"], line["time"])
-                self._steps.add(line["step"])
-        if undefined := sorted({k for line in lines for k, v in line.items() if v is None}):
+            if line.step not in self._steps:
+                store.log_metrics(run_id, line.metrics, line.step, line.time)
+                self._steps.add(line.step)
+        if undefined := sorted({k for line in lines for k, v in line.metrics.items() if v is None}):
             store.tag(run_id, "ich.undefined", ", ".join(undefined))
         result = self._run.read_result()
-        if result["status"] in (FINISHED, FAILED, KILLED):
+        if result.status in (FINISHED, FAILED, KILLED):
             self._end(store, run_id, result)
 
     def _open(self, store: MlflowStore) -> str:
         """The run of an earlier process, or a new one with parameters and configuration."""
         known = self._run.read_tracking()
-        run_id = known.get("mlflow_run")
-        if isinstance(run_id, str) and store.exists(run_id):
+        run_id = known.mlflow_run
+        if run_id and store.exists(run_id):
             self._steps = store.logged_steps(run_id, _EVERY_STEP)
             store.reopen(run_id)
         else:
             self._steps = set()
-            cohort = {"ich.cohort": str(self._run.read_origin().get("cohort", "unknown"))}
+            cohort = {"ich.cohort": self._run.read_origin().cohort or "unknown"}
             tags = run_tags(self._config) | cohort
             run_id = store.open_run(self._config.job, tags, self._parent)
-            self._run.write_tracking(known | {"mlflow_run": run_id})
+            self._run.write_tracking(replace(known, mlflow_run=run_id))
             store.log_params(run_id, flatten(self._config))
             store.log_artifact(run_id, self._run.config)
-        self._run.write_tracking(known | {"mlflow_run": run_id, "complete": False})
+        self._run.write_tracking(replace(known, mlflow_run=run_id, complete=False))
         if self._parent:
             store.tag(run_id, "mlflow.parentRunId", self._parent)
-        superseded = known.get("supersedes")
-        if isinstance(superseded, str) and store.exists(superseded):
-            store.tag(superseded, "ich.superseded", "true")
+        if known.supersedes and store.exists(known.supersedes):
+            store.tag(known.supersedes, "ich.superseded", "true")
         return run_id
 
-    def _end(self, store: MlflowStore, run_id: str, result: dict[str, Any]) -> None:
-        if result["status"] == FINISHED and not store.logged_steps(run_id, "best/accuracy"):
-            store.log_metrics(run_id, summary_metrics(result), 0, time.time())
-        if result.get("reason"):
-            store.tag(run_id, "ich.reason", str(result["reason"])[:500])
+    def _end(self, store: MlflowStore, run_id: str, result: RunResult) -> None:
+        if result.fit and not store.logged_steps(run_id, "best/accuracy"):
+            store.log_metrics(run_id, summary_metrics(result.fit), 0, time.time())
+        if result.reason:
+            store.tag(run_id, "ich.reason", result.reason[:500])
         run = self._run
         files = (run.config, run.predictions, run.log, run.result, run.origin, run.provenance)
         for path in files:
@@ -95,8 +94,8 @@ class RunMirror:
         if run.best.exists():
             with TemporaryDirectory() as scratch:
                 store.log_artifact(run_id, as_mlflow_model(run, Path(scratch) / MODEL_FOLDER))
-        store.end(run_id, result["status"].upper())
-        run.write_tracking(run.read_tracking() | {"complete": True})
+        store.end(run_id, result.status.upper())
+        run.write_tracking(replace(run.read_tracking(), complete=True))
 
 
 class Mirror:

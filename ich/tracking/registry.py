@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ich.base.config import Config, TrackingConfig, UserError, load_config, to_dataclass
@@ -55,7 +56,7 @@ def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
     """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
     if not config.tracking.mlflow:
         return None
-    earlier = sweep.read_record().get("mlflow_run")
+    earlier = sweep.read_record().mlflow_run
     try:
         return _parent_run(MlflowStore(config.tracking), config, earlier)
     except Exception as error:
@@ -63,11 +64,11 @@ def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
             "MLflow cannot be used now (%s); it gets its copy when the sweep ends",
             one_line(error),
         )
-        return earlier if isinstance(earlier, str) else None
+        return earlier
 
 
-def _parent_run(store: MlflowStore, config: Config, earlier: object) -> str:
-    if isinstance(earlier, str) and store.exists(earlier):
+def _parent_run(store: MlflowStore, config: Config, earlier: str | None) -> str:
+    if earlier and store.exists(earlier):
         store.reopen(earlier)
         # The folder is locked, so what a killed sweep left RUNNING runs no more.
         store.end_running_children(earlier, "KILLED")
@@ -87,7 +88,7 @@ def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None
         status: FINISHED, FAILED or KILLED.
         seconds: how long it may take; what is missing then is copied after the next launch.
     """
-    if not any(c["tracking"]["mlflow"] for c in sweep.read_record()["configs"].values()):
+    if not any(c["tracking"]["mlflow"] for c in sweep.read_record().configs.values()):
         return
     command = [sys.executable, "-m", "ich.tracking.registry", str(sweep.root), status]
     try:
@@ -100,22 +101,22 @@ def main() -> None:
     """`python -m ich.tracking.registry SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
     sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
     record = sweep.read_record()
-    config = to_dataclass(next(iter(record["configs"].values())))
+    config = to_dataclass(next(iter(record.configs.values())))
     try:
         store = MlflowStore(config.tracking)
-        parent = record.get("mlflow_run")
-        if not (isinstance(parent, str) and store.exists(parent)):
+        parent = record.mlflow_run
+        if not (parent and store.exists(parent)):
             parent = _parent_run(store, config, None)
-            sweep.write_record(record | {"mlflow_run": parent})
-        for job in record["jobs"]:
+            sweep.write_record(replace(record, mlflow_run=parent))
+        for job in record.jobs:
             _catch_up(store, sweep.run(job), parent)
         store.end_running_children(parent, "KILLED")
-        data_reports = [sweep.data(key) for key in record.get("cohorts", [])]
+        data_reports = [sweep.data(key) for key in record.cohorts]
         tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)
         for path in (*tables, sweep.record, sweep.figures, *data_reports):
             if path.exists():
                 store.log_artifact(parent, path)
-        store.tag(parent, "ich.cohort", ", ".join(record.get("cohorts", [])))
+        store.tag(parent, "ich.cohort", ", ".join(record.cohorts))
         store.end(parent, status)  # first: what follows may fail
         if status != "KILLED" and (said := register_best(store, sweep, parent)):
             print(f"MLflow: {said}")
@@ -149,9 +150,9 @@ def register_best(
     rows = max(comparison.evaluation_sets, key=lambda s: len(s.settings), default=None)
     if rows is None or rows.best is None:
         return ""
-    run = max(rows.best.runs, key=lambda r: r.result[f"val_{RANKING_METRIC}"] or 0.0)
-    run_id = run.paths.read_tracking().get("mlflow_run")
-    if not isinstance(run_id, str) or run.predictions is None:
+    run = max(rows.best.runs, key=lambda r: r.fit.val_scores[RANKING_METRIC] or 0.0)
+    run_id = run.paths.read_tracking().mlflow_run
+    if run_id is None or run.predictions is None:
         return ""
     score = run.predictions.metrics[RANKING_METRIC]
     tags = {
@@ -190,7 +191,7 @@ def promote(sweep: SweepPaths) -> str:
         UserError: the sweep is not in MLflow, or MLflow cannot be used.
     """
     record = sweep.read_record()
-    configs = [to_dataclass(c) for c in record.get("configs", {}).values()]
+    configs = [to_dataclass(c) for c in record.configs.values()]
     if not configs or not all(c.tracking.mlflow for c in configs):
         raise UserError(
             f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "
@@ -198,7 +199,7 @@ def promote(sweep: SweepPaths) -> str:
         )
     try:
         store = MlflowStore(configs[0].tracking)
-        said = register_best(store, sweep, record.get("mlflow_run"), promote=True)
+        said = register_best(store, sweep, record.mlflow_run, promote=True)
     except UserError:
         raise
     except Exception as error:
@@ -263,7 +264,7 @@ def alias_for(name: str) -> str:
 
 def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
     known = run.read_tracking()
-    whole = known.get("complete") and store.exists(str(known.get("mlflow_run")))
+    whole = known.complete and known.mlflow_run and store.exists(known.mlflow_run)
     if not whole and run.config.exists():
         RunMirror(load_config(run.config), run, parent).push()
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ich.base.config import Config, TrackingConfig, UserError
 from ich.base.files import lock
+from ich.base.records import FitResult, Scores
 from ich.base.results import RunPaths
 
 log = logging.getLogger(__name__)
@@ -100,9 +101,7 @@ class MlflowStore:
         for start in range(0, len(items), 100):  # MLflow's limit per call
             self.client.log_batch(run_id, params=items[start : start + 100])
 
-    def log_metrics(
-        self, run_id: str, metrics: dict[str, float | None], step: int, when: float
-    ) -> None:
+    def log_metrics(self, run_id: str, metrics: Scores, step: int, when: float) -> None:
         """Logs the finite values at a step and a time (seconds since 1970)."""
         from mlflow.entities import Metric
 
@@ -248,12 +247,14 @@ def run_tags(config: Config) -> dict[str, str]:
     }
 
 
-def summary_metrics(result: dict[str, Any]) -> dict[str, float | None]:
+def summary_metrics(fit: FitResult) -> dict[str, float | None]:
     """A finished run's numbers: what its weights score, and what its cohort leaks."""
-    plain = ("best_epoch", "minutes", "images_per_s", "params")
-    scores = [k for k in result if k.startswith(("accuracy", "auc", "val_"))]
-    leak = {f"data/leak_{k}": v for k, v in result["cohort"]["leak"].items()}
-    return {**{f"best/{k}": result[k] for k in (*scores, *plain)}, **leak}
+    scores = {k: v for k, v in fit.scores.items() if k.startswith(("accuracy", "auc"))}
+    validation = {f"val_{k}": v for k, v in fit.val_scores.items()}
+    plain = ("auc_top", "best_epoch", "minutes", "images_per_s", "params")
+    best = {**scores, **validation, **{k: getattr(fit, k) for k in plain}}
+    leak = {f"data/leak_{k}": v for k, v in fit.cohort.leak.items()}
+    return {**{f"best/{k}": v for k, v in best.items()}, **leak}
 
 
 def one_line(error: Exception) -> str:

@@ -7,7 +7,8 @@ import logging
 import torch
 
 from ich.base.config import Config, CudaGraph, Device, UserError, image_size
-from ich.training.mode import CHANNELS_LAST, ComputeMode
+from ich.base.records import ComputeMode
+from ich.training.mode import CHANNELS_LAST
 from ich.training.model import model_cost
 
 log = logging.getLogger("ich.train")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from ich.base.config import Config, Monitor
-from ich.base.files import write_json
+from ich.base.records import ComputeMode, FitResult
 from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, load_dataset
 from ich.scoring.metrics import always_negative, multilabel_metrics
 from ich.tracking.journal import Journal
 from ich.training.devices import device_name, pick_device
-from ich.training.mode import ComputeMode
 from ich.training.model import count_parameters, load_weights
 from ich.training.saving import CheckpointWriter, resume_training, save_best, save_predictions
 from ich.training.timing import select_mode
@@ -31,13 +29,12 @@ class Terminated(BaseException):
     """SIGTERM. No `Exception`, so that nothing on the way mistakes it for an error of its own."""
 
 
-def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> dict[str, Any]:
+def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> FitResult:
     """Trains one network by the config and keeps the weights of its best epoch.
 
     Returns:
-        The run's result: metrics of the best-weights epoch (the first on ties) on the test set, or
-        on validation where there is none; the same on validation as `val_<metric>`; `auc_top` (the
-        highest validation AUC over the epochs), sizes, speed, and the cohort.
+        Metrics of the best epoch's weights (the first on ties) on the test set, or on validation
+        where there is none; the same on validation; sizes, speed, and the cohort.
 
     Raises:
         UserError: bad data, or a loss that is not finite.
@@ -69,25 +66,25 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         scores = multilabel_metrics(logits, target, labels)
         save_predictions(run, dataset, {"val": best.logits, "test": logits})
     params, params_imagenet = count_parameters(cfg.model, len(labels))
-    return {
-        **scores,
-        **{f"val_{k}": v for k, v in best.scores.items()},
-        "best_epoch": best.epoch,
-        "auc_top": state.auc_top,
-        "labels": list(labels),
-        "params": params,
-        "params_imagenet": params_imagenet,
-        "epochs": cfg.train.epochs,
-        "minutes": (time.perf_counter() - started) / 60,
-        "images_per_s": len(dataset.train.row) * cfg.train.epochs / state.train_seconds,
-        "resumed": state.resumed,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "precision": mode.precision,
-        "layout": mode.layout,
-        "cohort": dataset.summary,
-        "always_negative": always_negative(target, labels),
-    }
+    return FitResult(
+        scores=scores,
+        val_scores=best.scores,
+        best_epoch=best.epoch,
+        auc_top=state.auc_top,
+        labels=labels,
+        params=params,
+        params_imagenet=params_imagenet,
+        epochs=cfg.train.epochs,
+        minutes=(time.perf_counter() - started) / 60,
+        images_per_s=len(dataset.train.row) * cfg.train.epochs / state.train_seconds,
+        resumed=state.resumed,
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        precision=mode.precision,
+        layout=mode.layout,
+        cohort=dataset.summary,
+        always_negative=always_negative(target, labels),
+    )
 
 
 def select_and_record_mode(cfg: Config, run: RunPaths) -> ComputeMode:
@@ -96,8 +93,8 @@ def select_and_record_mode(cfg: Config, run: RunPaths) -> ComputeMode:
     It is written down, so that the run is resumed and repeated in the same.
     """
     origin = run.read_origin()
-    mode = select_mode(cfg, origin.get("mode"))
-    write_json(run.origin, origin | {"mode": asdict(mode)})
+    mode = select_mode(cfg, origin.mode)
+    run.write_origin(replace(origin, mode=mode))
     return mode
 
 
@@ -147,7 +144,7 @@ def train_epochs(
     return state.best
 
 
-def is_better(scores: dict[str, float], best: dict[str, Any], monitor: Monitor) -> bool:
+def is_better(scores: dict[str, float], best: dict[str, float], monitor: Monitor) -> bool:
     """Strictly better, so that the first of equal epochs is kept; anything beats NaN."""
     new, old = scores[monitor.value], best[monitor.value]
     if math.isnan(new) or math.isnan(old):

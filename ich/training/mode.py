@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ich.base.config import Config, Precision, image_size
+from ich.base.records import ComputeMode
 
 # bfloat16 keeps 8 bits of a number. It must be worth that, and more than a timing's noise.
 _BF16_GAIN = 1.1
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
-
-
-@dataclass(frozen=True)
-class ComputeMode:
-    """precision: bf16, fp32 or tf32. layout: channels_last or contiguous. processor: timed on."""
-
-    precision: str
-    layout: str
-    processor: str = ""
 
 
 def workload_key(config: Config) -> str:

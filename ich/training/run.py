@@ -9,15 +9,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from ich.base.config import Config, UserError, load_config
-from ich.base.files import write_json
 from ich.base.processes import lock_run, watch_supervisor
-from ich.base.results import FAILED, FINISHED, KILLED, RunPaths
+from ich.base.records import FAILED, FINISHED, KILLED, FitResult, JobProgress, RunResult
+from ich.base.results import RunPaths
 from ich.base.workers import keep_memory
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror
@@ -34,16 +33,14 @@ _MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4
 class ProgressFile:
     """Tells the supervising process where the training is, at most four times a second."""
 
-    def __init__(self, path: Path, epochs: int):
-        self._path, self._epochs, self._written = path, epochs, 0.0
+    def __init__(self, run: RunPaths, epochs: int):
+        self._run, self._epochs, self._written = run, epochs, 0.0
 
     def __call__(self, phase: str, epoch: int, step: int, steps: int) -> None:
         now = time.monotonic()
         if now - self._written >= 0.25 or step == steps:
             self._written = now
-            counts = {"epoch": epoch, "epochs": self._epochs, "step": step, "steps": steps}
-            # Not synced: after a crash of the machine nobody asks how far it was.
-            write_json(self._path, {"phase": phase, **counts}, sync=False)
+            self._run.write_progress(JobProgress(phase, epoch, self._epochs, step, steps))
 
 
 class GracefulStop:
@@ -79,7 +76,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     """
     keep_memory()
     cfg = load_config(run.config)
-    stop = GracefulStop(ProgressFile(run.progress, cfg.train.epochs))
+    stop = GracefulStop(ProgressFile(run, cfg.train.epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)
     if supervisor:
@@ -97,38 +94,38 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
 def _train_and_close(cfg: Config, run: RunPaths, mirror: Mirror, stop: GracefulStop) -> int:
     result = _outcome(lambda: fit(cfg, run, Journal(run.metrics, mirror.notify), stop.on_step))
     _close(cfg, run, result)
-    patience = _MIRROR_SECONDS if result["status"] != KILLED else _MIRROR_SECONDS_KILLED
+    patience = _MIRROR_SECONDS if result.status != KILLED else _MIRROR_SECONDS_KILLED
     mirrored = mirror.finish(patience)
-    status = 0 if result["status"] == FINISHED else 1
+    status = 0 if result.is_finished else 1
     if not mirrored:  # its thread is inside MLflow: leave without waiting for it
         logging.shutdown()
         os._exit(status)
     return status
 
 
-def _outcome(training: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _outcome(training: Callable[[], FitResult]) -> RunResult:
     """A training's result, or how it ended: the table has a row for whatever it was."""
     try:
-        return {"status": FINISHED, "reason": "", **training()}
+        return RunResult(FINISHED, fit=training())
     except (Terminated, KeyboardInterrupt):
-        return {"status": KILLED, "reason": "ended by SIGTERM or an interrupt"}
+        return RunResult(KILLED, "ended by SIGTERM or an interrupt")
     except SystemExit as error:
-        return {"status": FAILED, "reason": f"called sys.exit({error.code!r})"}
+        return RunResult(FAILED, f"called sys.exit({error.code!r})")
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
-        return {
-            "status": FAILED,
-            "reason": f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
+        return RunResult(
+            FAILED,
+            f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
             f"data.image_size, or hydra.launcher.jobs_per_gpu if jobs share the GPU.",
-        }
+        )
     except Exception as error:
         traceback.print_exc()
         prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return {"status": FAILED, "reason": f"{prefix}{' '.join(str(error).split())}"}
+        return RunResult(FAILED, f"{prefix}{' '.join(str(error).split())}")
 
 
-def _close(cfg: Config, run: RunPaths, result: dict[str, Any]) -> None:
-    run.write_result({"job": cfg.job, "model": cfg.model.name, **result})
+def _close(cfg: Config, run: RunPaths, result: RunResult) -> None:
+    run.write_result(replace(result, job=cfg.job, model=cfg.model.name))
     run.progress.unlink(missing_ok=True)
-    if result["status"] == FINISHED:
+    if result.is_finished:
         drop_checkpoints(run.root)

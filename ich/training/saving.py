@@ -58,7 +58,7 @@ class CheckpointWriter:
         facts = {
             # Which of two generations is newer; `resumed`, since a step may be taken twice.
             "order": [state.epoch, state.step, state.resumed],
-            "cohort": self._dataset.summary["cohort"],
+            "cohort": self._dataset.summary.cohort,
             "progress": {name: getattr(state, name) for name in names},
             "best": state.best and {"epoch": state.best.epoch, "scores": state.best.scores},
             "schedule": self._trainer.schedule(),
@@ -78,7 +78,7 @@ def resume_training(
     """Sets the trainer to the newest good checkpoint of the run, if there is one, and the run's
     files to what they were then."""
     checkpoint = read_checkpoint(run.root)
-    if checkpoint is not None and checkpoint.facts["cohort"] != dataset.summary["cohort"]:
+    if checkpoint is not None and checkpoint.facts["cohort"] != dataset.summary.cohort:
         log.warning("the checkpoint is of another cohort: the training starts anew")
         checkpoint = None
     if checkpoint is None:

@@ -15,20 +15,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 
 from ich.base.config import Config, Device, Precision, to_dataclass, to_dict
 from ich.base.provenance import processor
+from ich.base.records import CohortSummary, ComputeMode
 from ich.base.workers import keep_memory
 from ich.data.dataset import Dataset, Split
-from ich.training.mode import CHANNELS_LAST, ComputeMode, pick_fastest, workload_key
+from ich.training.mode import CHANNELS_LAST, pick_fastest, workload_key
 
 _ROUNDS = 3
 
 
-def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str]]]:
+def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, ComputeMode]]:
     """Times each workload among some jobs; yields its key and its mode as they come.
 
     What cannot be timed is left out: its job decides for itself.
@@ -48,24 +48,23 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, dict[str, str
                     send()
             for line in child.stdout:
                 timed = json.loads(line)
-                yield timed["workload"], timed["mode"]
+                yield timed["workload"], ComputeMode(**timed["mode"])
         finally:
             child.kill()  # also if whoever iterates is interrupted
 
 
-def select_mode(config: Config, recorded: dict[str, str] | None) -> ComputeMode:
+def select_mode(config: Config, recorded: ComputeMode | None) -> ComputeMode:
     """The mode of a job that is about to train here.
 
     Args:
         config: the job.
-        recorded: what was chosen for it, the fields of a `ComputeMode`; used if it was timed on a
-            processor like this one.
+        recorded: what was chosen for it; used if it was timed on a processor like this one.
     """
     here = processor(config.train.device is not Device.cpu)
     if config.train.precision is not Precision.auto:
         return ComputeMode(config.train.precision.value, CHANNELS_LAST, here)
-    if recorded and recorded["processor"] == here:
-        return ComputeMode(**recorded)
+    if recorded and recorded.processor == here:
+        return recorded
     return pick_fastest(time_training_steps(config), here)
 
 
@@ -104,14 +103,14 @@ def random_dataset(cfg: Config) -> Dataset:
     target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
     row = np.arange(batch)
     split = Split(row.astype(str), row, target, row, row)
-    return Dataset(hu, labels, split, split, None, {})
+    summary = CohortSummary(steps={}, rates={}, scored="val", leak={})
+    return Dataset(hu, labels, split, split, None, summary)
 
 
 def main() -> None:
     """Reads jobs from standard input and writes a line of JSON for each."""
     keep_memory()  # as the trainings do
-    configs: list[dict[str, Any]] = json.load(sys.stdin)
-    for values in configs:
+    for values in json.load(sys.stdin):
         config = to_dataclass(values)
         mode = select_mode(config, None)
         print(json.dumps({"workload": workload_key(config), "mode": asdict(mode)}), flush=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ich.base.config import Config, UserError, image_size
+from ich.base.records import ComputeMode
 from ich.data.dataset import Dataset, Split
 from ich.training.cuda_graph import GraphedStep, TrainingStep
 from ich.training.devices import (
@@ -23,7 +24,6 @@ from ich.training.devices import (
 )
 from ich.training.loader import Batch, Loader, SliceSource, open_slice_source
 from ich.training.losses import Loss, build_loss
-from ich.training.mode import ComputeMode
 from ich.training.model import Classifier, build_model, input_spec
 from ich.training.optimizer import build_optimizer, build_scheduler
 from ich.training.transforms import CTWindows, Resample, stream_seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,13 @@ def package(tmp_path: Path) -> Path:
 
 def test_the_commit_and_what_was_changed_since(package: Path) -> None:
     clean = provenance.git_state(package)
-    assert len(clean["commit"]) == 40
-    assert not clean["changed"]
+    assert clean is not None
+    assert len(clean.commit) == 40
+    assert not clean.changed
     assert provenance.git_diff(package) == ""
     (package / "a.py").write_text("x = 2\n")
     (package / "b.py").write_text("y = 3\n")
-    assert provenance.git_state(package) == clean | {"changed": True}
+    assert provenance.git_state(package) == replace(clean, changed=True)
     diff = provenance.git_diff(package)
     assert "-x = 1\n+x = 2" in diff
     assert "+++ b/b.py\n@@ -0,0 +1,1 @@\n+y = 3" in diff
@@ -61,7 +63,7 @@ def test_a_package_that_git_does_not_track_has_no_commit(package: Path) -> None:
     installed = package / "site-packages" / "ich"
     installed.mkdir(parents=True)
     (installed / "a.py").write_text("")
-    assert provenance.git_state(installed) == {}
+    assert provenance.git_state(installed) is None
     assert provenance.git_diff(installed) == ""
 
 
@@ -69,7 +71,7 @@ def test_without_git_nothing_is_known_and_nothing_fails(
     package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    assert provenance.git_state(package) == {}
+    assert provenance.git_state(package) is None
     assert provenance.git_diff(package) == ""
 
 
@@ -103,7 +105,7 @@ def _version(package: Path) -> str:
 
 
 def test_the_record_is_json_and_names_neither_person_nor_machine(package: Path) -> None:
-    record = json.dumps(provenance.record(package))
+    record = json.dumps(provenance.record(package).to_json())
     assert '"torch"' in record
     for private in (str(package), str(Path.home()), "a person", "a@b"):
         assert private not in record

@@ -50,8 +50,8 @@ def test_quarantined_images_leave_the_cohort(
     splits = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     used = {i for s in splits for i in s.image_id}
     assert not used & set(bad)
-    assert 0 < dataset.summary["quarantined"] <= len(bad)
-    assert dataset.summary["train"] == len(dataset.train.row)
+    assert 0 < dataset.summary.quarantined <= len(bad)
+    assert dataset.summary.steps["train"] == len(dataset.train.row)
 
 
 def test_a_split_that_the_quarantine_empties_is_refused(
@@ -93,7 +93,7 @@ def test_patients_are_numbered_alike_in_all_splits(composed: Compose, phantom: P
     dataset = load_dataset(composed(f'data.root="{phantom}"', "data.cache_size=32"))
     shared = set(dataset.train.patient) & set(dataset.val.patient)
     assert len(shared) >= 4
-    assert dataset.summary["leak"]["patient"] > 0.5
+    assert dataset.summary.leak["patient"] > 0.5
 
 
 def test_the_real_mini_set(composed: Compose, shared: Path) -> None:
@@ -104,11 +104,11 @@ def test_the_real_mini_set(composed: Compose, shared: Path) -> None:
         "data.cache_size=64",
     )
     dataset = load_dataset(config)
-    assert dataset.summary["images"] == 155
-    assert dataset.summary["repeated_ids"] == 4
-    assert dataset.summary["oversampled"] == 155 + 7 * 6
-    assert dataset.summary["quarantined"] == 0
-    assert dataset.summary["leak"]["patient"] > 0.5
+    assert dataset.summary.steps["images"] == 155
+    assert dataset.summary.steps["repeated_ids"] == 4
+    assert dataset.summary.steps["oversampled"] == 155 + 7 * 6
+    assert dataset.summary.quarantined == 0
+    assert dataset.summary.leak["patient"] > 0.5
     brain = (dataset.hu > 0) & (dataset.hu < 80)
     assert 0.1 < brain.mean() < 0.5
     sound = composed(
@@ -118,4 +118,4 @@ def test_the_real_mini_set(composed: Compose, shared: Path) -> None:
         "data.cache_size=64",
         "protocol=sound",
     )
-    assert load_dataset(sound).summary["leak"] == {"image": 0.0, "study": 0.0, "patient": 0.0}
+    assert load_dataset(sound).summary.leak == {"image": 0.0, "study": 0.0, "patient": 0.0}

@@ -231,7 +231,7 @@ def test_a_folder_of_other_labels_is_read_by_name_and_by_path(
     for found in sets:
         assert found.labels == ("bleed", "extra axial")
         assert found.train.target.shape[1] == 2
-        assert found.summary["leak"] == {"image": 0.0, "study": None, "patient": 0.0}
+        assert found.summary.leak == {"image": 0.0, "study": None, "patient": 0.0}
         assert found.test is not None
     by_name, by_path, in_zip = sets
     assert (by_name.hu[by_name.train.row] == in_zip.hu[in_zip.train.row]).all()
@@ -245,7 +245,7 @@ def test_the_patients_of_the_label_file_are_audited_under_the_reports_protocol(
     root, labels = hospital / "scans of a hospital", hospital / "by_name.csv"
     own = ["data=folder", "data.cache_size=32", "data.workers=1", "protocol.oversample=null"]
     found = load_dataset(composed(*own, f'data.root="{root}"', f"data.labels={labels}"))
-    assert found.summary["leak"]["patient"] == 1.0
+    assert found.summary.leak["patient"] == 1.0
 
 
 def test_two_files_of_one_name_need_a_path(composed: Compose, hospital: Path) -> None:

@@ -165,8 +165,8 @@ def test_headers_and_metadata_give_the_same_split(
     assert b.test is not None
     assert (a.train.image_id == b.train.image_id).all()
     assert (a.test.image_id == b.test.image_id).all()
-    assert a.summary["leak"] == {"image": 0.0, "study": 0.0, "patient": 0.0}
-    assert b.summary["leak"] == {"image": 0.0, "study": None, "patient": 0.0}
+    assert a.summary.leak == {"image": 0.0, "study": 0.0, "patient": 0.0}
+    assert b.summary.leak == {"image": 0.0, "study": None, "patient": 0.0}
 
 
 def test_no_identifier_reaches_what_a_preparation_prints_or_keeps(

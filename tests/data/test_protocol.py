@@ -67,7 +67,7 @@ def test_the_protocols_counts() -> None:
 def test_the_split_is_stratified_and_seeded() -> None:
     table = simple(2000, 30, 200)
     cohort = cohort_of(table, REPORT)
-    rates = cohort.summary()["rates"]
+    rates = cohort.summary().rates
     for label in ("epidural", "subdural", "any"):
         assert rates["val"][label] == pytest.approx(rates["train"][label], rel=0.05)
     assert cohort_of(table, REPORT).rows.equals(cohort.rows)
@@ -78,13 +78,13 @@ def test_the_leak_is_measured() -> None:
     table = clinic(60)
     cohort = cohort_of(table, REPORT)
     train, val = cohort.split("train"), cohort.split("val")
-    leak = cohort.summary()["leak"]
+    leak = cohort.summary().leak
     for kind, column in (("image", "image_id"), ("study", "study"), ("patient", "patient")):
         share = np.mean([v in set(train[column]) for v in val[column]])
         assert leak[kind] == pytest.approx(share, abs=1e-6)
     assert 0 < leak["image"] < leak["study"] <= leak["patient"]
     once = cohort_of(simple(400, 50), replace(REPORT, oversample_times=1))
-    assert once.summary()["leak"] == {"image": 0.0, "study": None, "patient": None}
+    assert once.summary().leak == {"image": 0.0, "study": None, "patient": None}
 
 
 def test_negatives_are_undersampled_to_the_ratio_after_oversampling() -> None:
@@ -100,7 +100,7 @@ def test_one_label_is_enough() -> None:
     table = simple(400, 40)
     for cfg in (REPORT, replace(REPORT, oversample=None)):
         cohort = apply_protocol(table, ("epidural",), cfg, 0.5)
-        rates = cohort.summary()["rates"]
+        rates = cohort.summary().rates
         assert rates["val"]["epidural"] == pytest.approx(rates["train"]["epidural"], rel=0.1)
 
 
@@ -158,7 +158,7 @@ def test_no_patient_is_on_two_sides_and_only_training_is_resampled() -> None:
     assert not sides["train"] & sides["val"]
     assert not sides["train"] & sides["test"]
     assert not sides["val"] & sides["test"]
-    assert cohort.summary()["leak"] == {"image": 0.0, "study": 0.0, "patient": 0.0}
+    assert cohort.summary().leak == {"image": 0.0, "study": 0.0, "patient": 0.0}
     for name in ("val", "test"):
         part = cohort.split(name)
         assert (part["repeat"] == 0).all()
@@ -242,11 +242,11 @@ def test_real_patients_split_evenly(shared: Path) -> None:
     cohort = cohort_of(table.assign(path=""), SOUND)
     assert cohort.steps["images"] == 78_545
     assert table["patient"].nunique() == 2_144
-    assert cohort.summary()["leak"] == {"image": 0.0, "study": 0.0, "patient": 0.0}
+    assert cohort.summary().leak == {"image": 0.0, "study": 0.0, "patient": 0.0}
     common = [k for k in LABELS if cohort.positives["images"][k] >= ENOUGH]
     assert len(common) == 5
     assert max(cohort.imbalance[k] for k in common) < 0.01
-    leak = cohort_of(table.assign(path=""), REPORT, 0.1).summary()["leak"]
+    leak = cohort_of(table.assign(path=""), REPORT, 0.1).summary().leak
     assert leak["patient"] > 0.9
 
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(trained: Path) -> Ensemble:
     sweep = SweepPaths(trained / "multirun_reports" / "s")
-    return load_ensemble([str(sweep.run(j).root) for j in sweep.read_record()["jobs"]], CPU)
+    return load_ensemble([str(sweep.run(j).root) for j in sweep.read_record().jobs], CPU)
 
 
 @pytest.fixture

@@ -62,12 +62,12 @@ def test_killed_jobs_are_rows_of_the_table_and_go_on_later(cluster: Folder) -> N
     assert f"{cluster.job(2)} epoch 3/3" in output
     wait_for(lambda: not cluster.processes(), 30)
     healthy = cluster.digests(2)
-    assert cluster.of(2).read_result()["device"] == "CPU, 1 threads"
+    assert cluster.of(2).read_result().fit.device == "CPU, 1 threads"
 
     status, output = cluster.run(3)
     assert status == 0, output
     assert set(cluster.table()["status"]) == {"finished"}
-    assert [cluster.of(n).read_result()["resumed"] for n in range(3)] == [1, 1, 0]
+    assert [cluster.of(n).read_result().fit.resumed for n in range(3)] == [1, 1, 0]
     assert cluster.digests(2) == healthy
     wait_for(lambda: not cluster.processes(), 30)
     assert sorted(p.name for p in cluster.root.iterdir()) == [
@@ -97,7 +97,7 @@ def test_an_interrupted_sweep_ends_its_jobs_and_goes_on_later(
     assert "finished" not in set(folder.table()["status"])
     status, output = folder.run(2)
     assert status == 0, output
-    assert folder.of(0).read_result()["resumed"] == 1
+    assert folder.of(0).read_result().fit.resumed == 1
 
 
 def test_rays_jobs_have_a_thread_for_each_of_their_cores(folder: Folder) -> None:
@@ -105,7 +105,7 @@ def test_rays_jobs_have_a_thread_for_each_of_their_cores(folder: Folder) -> None
     folder.launcher = [*LAUNCHERS["ray"], two, "tracking=none"]
     status, output = folder.run(2, "train.epochs=1")
     assert status == 0, output
-    assert folder.of(0).read_result()["device"] == "CPU, 2 threads"
+    assert folder.of(0).read_result().fit.device == "CPU, 2 threads"
 
 
 def test_a_preempted_job_is_queued_again_and_goes_on(folder: Folder) -> None:
@@ -117,7 +117,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(folder: Folder) -> None:
         os.kill(pid, signal.SIGUSR2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert folder.of(0).read_result()["resumed"] == 1
+    assert folder.of(0).read_result().fit.resumed == 1
 
 
 def test_slurm_that_is_not_there_is_said_in_a_sentence(
@@ -176,7 +176,7 @@ def test_optuna_minimizes_the_log_loss_and_survives_a_failed_trial(folder: Folde
     assert status == 1, output
     assert sorted(table["status"].unique()) == ["failed", "finished"]
     losses = [
-        folder.sweep.run(job).read_result()["val_log_loss"]
+        folder.sweep.run(job).read_result().fit.val_scores["log_loss"]
         for job in table["job"][table["status"] == "finished"]
     ]
     assert best(folder.sweep)["best_value"] == min(losses)

@@ -12,7 +12,6 @@ from commands import run_module
 from sweeps import SMALL
 
 from ich.base.config import Config, ModelConfig, to_yaml
-from ich.base.files import write_json
 from ich.base.results import State, SweepPaths
 from ich.data.dataset import cohort_sizes, load_dataset
 from ich.launch.jobs import run_job
@@ -86,14 +85,14 @@ def test_states_and_times_follow_a_job_from_new_to_done(config: Config) -> None:
     # Its first epoch is done, and its process was killed.
     run.root.mkdir(parents=True)
     run.config.write_text(to_yaml(config))
-    write_json(run.origin, job.origin)
-    run.metrics.write_text('{"step": 1}\n')
+    run.write_origin(job.origin)
+    run.metrics.write_text('{"step": 1, "time": 0.0}\n')
     (run.root / "checkpoint-a.ich").write_bytes(b"")
     (planned,) = make_plan([config], quiet).jobs
     assert planned.job.state is State.resume
     (run.root / "checkpoint-a.ich").unlink()
 
-    assert run_job(config, run, job.origin, None, quiet)["status"] == "finished"
+    assert run_job(config, run, job.origin, None, quiet).is_finished
     made = plan_of(config)
     assert made.jobs[0].job.state is State.done
     assert made.jobs[0].seconds == 0
@@ -101,7 +100,7 @@ def test_states_and_times_follow_a_job_from_new_to_done(config: Config) -> None:
     other = replace(config, job="other", seed=1)
     (planned,) = plan_of(other).jobs
     assert planned.basis == "run test/job"
-    minutes = run.read_result()["minutes"]
+    minutes = run.read_result().fit.minutes
     # The same work again, and the start of a process.
     assert planned.seconds == pytest.approx(10 + 60 * minutes, rel=1e-6)
 
@@ -138,7 +137,7 @@ def test_a_phantom_that_is_not_there_is_not_made(composed: Callable[..., Config]
     assert sizes.new_bytes > 64 * 64 * 2 * 20
     dataset = load_dataset(config)
     assert sum(sizes.rows.values()) == pytest.approx(sizes.images, abs=1)
-    assert sizes.images == pytest.approx(dataset.summary["images"] / 2, abs=1)  # data.subset
+    assert sizes.images == pytest.approx(dataset.summary.steps["images"] / 2, abs=1)  # data.subset
     assert cohort_sizes(config).is_exact
 
 

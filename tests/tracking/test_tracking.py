@@ -7,15 +7,17 @@ import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from made_up import FIT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from ich.base.config import Config, TrackingConfig, UserError, to_dict, to_yaml
-from ich.base.files import write_json
+from ich.base.records import FINISHED, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror, RunMirror
@@ -39,24 +41,21 @@ def sweep(config: Config) -> SweepPaths:
     run = place.run(config.job)
     run.root.mkdir(parents=True)
     run.config.write_text(to_yaml(config))
-    record = {"jobs": [config.job], "configs": {config.job: to_dict(config)}}
-    place.write_record(record | {"mlflow_run": open_sweep_run(config, place)})
+    record = SweepRecord(jobs=(config.job,), configs={config.job: to_dict(config)})
+    place.write_record(replace(record, mlflow_run=open_sweep_run(config, place)))
     return place
 
 
 def parent(sweep: SweepPaths) -> str:
-    return str(sweep.read_record()["mlflow_run"])
+    return str(sweep.read_record().mlflow_run)
 
 
 def line(auc: float = 0.75) -> dict[str, float]:
     return {"train/lr": 0.1, "val/auc": auc}
 
 
-def finish(run: RunPaths, status: str = "finished") -> None:
-    scores = {"accuracy": 0.9, "auc": 0.8, "val_auc": 0.8}
-    plain = {"best_epoch": 1, "minutes": 1.0, "images_per_s": 5.0, "params": 7}
-    cohort = {"cohort": {"leak": {"image": 0.1, "study": None}}}
-    run.write_result({"status": status, "reason": "", **scores, **plain, **cohort})
+def finish(run: RunPaths, status: str = FINISHED) -> None:
+    run.write_result(RunResult(status, fit=FIT if status == FINISHED else None))
 
 
 def runs_of(config: Config) -> dict[str, list[Run]]:
@@ -101,8 +100,9 @@ def test_a_job_is_a_nested_run_with_metrics_parameters_and_files(
     kept = {f.path for f in client.list_artifacts(job.info.run_id)}
     assert kept == {"config.yaml", "result.json"}
     (first, second) = run.read_metrics()
-    assert (first["step"], first["val/auc"], first["val/auc_epidural"]) == (1, 0.75, None)
-    assert second["val/auc"] == 0.8
+    assert first.step == 1
+    assert (first.metrics["val/auc"], first.metrics["val/auc_epidural"]) == (0.75, None)
+    assert second.metrics["val/auc"] == 0.8
 
 
 def test_pushing_again_adds_nothing_twice(config: Config, sweep: SweepPaths) -> None:
@@ -209,7 +209,7 @@ def test_mlflow_that_fails_stops_no_training(
     finish(run)
     mirror.finish(60)
     close_sweep_run(sweep, "FINISHED")
-    assert [x["step"] for x in run.read_metrics()] == [1, 2]
+    assert [line.step for line in run.read_metrics()] == [1, 2]
     assert "MLflow cannot be used" in caplog.text
     if fault == "full":  # and once there is room, the same command copies everything
         monkeypatch.undo()
@@ -242,14 +242,3 @@ def test_a_file_that_is_no_database_is_refused_at_the_start(config: Config, tmp_
 def test_a_plain_folder_is_refused() -> None:
     with pytest.raises(UserError, match=r"tracking.uri is './mlruns', but MLflow no longer"):
         MlflowStore(TrackingConfig(True, "./mlruns"))
-
-
-def test_results_are_json_without_nan_and_a_cut_journal_still_reads(tmp_path: Path) -> None:
-    run = RunPaths(tmp_path)
-    run.write_result({"status": "finished", "auc": math.nan, "list": [math.inf, 1.0]})
-    assert run.read_result() == {"status": "finished", "auc": None, "list": [None, 1.0]}
-    run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [line["step"] for line in run.read_metrics()] == [1, 2]
-    write_json(SweepPaths(tmp_path).record, {"jobs": []})
-    assert SweepPaths(tmp_path).read_record() == {"jobs": []}
-    assert not list(tmp_path.glob("*.part"))

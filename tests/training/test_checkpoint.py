@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ import pytest
 import torch
 
 from ich.base.config import Config, to_yaml
-from ich.base.files import write_json
-from ich.base.results import Origin, RunPaths
+from ich.base.records import FitResult, Origin
+from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
 from ich.launch.jobs import run_job
 from ich.tracking.journal import Journal
@@ -59,9 +60,7 @@ def config(composed: Compose, phantom: Path) -> Config:
     return cfg
 
 
-def run_until(
-    config: Config, run: RunPaths, stop: Callable[[str, int], None] | None
-) -> dict[str, object]:
+def run_until(config: Config, run: RunPaths, stop: Callable[[str, int], None] | None) -> FitResult:
     """One process's share of a training: `stop` is called at every step and may raise."""
     run.root.mkdir(parents=True, exist_ok=True)
     return fit(config, run, Journal(run.metrics), lambda *step: stop(*step[:2]) if stop else None)
@@ -82,8 +81,11 @@ def assert_same(run: RunPaths, other: RunPaths) -> None:
     with np.load(run.predictions) as x, np.load(other.predictions) as y:
         for name in x.files:
             assert (x[name] == y[name]).all()
-    quantities = ("step", "train/loss", "train/lr", "val/auc", "val/accuracy")
-    rows = [[{k: line[k] for k in quantities} for line in r.read_metrics()] for r in (run, other)]
+    quantities = ("train/loss", "train/lr", "val/auc", "val/accuracy")
+    rows = [
+        [(line.step, *(line.metrics[k] for k in quantities)) for line in r.read_metrics()]
+        for r in (run, other)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -116,11 +118,9 @@ def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_r
     assert kills == 20
     assert phases >= {"training", "validating"}
     assert_same(whole, broken)
-    changing = {"minutes", "images_per_s", "resumed"}
-    assert {k: v for k, v in result.items() if k not in changing} == {
-        k: v for k, v in straight.items() if k not in changing
-    }
-    assert 1 < int(str(result["resumed"])) <= 20  # one killed before its first step leaves no trace
+    changing = {k: getattr(result, k) for k in ("minutes", "images_per_s", "resumed")}
+    assert replace(straight, **changing) == result
+    assert 1 < result.resumed <= 20  # one killed before its first step leaves no trace
 
 
 def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
@@ -144,7 +144,7 @@ def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
     with broken.metrics.open("a") as journal:
         journal.write(json.dumps({"step": 3, "time": 0.0, "train/loss": 9.0}) + '\n{"st')
     result = run_until(config, broken, None)
-    assert result["resumed"] == 1
+    assert result.resumed == 1
     assert_same(whole, broken)
 
 
@@ -179,7 +179,7 @@ def test_with_both_generations_damaged_the_training_starts_anew(
     for path in broken.root.glob("checkpoint-*.ich"):
         path.write_bytes(b"x")
     result = run_until(config, broken, None)
-    assert result["resumed"] == 0
+    assert result.resumed == 0
     assert_same(whole, broken)
 
 
@@ -188,7 +188,7 @@ def test_another_cohorts_checkpoint_is_not_gone_on_from(config: Config, tmp_path
     run_until(config, run, None)
     config.protocol.seed += 1
     load_dataset(config)
-    assert run_until(config, run, None)["resumed"] == 0
+    assert run_until(config, run, None).resumed == 0
 
 
 def test_a_checkpoint_that_carries_code_is_not_executed(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
     origin = Origin(cohort="c", weights="w", code="x")
-    write_json(run.origin, origin)
+    run.write_origin(origin)
     child = subprocess.Popen([sys.executable, "-m", "ich.train", str(run.root)])
     while not list(run.root.glob("checkpoint-*.ich")):
         time.sleep(0.05)
@@ -244,14 +244,15 @@ def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     child.send_signal(how)
     child.wait()
     if how is signal.SIGTERM:
-        assert run.read_result()["status"] == "killed"
+        assert run.read_result().status == "killed"
     result = run_job(config, run, origin, None, quiet)
-    assert result["status"] == "finished", run.log.read_text()
-    assert result["resumed"] == 1
+    assert result.fit is not None, run.log.read_text()
+    assert result.fit.resumed == 1
     assert not list(run.root.glob("checkpoint-*"))
     again = run_job(config, whole, origin, None, quiet)
     assert run.best.read_bytes() == whole.best.read_bytes()
-    assert again["auc"] == result["auc"]
+    assert again.fit is not None
+    assert again.fit.scores["auc"] == result.fit.scores["auc"]
     stamp = run.result.stat().st_mtime_ns
     assert run_job(config, run, origin, None, quiet) == result  # finished: not touched
     assert run.result.stat().st_mtime_ns == stamp

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from sweeps import TINY
 
 from ich.base.config import Config, Device, Monitor, UserError, to_yaml
-from ich.base.files import write_json
-from ich.base.results import Origin, RunPaths
+from ich.base.records import ComputeMode, FitResult, Origin
+from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
 from ich.data.phantom.spec import LABELS
 from ich.launch.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
@@ -26,7 +26,6 @@ from ich.tracking.journal import Journal
 from ich.train import main
 from ich.training.devices import pick_device
 from ich.training.fit import Terminated, fit, is_better
-from ich.training.mode import ComputeMode
 from ich.training.model import build_model, load_weights
 from ich.training.trainer import Trainer
 
@@ -47,7 +46,7 @@ def config(composed: Compose, phantom: Path) -> Config:
     return composed("model=mobilenet_v2", *TINY, f'data.root="{phantom}"', *own)
 
 
-def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
+def train(config: Config, folder: Path) -> tuple[FitResult, RunPaths]:
     run = RunPaths(folder)
     run.root.mkdir(parents=True)
     load_dataset(config)  # as the sweep does before its jobs
@@ -57,13 +56,13 @@ def train(config: Config, folder: Path) -> tuple[dict[str, object], RunPaths]:
 def test_a_training_learns_and_leaves_what_the_table_needs(config: Config, tmp_path: Path) -> None:
     result, run = train(config, tmp_path / "run")
     journal = run.read_metrics()
-    assert [line["step"] for line in journal] == [1, 2, 3]
-    assert journal[-1]["train/loss"] < journal[0]["train/loss"]
-    accuracies = [line["val/accuracy"] for line in journal]
-    assert result["best_epoch"] == 1 + int(np.argmax(accuracies))
-    assert result["accuracy"] == max(accuracies)
-    assert result["auc_top"] == max(line["val/auc"] for line in journal)
-    assert result["params"] == 2_231_558
+    assert [line.step for line in journal] == [1, 2, 3]
+    assert journal[-1].metrics["train/loss"] < journal[0].metrics["train/loss"]
+    accuracies = [line.metrics["val/accuracy"] for line in journal]
+    assert result.best_epoch == 1 + int(np.argmax(accuracies))
+    assert result.scores["accuracy"] == max(accuracies)
+    assert result.auc_top == max(line.metrics["val/auc"] for line in journal)
+    assert result.params == 2_231_558
 
 
 def test_the_kept_weights_and_predictions_are_the_best_epochs(
@@ -72,7 +71,7 @@ def test_the_kept_weights_and_predictions_are_the_best_epochs(
     result, run = train(config, tmp_path / "run")
     saved = np.load(run.predictions)
     scores = multilabel_metrics(saved["val_logits"], saved["val_target"], LABELS)
-    assert scores["accuracy"] == result["accuracy"] == result["val_accuracy"]
+    assert scores["accuracy"] == result.scores["accuracy"] == result.val_scores["accuracy"]
     dataset = load_dataset(config)
     assert (saved["val_image_id"] == dataset.val.image_id).all()
     trainer = Trainer.build(config, dataset, CPU, FP32)
@@ -168,7 +167,7 @@ def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
     run = RunPaths(tmp_path / "run")
     monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
     result = run_job(config, run, ORIGIN, None, quiet)
-    assert (result["status"], result["job"]) == ("failed", "job")
+    assert (result.status, result.job) == ("failed", "job")
     run_job(config, run, ORIGIN, None, quiet)
     kept = tmp_path / "superseded" / "run.1" / "result.json"
     assert json.loads(kept.read_text())["reason"].startswith("ended by SIGKILL")
@@ -181,17 +180,17 @@ def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
     run = RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
-    write_json(run.origin, ORIGIN)
+    run.write_origin(ORIGIN)
     load_dataset(config)
     assert main([str(run.root)]) == 0
     before = {p.name: p.read_bytes() for p in run.root.iterdir()}
     monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "not reached")
-    assert run_job(config, run, ORIGIN, None, quiet)["status"] == "finished"
+    assert run_job(config, run, ORIGIN, None, quiet).status == "finished"
     assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
     config.sweep.time_limit, config.train.threads = 90, 1  # no part of what a training is
-    assert run_job(config, run, ORIGIN, None, quiet)["status"] == "finished"
+    assert run_job(config, run, ORIGIN, None, quiet).status == "finished"
     config.optimizer.lr = 1e-3
-    assert run_job(config, run, ORIGIN, None, quiet)["reason"] == "not reached"
+    assert run_job(config, run, ORIGIN, None, quiet).reason == "not reached"
     assert (tmp_path / "superseded" / "run.1" / "best.safetensors").exists()
 
 
@@ -220,8 +219,8 @@ def test_however_a_training_ends_its_result_says_so(
     run.config.write_text(to_yaml(config))
     monkeypatch.setattr("ich.training.run.fit", fail)
     assert main([str(tmp_path)]) == 1
-    assert run.read_result()["status"] == status
-    assert run.read_result()["reason"].startswith(reason)
+    assert run.read_result().status == status
+    assert run.read_result().reason.startswith(reason)
 
 
 def test_logits_that_are_not_finite_are_never_scored(config: Config) -> None:
@@ -238,4 +237,4 @@ def test_a_failing_training_writes_its_reason(config: Config, tmp_path: Path) ->
     config.data.root = "/no/such/place"
     run.config.write_text(to_yaml(config))
     assert main([str(run.root)]) == 1
-    assert "data.root is '/no/such/place', which does not exist" in run.read_result()["reason"]
+    assert "data.root is '/no/such/place', which does not exist" in run.read_result().reason

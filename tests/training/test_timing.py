@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from sweeps import TINY
 
 from ich.base.config import Config, CudaGraph, Precision
 from ich.base.provenance import processor
+from ich.base.records import ComputeMode, Origin
 from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
 from ich.tracking.journal import Journal
 from ich.training.devices import uses_cuda_graph
 from ich.training.fit import fit, select_and_record_mode
-from ich.training.mode import ComputeMode, pick_fastest, workload_key
+from ich.training.mode import pick_fastest, workload_key
 from ich.training.timing import select_mode, select_modes, time_training_steps
 from ich.training.trainer import Trainer
 
@@ -66,8 +66,8 @@ def test_a_process_chooses_for_each_kind_and_this_one_is_untouched(config: Confi
     assert torch.equal(torch.get_rng_state(), state)
     assert set(found) == {workload_key(config), workload_key(other)}
     for mode in found.values():
-        assert ComputeMode(**mode).precision in ("fp32", "bf16")
-        assert mode["processor"] == processor()
+        assert mode.precision in ("fp32", "bf16")
+        assert mode.processor == processor()
 
 
 def test_jobs_of_other_batches_are_timed_apart(config: Config) -> None:
@@ -87,9 +87,9 @@ def test_what_was_chosen_here_is_used_again_and_elsewhere_timed_anew(
 ) -> None:
     timed = {("bf16", "channels_last"): 1.0}
     monkeypatch.setattr("ich.training.timing.time_training_steps", lambda _: timed)
-    here = {"precision": "fp32", "layout": "contiguous", "processor": processor()}
-    assert select_mode(config, here) == ComputeMode(**here)
-    assert select_mode(config, here | {"processor": "another"}).precision == "bf16"
+    here = ComputeMode("fp32", "contiguous", processor())
+    assert select_mode(config, here) == here
+    assert select_mode(config, replace(here, processor="another")).precision == "bf16"
     assert select_mode(config, None).precision == "bf16"
     config.train.precision = Precision.fp32
     assert select_mode(config, None) == ComputeMode("fp32", "channels_last", processor())
@@ -97,13 +97,13 @@ def test_what_was_chosen_here_is_used_again_and_elsewhere_timed_anew(
 
 def test_a_run_computes_as_it_began(config: Config, tmp_path: Path) -> None:
     run = RunPaths(tmp_path)
-    begun = {"precision": "bf16", "layout": "contiguous", "processor": processor()}
-    run.origin.write_text(json.dumps({"cohort": "c", "mode": begun}))
-    assert asdict(select_and_record_mode(config, run)) == begun
-    assert run.read_origin() == {"cohort": "c", "mode": begun}
+    begun = ComputeMode("bf16", "contiguous", processor())
+    run.write_origin(Origin(cohort="c", mode=begun))
+    assert select_and_record_mode(config, run) == begun
+    assert run.read_origin() == Origin(cohort="c", mode=begun)
     run.origin.unlink()
     chosen = select_and_record_mode(config, run)  # timed here, and noted
-    assert run.read_origin() == {"mode": asdict(chosen)}
+    assert run.read_origin() == Origin(mode=chosen)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -128,7 +128,7 @@ def test_a_bf16_run_says_so_and_keeps_float32_weights(config: Config, tmp_path: 
     run.root.mkdir()
     load_dataset(config)
     result = fit(config, run, Journal(run.metrics), quiet)
-    assert (result["precision"], result["layout"]) == ("bf16", "channels_last")
+    assert (result.precision, result.layout) == ("bf16", "channels_last")
     dataset = load_dataset(config)
     trainer = Trainer.build(config, dataset, CPU, ComputeMode("bf16", "channels_last"))
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}

@@ -1,0 +1,330 @@
+"""What the JSON files of a run and of its sweep say: a type for each, its one reader and writer.
+
+`from_json` takes what every version of ich has written: a key that came later has a default, and
+one that is not known, since it is of another version, is left out. `to_json` is what goes into the
+file. Undefined numbers (an AUC without both classes) are NaN in memory and null in a file, and come
+back from there as None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
+
+FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
+
+Json = dict[str, Any]  # an object of a JSON file, as parsed
+Scores = Mapping[str, float | None]  # metric -> value, None where it is undefined
+T = TypeVar("T")
+
+
+def _known(kind: type[T], values: Json) -> Json:
+    """The entries that are fields of a dataclass."""
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return {k: v for k, v in values.items() if k in names}
+
+
+def _texts(values: Json, *keys: str) -> dict[str, str]:
+    """The entries that are texts: a null, or what else stands there, counts as missing."""
+    return {k: v for k in keys if isinstance(v := values.get(k), str)}
+
+
+@dataclass(frozen=True)
+class ComputeMode:
+    """What a training computes in. precision: bf16, fp32 or tf32. layout: channels_last or
+    contiguous. processor: where that was found to be the fastest; empty if it was not timed."""
+
+    precision: str
+    layout: str
+    processor: str = ""
+
+    @classmethod
+    def from_json(cls, values: object) -> ComputeMode | None:
+        """None where nothing has been settled."""
+        if not isinstance(values, dict) or not {"precision", "layout"} <= values.keys():
+            return None
+        return cls(**_texts(values, "precision", "layout", "processor"))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is made from beside its config: fingerprints of data, weights and code, and what
+    it computes in, once that is settled. A text is empty if nothing tells."""
+
+    cohort: str = ""
+    weights: str = ""
+    code: str = ""
+    mode: ComputeMode | None = None
+
+    @classmethod
+    def from_json(cls, values: Json) -> Origin:
+        texts = _texts(values, "cohort", "weights", "code")
+        return cls(**texts, mode=ComputeMode.from_json(values.get("mode")))
+
+    def to_json(self) -> Json:
+        return {k: v for k, v in asdict(self).items() if v}
+
+
+@dataclass(frozen=True)
+class TrackingState:
+    """A run's copy in MLflow. mlflow_run: its id. complete: whether everything is there.
+    supersedes: the MLflow run of the earlier run whose place this one took."""
+
+    mlflow_run: str | None = None
+    complete: bool | None = None
+    supersedes: str | None = None
+
+    @classmethod
+    def from_json(cls, values: Json) -> TrackingState:
+        return cls(complete=values.get("complete"), **_texts(values, "mlflow_run", "supersedes"))
+
+    def to_json(self) -> Json:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class GitState:
+    """The checkout that the code lay in. commit: its hash, or "unknown". changed: whether the code
+    was changed since."""
+
+    commit: str = "unknown"
+    changed: bool = False
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine. memory_gib: GiB. gpus: name and memory of each, as nvidia-smi tells them."""
+
+    processor: str = "unknown"
+    cores: int | None = None
+    memory_gib: float | None = None
+    system: str = ""
+    gpus: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Json) -> Hardware:
+        return cls(**_known(cls, values) | {"gpus": tuple(values.get("gpus", ()))})
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a run, or a sweep, was made with; everything is empty if nothing tells.
+
+    code: the fingerprint of the package. git: None outside a checkout. versions: of Python and of
+    the packages that can change a number.
+    """
+
+    code: str = ""
+    git: GitState | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Hardware | None = None
+
+    @property
+    def commit(self) -> str | None:
+        return self.git.commit if self.git else None
+
+    @classmethod
+    def from_json(cls, values: Json) -> Provenance:
+        git, machine = values.get("git"), values.get("hardware")
+        return cls(
+            **_texts(values, "code"),
+            git=GitState(**_known(GitState, git)) if git else None,
+            versions=values.get("versions", {}),
+            hardware=Hardware.from_json(machine) if machine else None,
+        )
+
+    def to_json(self) -> Json:
+        return {k: v if v is not None else {} for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep's latest launch.
+
+    jobs: their names, in the order of the table. cohorts: fingerprints of their data. mlflow_run:
+    the parent run. started: local time, to the minute. command: what launched it. modes: per kind
+    of network (`ich.training.mode.kind`). origins, configs: per job. provenance: of the launch.
+    """
+
+    name: str = ""
+    jobs: tuple[str, ...] = ()
+    cohorts: tuple[str, ...] = ()
+    mlflow_run: str | None = None
+    started: str = ""
+    command: str = ""
+    modes: dict[str, ComputeMode] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    configs: dict[str, Json] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @classmethod
+    def from_json(cls, values: Json) -> SweepRecord:
+        modes = {k: ComputeMode.from_json(v) for k, v in values.get("modes", {}).items()}
+        return cls(
+            **_texts(values, "name", "mlflow_run", "started", "command"),
+            jobs=tuple(values.get("jobs", ())),
+            cohorts=tuple(values.get("cohorts", ())),
+            modes={k: mode for k, mode in modes.items() if mode},
+            origins={k: Origin.from_json(v) for k, v in values.get("origins", {}).items()},
+            configs=values.get("configs", {}),
+            provenance=Provenance.from_json(values.get("provenance", {})),
+        )
+
+    def to_json(self) -> Json:
+        return asdict(self) | {
+            "origins": {k: origin.to_json() for k, origin in self.origins.items()},
+            "provenance": self.provenance.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class CohortSummary:
+    """What a training's data were.
+
+    steps: rows after each step of the protocol, then of each split, by their names; "images" are
+    the distinct images at its start, "repeated_ids" those that the labels name twice. rates: per
+    split, the share of rows with each label. scored: the split that tables come from. leak: the
+    share of scored rows whose image, study and patient stand in the training set too, None if that
+    cannot be known. quarantined: images that could not be decoded. cohort: fingerprint. cache: the
+    folder of its slices. protocol: its name.
+    """
+
+    steps: dict[str, int]
+    rates: dict[str, dict[str, float]]
+    scored: str
+    leak: Scores
+    quarantined: int = 0
+    cohort: str = ""
+    cache: str = ""
+    protocol: str = ""
+
+    @classmethod
+    def from_json(cls, values: Json) -> CohortSummary:
+        own = _known(cls, values)
+        # The first version had no test set, and audited images alone.
+        earlier: Json = {"scored": "val", "leak": {"image": values.get("leak_images")}}
+        steps = {k: n for k, n in values.items() if k not in own and isinstance(n, int)}
+        return cls(**earlier | own | {"steps": steps})
+
+    def to_json(self) -> Json:
+        values = asdict(self)
+        steps: Json = values.pop("steps")
+        return steps | values
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a finished training came to.
+
+    scores: metrics of the best epoch's weights on the rows that tables come from. val_scores: the
+    same on validation. best_epoch: from 1. auc_top: the highest validation AUC over the epochs.
+    params, params_imagenet: trained parameters, and those of the ImageNet network with its head.
+    images_per_s: rows trained on per second. resumed: how often the training went on from a
+    checkpoint. threads: of torch. precision, layout: as in `ComputeMode`. always_negative: what
+    answering "no bleed" to every scored row would score.
+    """
+
+    scores: Scores
+    val_scores: Scores
+    best_epoch: int
+    auc_top: float | None
+    labels: tuple[str, ...] = ()
+    params: int
+    params_imagenet: int
+    epochs: int
+    minutes: float
+    images_per_s: float
+    resumed: int = 0
+    device: str
+    threads: int | None = None
+    precision: str | None = None
+    layout: str | None = None
+    cohort: CohortSummary
+    always_negative: Scores
+
+    @classmethod
+    def from_json(cls, values: Json) -> FitResult:
+        """Whatever number is not a field is a score: their names depend on the labels.
+
+        Raises:
+            TypeError, KeyError, AttributeError: it lacks what every version has written.
+        """
+        own, validation = _known(cls, values), "val_"
+        numbers = {k: v for k, v in values.items() if v is None or isinstance(v, int | float)}
+        scores = {k: v for k, v in numbers.items() if k not in own}
+        return cls(
+            **own
+            | {
+                "scores": {k: v for k, v in scores.items() if not k.startswith(validation)},
+                "val_scores": {
+                    k.removeprefix(validation): v
+                    for k, v in scores.items()
+                    if k.startswith(validation)
+                },
+                "labels": tuple(values.get("labels", ())),
+                "cohort": CohortSummary.from_json(values["cohort"]),
+            }
+        )
+
+    def to_json(self) -> Json:
+        own = {k: v for k, v in asdict(self).items() if k not in ("scores", "val_scores")}
+        validation = {f"val_{k}": v for k, v in self.val_scores.items()}
+        return {**self.scores, **validation, **own, "cohort": self.cohort.to_json()}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run's outcome. status: FINISHED, FAILED, KILLED or NOT_STARTED. reason: why it did not
+    finish. fit: of a finished run."""
+
+    status: str
+    reason: str = ""
+    job: str = ""
+    model: str = ""
+    fit: FitResult | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == FINISHED
+
+    @classmethod
+    def from_json(cls, values: Json) -> RunResult:
+        """
+        Raises:
+            TypeError, KeyError, AttributeError: it lacks what every version has written.
+        """
+        fit = FitResult.from_json(values) if values["status"] == FINISHED else None
+        return cls(**_texts(values, "status", "reason", "job", "model"), fit=fit)
+
+    def to_json(self) -> Json:
+        own = {"job": self.job, "model": self.model, "status": self.status, "reason": self.reason}
+        return own | (self.fit.to_json() if self.fit else {})
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """A line of a run's journal. step: the epoch, from 1. time: seconds since 1970."""
+
+    step: int
+    time: float
+    metrics: Scores
+
+    @classmethod
+    def from_json(cls, values: Json) -> EpochMetrics:
+        metrics = dict(values)
+        return cls(metrics.pop("step"), metrics.pop("time"), metrics)
+
+    def to_json(self) -> Json:
+        return {"step": self.step, "time": self.time, **self.metrics}
+
+
+@dataclass(frozen=True)
+class JobProgress:
+    """Where a training is. phase: "training", "validation", ... epoch, step: from 1, of so many."""
+
+    phase: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
