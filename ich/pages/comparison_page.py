@@ -38,9 +38,9 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
         heading: of `describe`.
     """
     pictures = figures.draw_all(comparison, paths.figures)
-    sections: list[Section] = [
-        ("What was compared", [Bullets([text.replace("`", "") for text in heading])])
-    ]
+    # The heading is written for Markdown, whose backticks would show here.
+    compared = [text.replace("`", "") for text in heading]
+    sections: list[Section] = [("What was compared", [Bullets(compared)])]
     if comparison.settings:
         sections += [
             ("Ranking", ranking(comparison)),

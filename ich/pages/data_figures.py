@@ -26,28 +26,28 @@ def shorten(name: str, most: int = 28) -> str:
     return line if len(line) <= most else f"{line[: most - tail - 1]}…{line[-tail:]}"
 
 
-def draw_balance(names: list[str], rates: dict[str, list[float]]) -> Any:
+def draw_balance(labels: Sequence[str], rates: dict[str, list[float]]) -> Any:
+    """rates: percent positive of each label [L], before and in each split."""
     from matplotlib.figure import Figure
 
-    bars = len(names) * len(rates)
-    figure = Figure(
-        figsize=(9, 1.1 + 0.17 * bars + 0.1 * len(names)), dpi=_DPI, layout="constrained"
-    )
+    height = 1.1 + 0.17 * len(labels) * len(rates) + 0.1 * len(labels)  # inches, by the bars
+    figure = Figure(figsize=(9, height), dpi=_DPI, layout="constrained")
     axis = figure.subplots()
     positive = [r for rate in rates.values() for r in rate if r > 0] or [1.0]
+    # A logarithmic axis has no zero: bars begin at the power of ten below the smallest.
     least = 10 ** math.floor(math.log10(min(positive) / 1.5))
-    height = 0.84 / len(rates)
+    thickness = 0.84 / len(rates)
     for n, (split, rate) in enumerate(rates.items()):
-        y = np.arange(len(names)) + (n - (len(rates) - 1) / 2) * height
-        axis.barh(y, rate, height * 0.9, color=_COLOURS[split], label=split)
-        for at, r in zip(y, rate, strict=True):
-            text, end = f"{r:.2f}" if r else "0", (max(r, least), at)
+        y = np.arange(len(labels)) + (n - (len(rates) - 1) / 2) * thickness
+        axis.barh(y, rate, thickness * 0.9, color=_COLOURS[split], label=split)
+        for bar, r in zip(y, rate, strict=True):
+            text, end = f"{r:.2f}" if r else "0", (max(r, least), bar)
             axis.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=7)
     axis.set_xscale("log")
-    axis.set_xlim(least, 2.2 * max(positive))
-    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlim(least, 2.2 * max(positive))  # with room for the numbers beside the bars
+    axis.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top, as in the table
     _percent_ticks(axis.xaxis, 1)
-    axis.set_yticks(range(len(names)), names)
+    axis.set_yticks(range(len(labels)), [shorten(k) for k in labels])
     axis.set_xlabel("positive, logarithmic")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=len(rates), frameon=False)
@@ -62,11 +62,12 @@ def _percent_ticks(axis: Any, factor: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def draw_cooccurrence(names: list[str], counts: np.ndarray) -> Any:
+def draw_cooccurrence(labels: Sequence[str], counts: np.ndarray) -> Any:
     """counts: int [L, L]; each row is coloured by its share of the diagonal."""
     from matplotlib.figure import Figure
 
-    side = 0.72 * len(names)
+    names = [shorten(label) for label in labels]
+    side = 0.72 * len(names)  # inches
     figure = Figure(figsize=(side + 2.6, side + 1.9), dpi=_DPI, layout="constrained")
     axis = figure.subplots()
     share = counts / np.maximum(1, counts.diagonal())[:, None]
@@ -97,13 +98,14 @@ def draw_hounsfield(share: np.ndarray, windows: Sequence[WindowConfig]) -> Any:
     for axis, (title, low, high, step) in zip(figure.subplots(1, 2), panels, strict=True):
         density = share[low - HU_MIN : high - HU_MIN].reshape(-1, step).mean(1)
         axis.stairs(density, np.arange(low, high + 1, step), fill=True, color="#b0b0b0", lw=0)
-        some = density[density > 0]
-        floor, top = (some.min(), some.max()) if len(some) else (1e-6, 1e-3)
+        filled = density[density > 0]
+        floor, top = (filled.min(), filled.max()) if len(filled) else (1e-6, 1e-3)
         used = max(0.3, 0.93 - 0.08 * len(windows))  # of the height; windows are above
         least = floor / 2
         axis.set(yscale="log", xlim=(low, high), title=title)
         axis.set(ylim=(least, least * (top / least) ** (1 / used)))
         axis.set(xlabel="HU", ylabel="of all pixels, per HU")
+        # Of matplotlib's ticks, which go on above 100 %, those that are drawn.
         ticks = axis.get_yticks()
         axis.set_yticks(ticks[(ticks >= least) & (ticks <= min(1, 3 * top))])
         _percent_ticks(axis.yaxis, 100)

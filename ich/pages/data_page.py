@@ -18,21 +18,7 @@ import pandas as pd
 from ich.base.config import Config, PrepareConfig, Source
 from ich.data.dicom import HU_MIN
 from ich.data.protocol import ENOUGH, SPLITS, TOLERANCE, VAL, Cohort
-from ich.pages.data_figures import (
-    draw_balance,
-    draw_cooccurrence,
-    draw_hounsfield,
-    draw_montage,
-    shorten,
-)
-from ich.pages.data_tables import (
-    SPLIT_NAMES,
-    balance_table,
-    counts_table,
-    is_report,
-    leak_table,
-    percent_positive,
-)
+from ich.pages import data_figures, data_tables, slices
 from ich.pages.page import (
     Block,
     Bullets,
@@ -43,14 +29,6 @@ from ich.pages.page import (
     draw_picture,
     to_html,
     to_markdown,
-)
-from ich.pages.slices import (
-    NEGATIVE,
-    TISSUE,
-    apply_windows,
-    choose_examples,
-    distinct_images,
-    hu_counts,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +55,7 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
         ("Counts", _counts(cfg, prepared)),
         ("Class balance", _balance(cohort, cfg.data.source)),
         ("Label co-occurrence", _cooccurrence(cohort)),
-        ("Leak audit", [Text(_AUDIT), Bullets(leak_table(cohort))]),
+        ("Leak audit", [Text(_AUDIT), Bullets(data_tables.leak_table(cohort))]),
         ("Quarantine", _quarantine(prepared)),
         ("Range of HU", _hounsfield(cfg, cohort, cache)),
         ("Examples", _montage(cfg, cohort, cache)),
@@ -114,17 +92,17 @@ def _title(cfg: Config | PrepareConfig) -> str:
 def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
     cohort = prepared.cohort
     images, unusable = cohort.rows["image_id"].nunique(), len(_quarantined(prepared))
-    parts = [f"{cohort.steps[n]:,} {SPLIT_NAMES[n]}" for n in cohort.splits]
+    parts = [f"{cohort.steps[n]:,} {data_tables.SPLIT_NAMES[n]}" for n in cohort.splits]
     text = (
         f"Of {cohort.steps['images']:,} labelled images, protocol={cfg.protocol.name.value} uses "
         f"{images:,}, in {' and '.join(parts)} rows with {len(cohort.labels)} labels each. "
         f"In quarantine, because their files cannot be used: {unusable:,}. Tables of models come "
-        f"from the {SPLIT_NAMES[cohort.scored]} rows."
+        f"from the {data_tables.SPLIT_NAMES[cohort.scored]} rows."
     )
     if cohort.scored == VAL:
         text += " There is no test set: epochs are chosen and scored on the same rows."
     # Between the protocol's own steps and the splits, which are counted without what is lost.
-    table = counts_table(cohort)
+    table = data_tables.counts_table(cohort)
     lost = {
         "step": "quarantined",
         "rows": len(prepared.wanted.rows) - len(cohort.rows),
@@ -137,7 +115,7 @@ def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
 
 def _balance(cohort: Cohort, source: Source) -> list[Block]:
     caption = "Positives of each label: among the images, and in percent of each step's rows. "
-    if is_report(cohort):
+    if data_tables.is_report(cohort):
         caption += (
             "After: over the rows after oversampling. As reported: the same positives over the "
             "images before oversampling, which is how the report counted."
@@ -148,34 +126,34 @@ def _balance(cohort: Cohort, source: Source) -> list[Block]:
             f"rate of the parts, minus 1, before resampling; too far is more than "
             f"{TOLERANCE:.0%} with at least {ENOUGH} positives."
         )
-    return [Table(caption, balance_table(cohort, source)), _balance_picture(cohort)]
+    return [Table(caption, data_tables.balance_table(cohort, source)), _balance_picture(cohort)]
 
 
 def _balance_picture(cohort: Cohort) -> Picture:
-    rates = {"before": percent_positive(cohort, "images")}
-    rates |= {split: percent_positive(cohort, split) for split in cohort.splits}
+    rates = {"before": data_tables.percent_positive(cohort, "images")}
+    rates |= {split: data_tables.percent_positive(cohort, split) for split in cohort.splits}
     return draw_picture(
         "data_balance",
         "Bar chart of the last table's percentages.",
         "Percent positive of each label, among all images (before) and in the rows of each split. "
         "The scale is logarithmic, so that rare labels are seen: compare where bars end, not how "
         "long they are.",
-        draw_balance,
-        [shorten(label) for label in cohort.labels],
+        data_figures.draw_balance,
+        cohort.labels,
         rates,
     )
 
 
 def _cooccurrence(cohort: Cohort) -> list[Block]:
-    target = distinct_images(cohort)[list(cohort.labels)].to_numpy(np.int64)
+    target = slices.distinct_images(cohort)[list(cohort.labels)].to_numpy(np.int64)
     counts = target.T @ target
     picture = draw_picture(
         "data_together",
         "Heat map of the next table.",
         f"Distinct images of the cohort ({len(target):,}) that are positive for the row's and the "
         f"column's label; the percentage is of the row's label.",
-        draw_cooccurrence,
-        [shorten(label) for label in cohort.labels],
+        data_figures.draw_cooccurrence,
+        cohort.labels,
         counts,
     )
     texts = [
@@ -221,20 +199,21 @@ def _public(image_id: Any) -> str:
 
 
 def _hounsfield(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[Block]:
-    counts, slices = hu_counts(cohort, cache, cfg.protocol.seed)
-    if not slices:
+    counts, sampled = slices.hu_counts(cohort, cache, cfg.protocol.seed)
+    if not sampled:
         return [Text("No slice is decoded.")]
-    decoded = int(distinct_images(cohort)["image_id"].isin(cache.row).sum())
+    decoded = int(slices.distinct_images(cohort)["image_id"].isin(cache.row).sum())
     shares = counts / counts.sum()
+    # Above the floor, where air outside the field of view and padding outnumber all else.
     mode = int(counts[1:].argmax()) + 1 + HU_MIN
     picture = draw_picture(
         "data_hu",
         f"Histogram of HU with the windows marked. Above the floor, {mode} HU is the commonest.",
-        f"Pixels of {slices:,} slices, drawn with protocol.seed from the {decoded:,} decoded ones, "
-        f"by HU; logarithmic. The lines on top are the windows, with center and width: all below "
-        f"becomes black, all above white. {shares[0]:.1%} of the pixels are at the floor of "
+        f"Pixels of {sampled:,} slices, drawn with protocol.seed from the {decoded:,} decoded "
+        f"ones, by HU; logarithmic. The lines on top are the windows, with center and width: all "
+        f"below becomes black, all above white. {shares[0]:.1%} of the pixels are at the floor of "
         f"{HU_MIN} HU (outside the field of view, or padded).",
-        draw_hounsfield,
+        data_figures.draw_hounsfield,
         shares,
         cfg.windows.channels,
     )
@@ -242,11 +221,12 @@ def _hounsfield(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> li
 
 
 def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[Block]:
-    examples = choose_examples(cohort, cache, cfg.data.any_label)
+    examples = slices.choose_examples(cohort, cache, cfg.data.any_label)
     windows = cfg.windows.channels
     blocks: list[Block] = []
     if examples:
-        named = [(shorten(label), _public(image_id)) for label, image_id in examples]
+        low, high = slices.TISSUE
+        named = [(data_figures.shorten(label), _public(image_id)) for label, image_id in examples]
         listed = "; ".join(f"{label}: {image_id}" for label, image_id in named)
         colours = {1: "", 2: ", and both as red and green"}.get(
             len(windows), ", and the first three as red, green and blue"
@@ -255,15 +235,14 @@ def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[
             "data_examples",
             f"CT slices. {listed}.",
             f"The report's Figures 1 and 2 from these data: for each label one positive slice, "
-            f"with as few other labels and as much tissue ({TISSUE[0]} to {TISSUE[1]} HU) as can "
-            f"be found, and one slice without any label; in each window (center / width, HU)"
-            f"{colours}.",
-            draw_montage,
+            f"with as few other labels and as much tissue ({low} to {high} HU) as can be found, "
+            f"and one slice without any label; in each window (center / width, HU){colours}.",
+            data_figures.draw_montage,
             named,
-            [apply_windows(cache.hu[cache.row[image_id]], windows) for _, image_id in examples],
+            [slices.apply_windows(cache.hu[cache.row[i]], windows) for _, i in examples],
             windows,
         )
         blocks.append(picture)
-    if missing := [k for k in (*cohort.labels, NEGATIVE) if k not in dict(examples)]:
+    if missing := [k for k in (*cohort.labels, slices.NEGATIVE) if k not in dict(examples)]:
         blocks.append(Text(f"No decoded slice for: {', '.join(missing)}."))
     return blocks

@@ -98,7 +98,7 @@ def _positives(cohort: Cohort, step: str) -> list[int]:
 
 def percent_positive(cohort: Cohort, step: str, of: str | None = None) -> list[float]:
     """Per label the positives of a step, in percent of its rows, or of those of the step `of`."""
-    rows = max(1, cohort.steps[of or step])
+    rows = max(1, cohort.steps[of or step])  # a step may leave none
     return [100 * n / rows for n in _positives(cohort, step)]
 
 
@@ -112,6 +112,7 @@ def _imbalance_text(value: float, positives: int) -> str:
 
 
 def _leak_sentence(kind: str, share: float, known: int, split: str) -> str:
+    # Rounded to 0.0 % a leak would pass for none.
     shown = f"{100 * share:.1f} %" if share >= 0.0005 else "less than 0.05 %" if share else "none"
     rows = f"{known:,} {SPLIT_NAMES[split]} rows" + ("" if kind == "image" else f" of known {kind}")
     return f"{kind.capitalize()}: {shown} of the {rows} share their {kind} with another split."

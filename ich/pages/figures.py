@@ -175,9 +175,9 @@ def _learning_curves(comparison: Comparison) -> Any:
     journals = [run.paths.read_metrics() for run in comparison.finished]
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for run, journal in zip(comparison.finished, journals, strict=True):
-            points = [
-                (line.step, line.metrics[key]) for line in journal if line.metrics[key] is not None
-            ]
+            # A metric that was NaN stands in the journal as null.
+            values = [(line.step, line.metrics[key]) for line in journal]
+            points = [(step, value) for step, value in values if value is not None]
             style = _colour(settings.index(run.setting))
             if points:
                 axis.plot(*zip(*points, strict=True), label=run.setting, marker="o", ms=3, **style)
@@ -212,7 +212,7 @@ def _cost(comparison: Comparison, key: str, title: str) -> Any:
     if len(comparison.evaluation_sets) == 1 and (front := pareto_front(points)):
         axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
     axis.set(xlabel=title, ylabel="AUC (micro)")
-    axis.margins(x=0.2, y=0.12)
+    axis.margins(x=0.2, y=0.12)  # room for the names
     return figure
 
 
@@ -240,6 +240,7 @@ def _roc_points(score: np.ndarray, target: np.ndarray) -> Points:
 
 
 def _precision_recall_points(score: np.ndarray, target: np.ndarray) -> Points:
+    # Without the first point: above the highest score nothing is called, and precision is 0 / 0.
     hits, misses = _ranked(score, target)
     return hits[1:] / hits[-1], hits[1:] / (hits[1:] + misses[1:])
 

@@ -109,6 +109,7 @@ def _bests(rows: EvaluationSet, columns: Sequence[_Column]) -> dict[str, float]:
 
 
 def _row(setting: SettingResult, columns: Sequence[_Column], bests: dict[str, float]) -> Row:
+    # Of a single seed no difference from the best is given: resamples draw seeds too.
     seeds = [
         Row(
             f"seed {run.seed}",

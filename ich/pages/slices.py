@@ -35,6 +35,7 @@ def hu_counts(cohort: Cohort, cache: Cache, seed: int) -> tuple[np.ndarray, int]
     """
     ids = cohort.rows["image_id"].unique()
     rows = np.sort(np.fromiter((cache.row[i] for i in ids if i in cache.row), np.int64))
+    # A stream of its own: the protocol draws its cohort from [seed] and [seed, 1].
     picked = np.random.default_rng([seed, 2]).permutation(rows)[:SAMPLED].astype(int)
     counts = np.zeros(HU_MAX - HU_MIN + 1, np.int64)
     for row in np.sort(picked):  # in the order of the file, which may be larger than memory
@@ -66,6 +67,7 @@ def choose_examples(cohort: Cohort, cache: Cache, any_label: str | None) -> list
         fewest = rows[labels[rows] == labels[rows].min(initial=len(cohort.labels))]
         used = {i for _, i in chosen}
         fresh = [i for i in ids[fewest] if i not in used] or list(ids[fewest])
+        # Neighbours by id often come from one study, so candidates are spread over all ids.
         spread = np.unique(np.linspace(0, len(fresh) - 1, CANDIDATES).round().astype(int))
         shares = {fresh[k]: _tissue(cache.hu[cache.row[fresh[k]]]) for k in spread if fresh}
         if shares:
