@@ -203,10 +203,7 @@ def _number(value: float) -> str:
 
 def _hardest_cases(comparison: Comparison, paths: SweepPaths) -> list[Block]:
     best = next((s.best for s in comparison.evaluation_sets if s.best), None)
-    if best is None:
-        return []
-    shown = draw_hardest(best.runs[0], paths.figures)
-    return [Text(shown) if isinstance(shown, str) else shown]
+    return [draw_hardest(best.runs[0], paths.figures)] if best else []
 
 
 def _unfinished(comparison: Comparison) -> list[Block]:

@@ -13,7 +13,7 @@ import numpy as np
 from ich.base.config import Config, UserError, WindowConfig, load_config
 from ich.data.dataset import is_prepared, load_dataset
 from ich.pages.figures import STYLE, subplots
-from ich.pages.page import Picture, draw_picture
+from ich.pages.page import Picture, Text, draw_picture
 from ich.scoring.comparison import Run
 from ich.scoring.metrics import ANY, sigmoid
 
@@ -60,7 +60,7 @@ def hardest(run: Run) -> tuple[str, list[Case], list[Case]]:
     return labels[i], cases(order[positive]), cases(order[~positive][::-1])
 
 
-def draw_hardest(run: Run, folder: Path) -> Picture | str:
+def draw_hardest(run: Run, folder: Path) -> Picture | Text:
     """The hardest cases as window images; a sentence where their slices are not at hand."""
     import matplotlib
 
@@ -72,7 +72,7 @@ def draw_hardest(run: Run, folder: Path) -> Picture | str:
         log.warning("the hardest cases are not drawn: %s", error)
         slices = {}
     if not slices:
-        return "The decoded slices of this cohort are not at hand here: nothing is shown."
+        return Text("The decoded slices of this cohort are not at hand here: nothing is shown.")
     with matplotlib.rc_context(STYLE):
         picture = draw_picture(
             "hardest",
