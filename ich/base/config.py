@@ -1,4 +1,4 @@
-"""The typed schema of `conf/`: what a run may be told, and which values are in range.
+"""The typed schema of `conf/`: the settings of a job, and which values each may have.
 
 `conf/` holds every value; these dataclasses hold the types, so that a misspelt key or a wrong
 type in the last job of a sweep is refused while the first one is still waiting. Which values a
