@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -17,11 +17,17 @@ from commands import start_module
 
 from ich.base.results import RunPaths, SweepPaths
 
-SABOTEUR = Path(__file__).parent / "saboteur"
 # What makes a sweep or a training small; of a key that stands twice, Hydra takes the last value.
 TINY = ["model.pretrained=false", "data.image_size=32", "data.cache_size=32", "data.workers=1"]
 SMALL = [*TINY, "train.precision=fp32", "data.subset=0.5", "train.epochs=3", "train.batch_size=8"]
 LOCAL = ["hydra.launcher.cpu_jobs=2"]
+
+
+def saboteur(faults: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+    """The environment in which jobs meet these faults, by name; see saboteur/sitecustomize.py."""
+    first = Path(__file__).parent / "saboteur"
+    path = f"{first}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {"PYTHONPATH": path, "SABOTAGE": json.dumps(faults)}
 
 
 class Folder:
@@ -32,14 +38,10 @@ class Folder:
         self.sweep = SweepPaths(root / "multirun_reports" / "s")
 
     def start(
-        self, seeds: int, *overrides: str, sabotage: dict[int, tuple[str, int]] | None = None
+        self, seeds: int, *overrides: str, sabotage: Mapping[int, tuple[str, int]] = {}
     ) -> subprocess.Popen[str]:
-        plan = {self.job(seed): strike for seed, strike in (sabotage or {}).items()}
-        env = {
-            "PYTHONPATH": str(SABOTEUR),
-            "SABOTAGE": json.dumps(plan),
-            "ICH_TEST": str(self.root),  # by which its processes are found
-        }
+        env = saboteur({self.job(seed): fault for seed, fault in sabotage.items()})
+        env["ICH_TEST"] = str(self.root)  # by which its processes are found
         swept = ("name=s", "model=mobilenet_v2", "seed=" + ",".join(map(str, range(seeds))))
         own = (*swept, self.data, *SMALL, *self.launcher, *overrides)
         return start_module("sweep", "-m", *own, cwd=self.root, env=env)

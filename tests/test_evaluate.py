@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from commands import run_module
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from sklearn.metrics import confusion_matrix, roc_auc_score
@@ -37,8 +36,8 @@ def predictions(patients: int, seed: int, signal: float = 1.5) -> Predictions:
     logits = (rng.normal(size=(rows, 6)) + signal * target - 1).astype(np.float32)
     group = np.repeat(np.arange(patients), 8)
     ids = np.array([f"ID_{seed}_{n}" for n in range(rows)])
-    return Predictions(ScoredRows(LABELS, target, logits, group), "patients", ids, group,
-                       (logits, target))  # fmt: skip
+    scored = ScoredRows(LABELS, target, logits, group)
+    return Predictions(scored, "patients", ids, group, (logits, target))
 
 
 def evaluation(here: Predictions, validation: Predictions | None) -> Evaluation:
@@ -69,8 +68,8 @@ def test_a_decisions_interval_is_that_of_rows_really_repeated() -> None:
     said, truth = sigmoid(here.scored.logits[:, 5]) >= 0.4, here.scored.target[:, 5] > 0.5
     values = []
     for _ in range(400):
-        rows = np.concatenate([np.flatnonzero(here.scored.group == g)
-                               for g in rng.integers(0, 12, 12)])  # fmt: skip
+        drawn = rng.integers(0, 12, 12)
+        rows = np.concatenate([np.flatnonzero(here.scored.group == g) for g in drawn])
         values.append((said & truth)[rows].sum() / truth[rows].sum())
     low, high = np.quantile(values, [0.025, 0.975])
     assert found.loc["sensitivity_any", "here_low"] == pytest.approx(low, abs=1e-9)
@@ -194,8 +193,9 @@ def test_patients_under_another_key_are_unknown_not_none(
     evaluate(config(*given))
 
 
-def test_another_phantom_shares_nobody(config: Callable, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+def test_another_phantom_shares_nobody(
+    config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     other = write_phantom(tmp_path / "other", PhantomSpec(patients=10, seed=5, size=64), workers=1)
     (tmp_path / "other" / "stage_2_train" / "broken.dcm").write_bytes(b"x")
     first = sorted((other / "stage_2_train").glob("ID_*.dcm"))[0]
@@ -261,10 +261,7 @@ def test_rows_that_the_protocol_lacks_are_refused(config: Callable, phantom: Pat
     ],
 )
 def test_a_mistake_is_one_paragraph(trained: Path, given: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.evaluate", *given],
-        cwd=trained, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_module("evaluate", *given, cwd=trained)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,8 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,6 +21,7 @@ import pydicom
 import pytest
 import torch
 from canaries import Canaries
+from commands import run_module, start_module
 from dicom_files import STORED, dataset, encoded
 from made_up import Bomb
 from sweeps import alive, wait_for
@@ -41,6 +40,8 @@ from ich.scoring.metrics import best_thresholds, sigmoid
 from ich.tracking.store import MlflowStore, TrackingConfig
 
 CPU = torch.device("cpu")
+Predict = Callable[..., int]
+Capture = pytest.CaptureFixture
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def runs(trained: Path) -> list[Path]:
 
 
 @pytest.fixture
-def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Predict:
     """Runs the command in an empty folder."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -74,7 +75,7 @@ def probabilities(table: pd.DataFrame) -> np.ndarray:
 
 
 def test_probabilities_are_those_of_the_runs_own_validation(
-    runs: list[Path], phantom: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     with np.load(runs[0] / "predictions.npz") as file:
         ids, logits = file["val_image_id"], file["val_logits"]
@@ -86,7 +87,7 @@ def test_probabilities_are_those_of_the_runs_own_validation(
 
 
 def test_the_callers_folder_and_workers_change_nothing(
-    runs: list[Path], phantom: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     for n, options in enumerate(([], ["--workers", 3], ["--batch-size", 7])):
         assert predict("--model", runs[0], phantom, "-o", f"{n}.csv", *options) == LEFT_OUT
@@ -98,7 +99,7 @@ def test_the_callers_folder_and_workers_change_nothing(
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 def test_a_study_has_its_highest_slice_and_the_mean_of_three(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], phantom: Path, predict: Predict, capsys: Capture
 ) -> None:
     files = slices_of(phantom)
     predict("--model", runs[0], *files, "-o", "out.parquet", "--threshold", "any=0.3")
@@ -153,7 +154,7 @@ def test_a_threshold_that_is_none_is_refused(runs: list[Path], given: str) -> No
 
 
 def test_onnxruntime_gives_the_same_and_converts_once(
-    runs: list[Path], phantom: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     files = slices_of(phantom)[:40]
     for engine in ("torch", "onnx", "onnx"):
@@ -198,7 +199,7 @@ def test_many_files_on_a_cpu_are_worth_converting(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_ensemble_averages_logits_and_shows_each(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], phantom: Path, predict: Predict, capsys: Capture
 ) -> None:
     files = slices_of(phantom)[:20]
     for n, run in enumerate(runs):
@@ -316,7 +317,7 @@ def test_without_a_database_an_mlflow_name_says_so(
 
 
 def test_a_runs_folder_with_code_or_other_weights_is_refused(
-    runs: list[Path], tmp_path: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], tmp_path: Path, predict: Predict, capsys: Capture
 ) -> None:
     shutil.copytree(runs[0], tmp_path / "run")
     best = tmp_path / "run" / "best.safetensors"
@@ -368,7 +369,7 @@ def test_what_is_given_twice_is_there_once(phantom: Path, tmp_path: Path) -> Non
 
 
 def test_nothing_vanishes(
-    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Predict
 ) -> None:
     scans, files = tmp_path / "scans", slices_of(phantom)
     scans.mkdir()
@@ -378,9 +379,8 @@ def test_nothing_vanishes(
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
     given = [scans, tmp_path / "cut.zip", tmp_path / "tail.dcm"]
     assert predict("--model", runs[0], *given, "-o", "out.csv") == LEFT_OUT
-    assert pd.read_csv("out.csv")["file"].tolist() == [
-        str(scans / "a.dcm"), str(tmp_path / "tail.dcm"),
-    ]  # fmt: skip
+    read = [str(scans / "a.dcm"), str(tmp_path / "tail.dcm")]
+    assert pd.read_csv("out.csv")["file"].tolist() == read
     listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
     assert listed[str(scans / "linked")] == "a symbolic link, which is not followed"
     assert "cannot be read" in listed[str(tmp_path / "cut.zip")]
@@ -453,7 +453,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 def test_what_is_no_slice_is_listed_and_stops_nothing(
-    runs: list[Path], tmp_path: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], tmp_path: Path, predict: Predict, capsys: Capture
 ) -> None:
     scans = tmp_path / "scans"
     scans.mkdir()
@@ -486,7 +486,7 @@ def test_what_is_no_slice_is_listed_and_stops_nothing(
 
 
 def test_a_slice_that_names_no_study_is_in_none(
-    runs: list[Path], tmp_path: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], tmp_path: Path, predict: Predict, capsys: Capture
 ) -> None:
     (tmp_path / "a.dcm").write_bytes(encoded(dataset(STORED), StudyInstanceUID=None))
     assert predict("--model", runs[0], tmp_path / "a.dcm", "-o", "out.csv") == 0
@@ -495,9 +495,8 @@ def test_a_slice_that_names_no_study_is_in_none(
 
 
 def test_weights_with_a_nan_predict_nothing(
-    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int],
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Predict, capsys: Capture
+) -> None:
     model, metadata = predictor.load_trained(runs[0] / "best.safetensors")
     with torch.no_grad():
         model.head.bias[2] = torch.nan
@@ -513,7 +512,7 @@ def test_weights_with_a_nan_predict_nothing(
 
 
 def test_a_submission_is_the_competitions(
-    runs: list[Path], phantom: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     files = slices_of(phantom)[:4]
     words = ["--model", runs[0], *files, "-o", "out.csv", "--submission", "sub.csv"]
@@ -525,7 +524,7 @@ def test_a_submission_is_the_competitions(
 
 
 def test_a_pseudonym_is_the_files_wherever_it_is_named_from(
-    runs: list[Path], phantom: Path, predict: Callable[..., int]
+    runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     first = slices_of(phantom)[0]
     for n, name in enumerate((first, os.path.relpath(first))):
@@ -547,7 +546,7 @@ def test_a_pseudonym_is_the_files_wherever_it_is_named_from(
     ],
 )
 def test_outputs_in_each_others_way_are_refused(
-    predict: Callable[..., int], capsys: pytest.CaptureFixture, words: list[str], message: str
+    predict: Predict, capsys: Capture, words: list[str], message: str
 ) -> None:
     Path("full").mkdir()
     Path("full/file").touch()
@@ -556,7 +555,7 @@ def test_outputs_in_each_others_way_are_refused(
 
 
 def test_an_input_is_not_written_over_nor_half_the_outputs(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], capsys: pytest.CaptureFixture
+    runs: list[Path], phantom: Path, predict: Predict, capsys: Capture
 ) -> None:
     shutil.copy(slices_of(phantom)[0], "in.csv")
     before = Path("in.csv").read_bytes()
@@ -570,9 +569,8 @@ def test_an_input_is_not_written_over_nor_half_the_outputs(
 
 
 def test_an_image_with_two_files_makes_no_submission(
-    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int],
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Predict, capsys: Capture
+) -> None:
     for folder, file in zip("ab", slices_of(phantom), strict=False):
         (tmp_path / folder).mkdir()
         shutil.copy(file, tmp_path / folder / "ID_1.dcm")
@@ -584,9 +582,8 @@ def test_an_image_with_two_files_makes_no_submission(
 
 
 def test_names_that_differ_little_have_their_own_pseudonyms(
-    runs: list[Path], phantom: Path, tmp_path: Path, predict: Callable[..., int],
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    runs: list[Path], phantom: Path, tmp_path: Path, predict: Predict, capsys: Capture
+) -> None:
     names = [b"a.dcm", b"a.dcm ", b"a\xff.dcm", b"a\xfe.dcm"]
     (tmp_path / "scans").mkdir()
     for name in names:
@@ -617,14 +614,14 @@ def test_only_a_dicom_ending_is_cut_from_animage_id_of() -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
-def test_a_count_that_is_none_is_refused(count: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_count_that_is_none_is_refused(count: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         parse(["a", "--model", "b", "-o", "c.csv", f"--batch-size={count}"])
     assert f"'{count}' is not a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_a_killed_decoding_process_costs_what_it_had(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    runs: list[Path], phantom: Path, predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = predictor.run_parallel
 
@@ -645,9 +642,12 @@ def test_a_killed_decoding_process_costs_what_it_had(
 
 
 def test_out_of_gpu_memory_says_what_to_change(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    runs: list[Path],
+    phantom: Path,
+    predict: Predict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
@@ -659,9 +659,12 @@ def test_out_of_gpu_memory_says_what_to_change(
 
 
 def test_a_network_that_cannot_be_converted_is_computed_by_torch(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    runs: list[Path],
+    phantom: Path,
+    predict: Predict,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.onnx.OnnxExporterError("no such operator")
 
@@ -706,9 +709,8 @@ def test_a_submission_needs_the_labels(runs: list[Path]) -> None:
     ],
 )
 def test_an_output_that_cannot_be_is_refused_before_anything(
-    runs: list[Path], predict: Callable[..., int], capsys: pytest.CaptureFixture, out: str,
-    message: str,
-) -> None:  # fmt: skip
+    runs: list[Path], predict: Predict, capsys: Capture, out: str, message: str
+) -> None:
     Path("file").touch()
     Path("folder.csv").mkdir()
     assert predict("--model", runs[0], "nothing", "-o", out) == 1
@@ -716,9 +718,12 @@ def test_an_output_that_cannot_be_is_refused_before_anything(
 
 
 def test_a_full_disk_leaves_what_was_there(
-    runs: list[Path], phantom: Path, predict: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+    runs: list[Path],
+    phantom: Path,
+    predict: Predict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     Path("out.csv").write_text("earlier")
 
     def full(self: pd.DataFrame, path: Path, **_: object) -> None:
@@ -734,11 +739,8 @@ def test_a_full_disk_leaves_what_was_there(
 def test_sigterm_ends_it_and_its_workers(runs: list[Path], phantom: Path, tmp_path: Path) -> None:
     for n in range(40):
         shutil.copytree(phantom / "stage_2_train", tmp_path / "scans" / str(n))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ich.predict", "--model", runs[0], "scans", "-o", "out.csv",
-         "--workers", "3", "--batch-size", "4"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    words = ("--model", runs[0], "scans", "-o", "out.csv", "--workers", 3, "--batch-size", 4)
+    process = start_module("predict", *words, cwd=tmp_path, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(children.read_text().split()) < 2:
         assert process.poll() is None
@@ -756,11 +758,9 @@ def test_sigterm_ends_it_and_its_workers(runs: list[Path], phantom: Path, tmp_pa
 def test_no_identifier_is_in_any_output(
     canaries: Canaries, runs: list[Path], tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ich.predict", "--model", runs[0], canaries.root, "-o", "out.csv",
-         "--names", "pseudonym", "--explain", "explained", "--threshold", "any=0.01"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    words = ("--model", runs[0], canaries.root, "-o", "out.csv", "--names", "pseudonym")
+    pages = ("--explain", "explained", "--threshold", "any=0.01")
+    done = run_module("predict", *words, *pages, cwd=tmp_path)
     assert done.returncode == LEFT_OUT, done.stderr
     assert canaries.seen_in(tmp_path, done.stdout, done.stderr) == []
     assert "left out" in done.stdout
@@ -787,14 +787,11 @@ def test_slices_are_ordered_along_their_normal() -> None:
         assert found.position == pytest.approx(step, abs=1e-4)
         assert (found.study, found.series) == ("2.25.2", "2.25.3")
     assert np.isnan(read_slice(encoded(dataset(STORED))).position)
-    bent = encoded(dataset(STORED), ImagePositionPatient=["1", "2", "3"],
-                   ImageOrientationPatient=["1", "2"])  # fmt: skip
-    assert np.isnan(read_slice(bent).position)
+    bent = {"ImagePositionPatient": ["1", "2", "3"], "ImageOrientationPatient": ["1", "2"]}
+    assert np.isnan(read_slice(encoded(dataset(STORED), **bent)).position)
 
 
-def test_the_real_study_of_another_vendor(
-    shared: Path, runs: list[Path], predict: Callable[..., int]
-) -> None:
+def test_the_real_study_of_another_vendor(shared: Path, runs: list[Path], predict: Predict) -> None:
     archive = shared / "ge_head.zip"
     assert predict("--model", runs[0], archive, "-o", "out.csv") == 0
     studies = pd.read_csv("out.studies.csv")

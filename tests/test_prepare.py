@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-
-def prepare(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ich.prepare", *overrides],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+from commands import run_module
 
 
 def test_a_dry_run_needs_no_image(phantom: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_bytes((phantom / "stage_2_train.csv").read_bytes())
-    done = prepare(tmp_path, "data=rsna", "data.labels=labels.csv", "data.subset=0.5",
-                   "dry_run=true")  # fmt: skip
+    own = ("data=rsna", "data.labels=labels.csv", "data.subset=0.5", "dry_run=true")
+    done = run_module("prepare", *own, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "oversampled" in done.stdout
     assert "report's % after" in done.stdout
@@ -31,18 +21,18 @@ def test_a_dry_run_needs_no_image(phantom: Path, tmp_path: Path) -> None:
 
 
 def test_a_flipped_byte_is_found_and_mended(phantom: Path, tmp_path: Path) -> None:
-    own = (f'data.root="{phantom}"', "data.cache_size=32", "data.workers=1")
-    first = prepare(tmp_path, *own)
+    own = ("prepare", f'data.root="{phantom}"', "data.cache_size=32", "data.workers=1")
+    first = run_module(*own, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     (report,) = tmp_path.glob("multirun_reports/data/phantom-*/data_report.html")
     assert str(report.relative_to(tmp_path)) in first.stdout
     (slices,) = tmp_path.glob(".ich-cache/hu32-*/hu.i16")
     before = slices.read_bytes()
     slices.write_bytes(before[:5000] + bytes([before[5000] ^ 1]) + before[5001:])
-    found = prepare(tmp_path, *own, "verify=true")
-    assert found.returncode == 0, found.stderr
-    assert "1 slices did not match their checksum and were decoded again" in found.stdout
-    assert "every slice matches" in prepare(tmp_path, *own, "verify=true").stdout
+    mended = run_module(*own, "verify=true", cwd=tmp_path)
+    assert mended.returncode == 0, mended.stderr
+    assert "1 slices did not match their checksum and were decoded again" in mended.stdout
+    assert "every slice matches" in run_module(*own, "verify=true", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize(
@@ -55,7 +45,7 @@ def test_a_flipped_byte_is_found_and_mended(phantom: Path, tmp_path: Path) -> No
     ],
 )
 def test_mistakes_are_one_paragraph(tmp_path: Path, override: str, message: str) -> None:
-    done = prepare(tmp_path, override)
+    done = run_module("prepare", override, cwd=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr

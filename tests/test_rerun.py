@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import run_module, start_module
 from made_up import FIT
 from safetensors.numpy import load_file, save_file
-from sweeps import SABOTEUR
+from sweeps import SMALL, saboteur, wait_for
 
 from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_yaml
@@ -82,6 +79,13 @@ def set_to(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+IDS, TARGET, LOGITS = (("predictions", f"val_{k}") for k in ("image_id", "target", "logits"))
+
+
+def full(value: float, *shape: int) -> np.ndarray:
+    return np.full(shape, value, np.float32)
+
+
 def test_equal_runs_are_identical_however_long_they_took(tmp_path: Path) -> None:
     def slower(what: dict[str, Any]) -> None:
         what["epochs"][0] |= {"time": 99.0, "train/images_per_s": 1.0}
@@ -95,21 +99,20 @@ def test_equal_runs_are_identical_however_long_they_took(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "part", "where"),
+    ("keys", "value", "part", "where"),
     [
-        (set_to("epochs", 1, "val/auc", value=0.9009), "journal", "epoch 2, val/auc"),
-        (set_to("result", "val_accuracy", value=0.8009), "result", "val_accuracy"),
-        (set_to("weights", "head.weight", value=np.full((2, 2), 5, np.float32)), "weights",
-         "tensor head.weight"),
-        (set_to("header", "ich", value="other"), "weights", "the header"),
-        (set_to("predictions", "val_logits", (2, 0), value=np.float32(1 + 1e-5)), "predictions",
-         "val, image ID_c, probability of epidural"),
+        (("epochs", 1, "val/auc"), 0.9009, "journal", "epoch 2, val/auc"),
+        (("result", "val_accuracy"), 0.8009, "result", "val_accuracy"),
+        (("weights", "head.weight"), full(5, 2, 2), "weights", "tensor head.weight"),
+        (("header", "ich"), "other", "weights", "the header"),
+        ((*LOGITS, (2, 0)), 1 + 1e-5, "predictions", "val, image ID_c, probability of epidural"),
     ],
-)  # fmt: skip
+)
 def test_a_small_difference_is_within_tolerance_and_named(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], part: str, where: str
+    tmp_path: Path, keys: tuple[Any, ...], value: object, part: str, where: str
 ) -> None:
-    verdict = compare_runs(make(tmp_path / "a"), make(tmp_path / "b", change), 1e-3)
+    other = make(tmp_path / "b", set_to(*keys, value=value))
+    verdict = compare_runs(make(tmp_path / "a"), other, 1e-3)
     assert verdict.outcome is Outcome.within
     found = getattr(verdict, part)
     assert (found.differing, found.first.where) == (1, where)
@@ -118,39 +121,53 @@ def test_a_small_difference_is_within_tolerance_and_named(
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("keys", "value", "line"),
     [
-        (set_to("epochs", 0, "train/loss", value=0.502),
-         "metrics.jsonl: 1 of 8 values differ. First: epoch 1, train/loss, 0.5 before and 0.502 "
-         "now (by 0.002)"),
-        (set_to("epochs", 0, "train/lr", value=1.0001e-4),
-         "First: epoch 1, train/lr, 0.0001 before and 0.00010001 now"),
-        (set_to("epochs", 1, "val/auc_any", value=0.5),
-         "First: epoch 2, val/auc_any, nothing before and 0.5 now"),
-        (lambda what: what["epochs"].pop(),
-         "3 of 8 values differ. First: epoch 2, train/loss, 0.25 before and nothing now"),
-        (set_to("result", "best_epoch", value=1), "First: best_epoch, 2 before and 1 now"),
-        (set_to("predictions", "val_image_id", 1, value="ID_x"),
-         "First: val_image_id, row 1, ID_b before and ID_x now"),
-        (set_to("predictions", "val_target", (3, 1), value=1),
-         "First: val_target, row 3, label 1, 0 before and 1 now"),
-        (set_to("predictions", "val_logits", value=np.zeros((3, 2), np.float32)),
-         "First: shape of val_logits, float32 (4, 2) before and float32 (3, 2) now"),
-        (set_to("predictions", "test_logits", value=np.zeros((4, 2), np.float32)),
-         "First: shape of test_logits, nothing before and float32 (4, 2) now"),
-        (set_to("predictions", "val_logits", (3, 0), value=1),
-         "First: val, image ID_d, probability of epidural, 0.268941421 before and 0.731058579 now "
-         "(by 0.46)"),
-        (set_to("weights", "head.bias", value=np.zeros(2, np.float32)),
-         "First: tensor head.bias, nothing before and float32 (2,) now"),
-        (set_to("weights", "base.conv", value=np.zeros((3, 2), np.float32)),
-         "First: tensor base.conv, float32 (2, 3) before and float32 (3, 2) now"),
+        (
+            ("epochs", 0, "train/loss"),
+            0.502,
+            "metrics.jsonl: 1 of 8 values differ. First: epoch 1, train/loss, 0.5 before and 0.502 "
+            "now (by 0.002)",
+        ),
+        (("epochs", 0, "train/lr"), 1.0001e-4, "epoch 1, train/lr, 0.0001 before and 0.00010001"),
+        (("epochs", 1, "val/auc_any"), 0.5, "epoch 2, val/auc_any, nothing before and 0.5 now"),
+        (
+            ("epochs", slice(1, None)),
+            [],
+            "3 of 8 values differ. First: epoch 2, train/loss, 0.25 before and nothing now",
+        ),
+        (("result", "best_epoch"), 1, "First: best_epoch, 2 before and 1 now"),
+        ((*IDS, 1), "ID_x", "First: val_image_id, row 1, ID_b before and ID_x now"),
+        ((*TARGET, (3, 1)), 1, "First: val_target, row 3, label 1, 0 before and 1 now"),
+        (LOGITS, full(0, 3, 2), "val_logits, float32 (4, 2) before and float32 (3, 2) now"),
+        (
+            ("predictions", "test_logits"),
+            full(0, 4, 2),
+            "First: shape of test_logits, nothing before and float32 (4, 2) now",
+        ),
+        (
+            (*LOGITS, (3, 0)),
+            1,
+            "First: val, image ID_d, probability of epidural, 0.268941421 before and 0.731058579 "
+            "now (by 0.46)",
+        ),
+        (
+            ("weights", "head.bias"),
+            full(0, 2),
+            "First: tensor head.bias, nothing before and float32 (2,) now",
+        ),
+        (
+            ("weights", "base.conv"),
+            full(0, 3, 2),
+            "First: tensor base.conv, float32 (2, 3) before and float32 (3, 2) now",
+        ),
     ],
-)  # fmt: skip
+)
 def test_runs_that_differ_by_more_are_different_and_it_says_where(
-    tmp_path: Path, change: Callable[[dict[str, Any]], None], line: str
+    tmp_path: Path, keys: tuple[Any, ...], value: object, line: str
 ) -> None:
-    verdict = compare_runs(make(tmp_path / "a"), make(tmp_path / "b", change), 1e-3)
+    other = make(tmp_path / "b", set_to(*keys, value=value))
+    verdict = compare_runs(make(tmp_path / "a"), other, 1e-3)
     assert verdict.outcome is Outcome.different
     assert line in "\n".join(describe(verdict))
 
@@ -195,21 +212,15 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, name: str, c
 def project(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a sweep of one small network has run, on one thread of the machine's."""
     folder = tmp_path_factory.mktemp("project")
-    sweep = [
-        "-m", f"model={JOB}", "model.pretrained=false", f'data.root="{phantom}"', "name=s",
-        "train.precision=fp32",
-        "data.image_size=32", "data.cache_size=32", "data.workers=1", "data.subset=0.5",
-        "train.epochs=2", "train.batch_size=8", "tracking=none", "hydra.launcher.cpu_jobs=64",
-    ]  # fmt: skip
-    command(folder, "sweep", *sweep, status=0)
+    own = ("train.epochs=2", "tracking=none", "hydra.launcher.cpu_jobs=64")
+    swept = ("-m", f"model={JOB}", "name=s", f'data.root="{phantom}"', *SMALL, *own)
+    command(folder, "sweep", *swept)
     return folder
 
 
-def command(folder: Path, module: str, *args: str, status: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"ich.{module}", *args], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == status, done.stdout + done.stderr
+def command(folder: Path, *words: str) -> str:
+    done = run_module(*words, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
 
@@ -262,7 +273,7 @@ def test_a_repeated_run_is_identical(project: Path) -> None:
     """The training itself, as a user starts it; the original had one thread, by its slot."""
     folder = f"multirun_reports/s/{JOB}"
     before = {p: p.stat().st_mtime_ns for p in (project / folder).iterdir()}
-    out = command(project, "rerun", folder, status=0)
+    out = command(project, "rerun", folder)
     assert "\nidentical\n" in out
     assert f"{JOB} epoch 2/2: loss" in out
     original, again = RunPaths(project / folder), rerun_of(RunPaths(project / folder))
@@ -571,23 +582,15 @@ def test_a_rerun_goes_on_unless_it_began_with_other_code(
 def test_a_killed_rerun_goes_on_when_the_command_is_given_again(
     run: RunPaths, how: signal.Signals, status: int
 ) -> None:
-    words = [sys.executable, "-m", "ich.rerun", str(run.root)]
-    plan = json.dumps({JOB: ["slow", 0]})
-    process = subprocess.Popen(
-        words,
-        env={**os.environ, "PYTHONPATH": str(SABOTEUR), "SABOTAGE": plan},
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    slow = saboteur({JOB: ("slow", 0)})
+    process = start_module("rerun", run.root, cwd=Path.cwd(), env=slow)
     again = rerun_of(run)
-    end = time.monotonic() + 120
-    while not again.has_checkpoint():
-        time.sleep(0.05)
-        assert process.poll() is None
-        assert time.monotonic() < end
+    wait_for(lambda: again.has_checkpoint() or process.poll() is not None, 120)
+    assert process.poll() is None
     process.send_signal(how)
-    assert process.wait(30) == status
-    out = command(Path.cwd(), "rerun", str(run.root), status=0)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == status, said
+    out = command(Path.cwd(), "rerun", str(run.root))
     assert "\nidentical\n" in out
     fit = again.read_result().fit
     assert fit is not None, out

@@ -66,9 +66,8 @@ def text_of(data: bytes) -> str:
 
 def test_the_folder_holds_weights_and_text_alone(model_folder: Path) -> None:
     files = {p.relative_to(model_folder).as_posix() for p in model_folder.rglob("*") if p.is_file()}
-    assert files == {
-        "MLmodel", "conda.yaml", "data/best.safetensors", "python_env.yaml", "requirements.txt",
-    }  # fmt: skip
+    texts = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    assert files == texts | {"data/best.safetensors"}
     said = yaml.safe_load((model_folder / "MLmodel").read_text())
     assert said["flavors"]["python_function"]["loader_module"] == "ich.serving"
     assert said["flavors"]["python_function"]["code"] is None
@@ -83,8 +82,8 @@ def test_the_folder_holds_weights_and_text_alone(model_folder: Path) -> None:
 def test_loading_executes_no_pickle(
     model_folder: Path, run: RunPaths, files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"),
-                         (torch, "load")):  # fmt: skip
+    readers = ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"))
+    for module, name in readers:
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a pickle was read"))
     model = mlflow.pyfunc.load_model(str(model_folder))
     found = model.predict(pd.DataFrame({"dicom": [text_of(f) for f in files]}))
@@ -116,10 +115,8 @@ def test_a_row_that_is_no_slice_has_a_reason_and_no_number(
     found = Server(run.best).predict(pd.DataFrame([good, row, good]))
     assert found["reason"].str.match(".*" + message).tolist() == [False, True, False]
     assert all(v is None for v in found.loc[1, list(LABELS)])
-    np.testing.assert_allclose(
-        found.loc[[0, 2], list(LABELS)].to_numpy(float), expected(run, files[:1]).repeat(2, 0),
-        atol=1e-5,
-    )  # fmt: skip
+    kept = found.loc[[0, 2], list(LABELS)].to_numpy(float)
+    np.testing.assert_allclose(kept, expected(run, files[:1]).repeat(2, 0), atol=1e-5)
     assert json.loads(json.dumps(found.to_dict("records"), allow_nan=False))
 
 
@@ -134,13 +131,20 @@ def served(trained: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    programs = Path(sys.executable).parent
+    serve = [str(programs / "mlflow"), "models", "serve", "-m", "models:/ich@best"]
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/ich@best",
-         "--env-manager", "local", "--host", "127.0.0.1", "-p", str(port)],
-        cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
-             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )  # fmt: skip
+        [*serve, "--env-manager", "local", "--host", "127.0.0.1", "-p", str(port)],
+        cwd=trained,
+        env={
+            **os.environ,
+            "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
+            "PATH": f"{programs}:{os.environ['PATH']}",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         end = time.monotonic() + 120
         while True:

@@ -64,13 +64,12 @@ def test_a_split_that_the_quarantine_empties_is_refused(
     shutil.copytree(phantom, root)
     for image in dataset.val.image_id:
         (root / "stage_2_train" / f"{image}.dcm").write_bytes(b"DICM" * 9)
-    table = pd.DataFrame({"image_id": [*dataset.train.image_id, *dataset.val.image_id,
-                                       *dataset.test.image_id]}).drop_duplicates()  # fmt: skip
     sides = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    who = {i: n for n, s in sides.items() for i in s.image_id}
-    table.assign(patient_id=table["image_id"].map(who)).to_csv(root / "meta.csv", index=False)
-    other = composed(f"data.root={root}", f"data.metadata={root / 'meta.csv'}", "protocol=sound",
-                     "data.cache_size=32", "data.max_quarantine=1")  # fmt: skip
+    who = {i: name for name, side in sides.items() for i in side.image_id}
+    table = pd.DataFrame(who.items(), columns=["image_id", "patient_id"])
+    table.to_csv(root / "meta.csv", index=False)
+    files = (f"data.root={root}", f"data.metadata={root / 'meta.csv'}")
+    other = composed(*files, "protocol=sound", "data.cache_size=32", "data.max_quarantine=1")
     with pytest.raises(UserError, match="no slice is left in the (train|val|test) set after"):
         load_dataset(other)
 

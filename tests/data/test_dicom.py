@@ -54,9 +54,11 @@ EVERY = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
 @pytest.mark.parametrize(
     ("slope", "intercept"),
-    [(1, -1024), (1, 0), (1, -1000), (1, 32767), (1, -32768), (1, -40000), (1, 5000), (1, -1024.5),
-     (0.5, -1024), (2, 10), (-1, 40)],
-)  # fmt: skip
+    [
+        *((1, b) for b in (-1024, 0, -1000, 32767, -32768, -40000, 5000, -1024.5)),
+        *((0.5, -1024), (2, 10), (-1, 40)),
+    ],
+)
 def test_hu_of_every_stored_value(syntax: UID, dtype: type, slope: float, intercept: float) -> None:
     stored = EVERY.view(dtype)
     data = encoded(
@@ -162,12 +164,12 @@ def test_headers_seen_before_are_told_apart() -> None:
         ({"Rows": None}, "Rows is None, not from 1 to 4096"),
         ({"PixelData": None}, "PixelData is missing"),
         (
-            {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11, "RescaleIntercept": "0",
-             "RescaleSlope": "2"},
+            {"PixelRepresentation": 0, "BitsStored": 12, "HighBit": 11}
+            | {"RescaleIntercept": "0", "RescaleSlope": "2"},
             "RescaleSlope is 2 in a file of wrapped 12-bit values, not 1",
         ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_is_no_ct_slice_is_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(DicomError, match=message) as caught:
@@ -361,8 +363,9 @@ def test_what_is_not_plain_is_left_to_pydicom() -> None:
     nested.is_undefined_length_sequence_item = True
     d.RequestAttributesSequence = [nested]
     d["RequestAttributesSequence"].is_undefined_length = True
-    for odd in (b"", whole[:100], whole[132:], whole[:-1], whole + b"\0\0", encoded(d),
-                encoded(dataset(STORED, ExplicitVRBigEndian))):  # fmt: skip
+    big = encoded(dataset(STORED, ExplicitVRBigEndian))
+    cut = (b"", whole[:100], whole[132:], whole[:-1], whole + b"\0\0")
+    for odd in (*cut, encoded(d), big):
         assert find_elements(odd, ()) is None
 
 
@@ -373,8 +376,8 @@ def test_a_missing_or_unknown_transfer_syntax_is_refused() -> None:
         (b"1.2.840.10008.1.2.9\0", "the transfer syntax is none that is read here"),
         (DeflatedExplicitVRLittleEndian.encode(), "Deflated Explicit VR Little Endian is not read"),
     ):
-        data = raw_element(whole, "TransferSyntaxUID", b"1.2.840.10008.1.2.1\0", syntax + b"\0" * (
-            len(syntax) % 2))  # fmt: skip
+        even = syntax + b"\0" * (len(syntax) % 2)
+        data = raw_element(whole, "TransferSyntaxUID", b"1.2.840.10008.1.2.1\0", even)
         with pytest.raises(DicomError, match=message):
             read_hu(data)
 

@@ -114,8 +114,7 @@ def test_another_time_leaves_nothing_of_the_one_before(
     assert len(list((tmp_path / "aaaa").iterdir())) == 3 * len(LABELS)
     (tmp_path / "notes.txt").touch()
     check_folder(tmp_path)
-    few = model.deciding("1").deciding("any=0,subdural=1,epidural=1,subarachnoid=1,"
-                                       "intraparenchymal=1,intraventricular=1")  # fmt: skip
+    few = model.deciding(",".join(f"{k}={int(k != 'any')}" for k in LABELS))
     explain(few, inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
     assert len(list((tmp_path / "aaaa").iterdir())) == 3
     explain(model.deciding("1"), inputs, found, ["x"] * 3, tmp_path, lambda *_: None)

@@ -262,8 +262,8 @@ def test_weights_of_another_architecture_are_refused_with_both_names(tmp_path: P
 
 def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
     for tag in ("mobilenetv2_100.none", "nothing", "hf-hub:somebody/net"):
-        save(build_model(config("mobilenet_v2")), tmp_path / "w.safetensors",
-             replace(METADATA, timm=tag))  # fmt: skip
+        claims = replace(METADATA, timm=tag)
+        save(build_model(config("mobilenet_v2")), tmp_path / "w.safetensors", claims)
         with pytest.raises(UserError, match=r"a network that timm .* does not have"):
             load_trained(tmp_path / "w.safetensors")
 
@@ -281,16 +281,20 @@ def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
         *(
             {"ich": replace(METADATA, **change).to_json()}
             for change in (
-                {"cache_size": "128"}, {"cache_size": 0}, {"image_size": 10**6},
+                *({"cache_size": value} for value in ("128", 0)),
+                {"image_size": 10**6},
+                *({"windows": value} for value in ((), (WindowConfig("w", 40, 0),))),
+                *({"thresholds": v} for v in ({}, [0.5], METADATA.thresholds | {"a": 7.0})),
+                {"labels": ("a", "a")},
+                {"labels": ("a;b",), "thresholds": {"a;b": 0.5}},
+                {"mean": (float("nan"),) * 3},
                 {"std": (0.0,) * 3},
-                {"windows": (WindowConfig("w", 40, 0),)}, {"windows": ()}, {"thresholds": {}},
-                {"labels": ("a", "a")}, {"thresholds": METADATA.thresholds | {"a": 7.0}},
-                {"mean": (float("nan"),) * 3}, {"mean": (0.5,), "std": (0.5,)}, {"timm": 5},
-                {"labels": ("a;b",), "thresholds": {"a;b": 0.5}}, {"thresholds": [0.5]},
+                {"mean": (0.5,), "std": (0.5,)},
+                {"timm": 5},
             )
         ),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_say_how_they_are_used(
     tmp_path: Path, entries: dict[str, str] | None
 ) -> None:
