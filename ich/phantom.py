@@ -1,27 +1,7 @@
-"""Synthetic head CT: whole studies in the layout of the RSNA 2019 hemorrhage data set.
+"""Writes synthetic head CT, whole studies in the layout of the RSNA 2019 hemorrhage data set.
 
-The sweep of eight CNNs needs labelled slices; this module makes them from nothing, so that the
-demo, the tests and a laptop without the real download run the same code as the real set.
-
-What is simulated. Each patient is a set of closed-form solids in millimetres (head frame: x to
-the patient's left, y to the back, z up, origin near the foramina of Monro): vault with two
-tables and diploe, skull base as a height map of the three fossae, scalp, face, orbits and
-sinuses; sulci as the zero level set of a random field on the brain's surface, cortical ribbon,
-deep nuclei, ventricles, cisterns, Sylvian fissures, falx, tentorium, cerebellum; and what
-imitates blood (calcified choroid plexus and pineal, basal ganglia calcification, dense falx and
-venous sinuses). Bleeds are solids too, placed and shaped as Figure 1 of the report says: epidural
-lentiform, subdural crescent, subarachnoid along sulci and cisterns, intraventricular in the
-ventricles with a level, intraparenchymal rounded with a dark rim; they push the brain aside. A
-slice averages two planes inside its thickness, then gets cupping, blur and correlated noise.
-
-HU: air -1000, fat -100..-50, CSF 0..15, white matter 25..32, grey matter 35..42, muscle 45..60,
-acute blood 50..80, diploe 300..900, cortical bone 1000..1900: textbook ranges (Bushberg et al.,
-The Essential Physics of Medical Imaging, 3rd ed. 2012, ch. 10; Osborn's Brain, 2nd ed. 2017).
-The noise, 3..6 HU in the brain, is that of a routine 5 mm head protocol.
-
-The files follow the RSNA set: both encodings (16-bit signed with padding -2000, Explicit VR;
-12-bit unsigned, Implicit VR), pseudonymous ids, no names, no dates. None of it is patient data,
-and nothing learned from it says anything about a patient.
+None of it is patient data, and nothing learned from it says anything about a patient. What is
+simulated, and where in ich/data/phantom, says the head of ich/data/phantom/spec.py.
 
 Run:  python -m ich.phantom OUT --patients 96 --seed 0 --figure phantom.png
 """
@@ -47,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--patients", type=int, default=default.patients, metavar="N")
     parser.add_argument("--seed", type=int, default=default.seed, metavar="S")
     parser.add_argument("--size", type=int, default=default.size, help="rows and columns")
-    parser.add_argument("--prevalence", type=float, default=default.prevalence,
-                        help="probability that a patient bleeds")  # fmt: skip
+    bleeds = "probability that a patient bleeds"
+    parser.add_argument("--prevalence", type=float, default=default.prevalence, help=bleeds)
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw examples")
     return parser

@@ -12,8 +12,6 @@ from scipy.ndimage import gaussian_filter
 
 from ich.data.phantom.spec import GRID_MM, FloatArray
 
-# --- What is drawn once per patient ------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -97,20 +95,28 @@ def _draw_density(rng: np.random.Generator) -> dict[str, float]:
     white = rng.uniform(26, 30)
     grey = white + rng.uniform(6, 9)
     return {
-        "white": white, "grey": grey, "csf": rng.uniform(3, 9), "cerebellum": grey - 1.0,
-        "falx": rng.uniform(42, 58), "sinus": rng.uniform(46, 62),
-        "diploe": rng.uniform(350, 850), "cortex": rng.uniform(1200, 1900),
-    }  # fmt: skip
+        "white": white,
+        "grey": grey,
+        "csf": rng.uniform(3, 9),
+        "cerebellum": grey - 1.0,
+        # A falx and sinuses as dense as clotted blood are common, and no bleed.
+        "falx": rng.uniform(42, 58),
+        "sinus": rng.uniform(46, 62),
+        "diploe": rng.uniform(350, 850),
+        "cortex": rng.uniform(1200, 1900),
+    }
 
 
 def _draw_calcified(rng: np.random.Generator, atrophy: float) -> dict[str, tuple[float, float]]:
     """Calcifications are benign and common with age: what a detector must not call blood."""
-    odds = {"pineal": 0.6, "choroid_left": 0.6, "choroid_right": 0.6, "pallidum": 0.12,
-            "falx": 0.2}  # fmt: skip
+    glands = {"pineal": 0.6, "choroid_left": 0.6, "choroid_right": 0.6}
+    odds = {**glands, "pallidum": 0.12, "falx": 0.2}
     sites = {}
     for site, chance in odds.items():
+        # Drawn whether present or not, so that one site's chance moves no other draw.
         present, radius, hu = rng.random(), rng.uniform(1.6, 4.0), rng.uniform(75, 320)
         if present < chance * (0.5 + atrophy):
+            # Calcified basal ganglia are faint: the closest of these to a small bleed.
             sites[site] = (radius, hu if site != "pallidum" else min(hu, 95.0))
     return sites
 
@@ -118,8 +124,8 @@ def _draw_calcified(rng: np.random.Generator, atrophy: float) -> dict[str, tuple
 def _random_field(rng: np.random.Generator, wavelength: float, band: float) -> FloatArray:
     """Periodic, unit-variance, band-limited Gaussian field [64, 72, 64] (x, y, z), GRID_MM."""
     shape = (64, 72, 64)
-    freq = np.meshgrid(*(np.fft.fftfreq(n, GRID_MM) for n in shape[:2]),
-                       np.fft.rfftfreq(shape[2], GRID_MM), indexing="ij")  # fmt: skip
+    axes = (*(np.fft.fftfreq(n, GRID_MM) for n in shape[:2]), np.fft.rfftfreq(shape[2], GRID_MM))
+    freq = np.meshgrid(*axes, indexing="ij")
     k = np.sqrt(sum(f * f for f in freq)) * wavelength
     gain = np.exp(-0.5 * ((k - 1) / band) ** 2).astype(np.float32)
     white = rng.standard_normal(shape, dtype=np.float32)
@@ -130,6 +136,7 @@ def _random_field(rng: np.random.Generator, wavelength: float, band: float) -> F
 def _signed_distance(values: FloatArray) -> FloatArray:
     """First-order signed distance (mm) to the zero level set of a field."""
     slope = np.sqrt(sum(np.square(g) for g in np.gradient(values, GRID_MM)))
+    # Never divided by a slope near 0, where the field is flat.
     return np.asarray(values / (slope + 0.35 * slope.mean()), np.float32)
 
 
@@ -161,14 +168,22 @@ def _skull_base(rng: np.random.Generator, scale: float) -> FloatArray:
     return np.stack([floor, 1 / np.sqrt(1 + gx**2 + gy**2)]).astype(np.float32)
 
 
+# Center and width, one or several, as RSNA's headers hold them: leading zeros included.
+WINDOWS = (
+    ("30", "80"),
+    ("40", "80"),
+    (["00036", "00036"], ["00080", "00080"]),
+    (["00040", "00060"], ["00080", "00360"]),
+    ("40", "100"),
+)
+
+
 def draw_scanner(rng: np.random.Generator, anatomy: Anatomy, patient: int) -> Scanner:
     """Draw an acquisition: geometry, noise, kernel, encoding (encodings take turns)."""
     spacing = rng.uniform(4.7, 5.6)
     first_z = rng.uniform(-58, -42)
     top = anatomy.axes[2] + anatomy.bone + anatomy.scalp + rng.uniform(-12, 0)
-    windows = (("30", "80"), ("40", "80"), (["00036", "00036"], ["00080", "00080"]),
-               (["00040", "00060"], ["00080", "00360"]), ("40", "100"))  # fmt: skip
-    sharp = rng.random()
+    sharp = rng.random()  # 0 soft .. 1 sharp kernel: a sharp one resolves more, and is noisier
     return Scanner(
         fov=rng.uniform(225, 252),
         spacing=spacing,
@@ -185,7 +200,7 @@ def draw_scanner(rng: np.random.Generator, anatomy: Anatomy, patient: int) -> Sc
         cupping=rng.uniform(2, 8),
         offset=rng.normal(0, 1.2),
         holder=str(rng.choice(["arc", "bars", "none"], p=[0.55, 0.2, 0.25])),
-        window=windows[rng.integers(len(windows))],
+        window=WINDOWS[rng.integers(len(WINDOWS))],
         signed=patient % 2 == 0,
     )
 

@@ -1,4 +1,7 @@
-"""Where bleeds arise and how large they are, by subtype."""
+"""Where bleeds arise and how large they are, by subtype.
+
+`a` is the patient's Anatomy. Every function of a subtype takes the same arguments, used or not.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,15 @@ class Bleed:
     hu: float
 
 
-# --- Bleeds: where they arise ------------------------------------------------------------------
-
+# The chance of each subtype in a patient who bleeds, in the order in which they are drawn; several
+# may come together, as they do in patients.
 TRAUMA = {"epidural": 0.80, "subdural": 0.60, "subarachnoid": 0.32, "intraparenchymal": 0.60}
-SPONTANEOUS = {"intraparenchymal": 0.75, "intraventricular": 0.70, "subarachnoid": 0.50,
-               "subdural": 0.28}  # fmt: skip
+SPONTANEOUS = {
+    "intraparenchymal": 0.75,
+    "intraventricular": 0.70,
+    "subarachnoid": 0.50,
+    "subdural": 0.28,
+}
 
 
 def draw_bleeds(rng: np.random.Generator, anatomy: Anatomy, prevalence: float) -> list[Bleed]:
@@ -83,9 +90,8 @@ def _draw_subarachnoid(
     hu, swelling = rng.uniform(50, 70), rng.uniform(0.5, 1.5)
     if trauma or rng.random() < 0.25:
         center = 0.9 * _surface_point(a, (side, rng.uniform(-0.7, 0.9), rng.uniform(0.1, 1.2)))
-        return [
-            Bleed("subarachnoid", "convexity", center, rng.uniform(26, 46, 3), side, swelling, hu)
-        ]
+        radii = rng.uniform(26, 46, 3)
+        return [Bleed("subarachnoid", "convexity", center, radii, side, swelling, hu)]
     center = np.array([side * rng.uniform(0, 18), -8.0, -16.0])
     radii = np.array([rng.uniform(42, 66), rng.uniform(36, 60), rng.uniform(24, 42)])
     return [Bleed("subarachnoid", "basal", center, radii, side, swelling, hu)]
@@ -95,22 +101,28 @@ def _draw_intraventricular(rng: np.random.Generator, a: Anatomy, side: int, _: b
     """Sediment with a level in the occipital horns, or a cast of a ventricle."""
     pattern = str(rng.choice(["layer", "cast", "both"], p=[0.5, 0.25, 0.25]))
     level = rng.uniform(26, 46)
-    return [
-        Bleed(
-            "intraventricular", pattern, np.zeros(3), np.ones(3), side, level, rng.uniform(52, 76)
-        )
-    ]
+    hu = rng.uniform(52, 76)
+    return [Bleed("intraventricular", pattern, np.zeros(3), np.ones(3), side, level, hu)]
+
+
+# Center on the left, mm; share of the bleeds after an injury, and of spontaneous ones.
+SITES = {
+    "frontal": ((22, -56, -6), 0.4, 0),
+    "temporal": ((45, -14, -24), 0.35, 0),
+    "putamen": ((27, -5, 5), 0, 0.35),
+    "thalamus": ((13, 8, 5), 0, 0.2),
+    "lobar": ((0, 0, 0), 0.25, 0.33),  # anywhere under the convexity: drawn
+    "cerebellum": ((22, 50, -36), 0, 0.12),
+}
 
 
 def _draw_intraparenchymal(
     rng: np.random.Generator, a: Anatomy, side: int, trauma: bool
 ) -> list[Bleed]:
     """Contusions at the frontal base and temporal pole; else basal ganglia, lobes, cerebellum."""
-    sites = {"frontal": (22, -56, -6), "temporal": (45, -14, -24), "putamen": (27, -5, 5),
-             "thalamus": (13, 8, 5), "lobar": (0, 0, 0), "cerebellum": (22, 50, -36)}  # fmt: skip
-    odds = [0.4, 0.35, 0, 0, 0.25, 0] if trauma else [0, 0, 0.35, 0.2, 0.33, 0.12]
-    site = str(rng.choice(list(sites), p=odds))
-    center = np.array(sites[site], float) * [side, 1, 1]
+    odds = [injury if trauma else spontaneous for _, injury, spontaneous in SITES.values()]
+    site = str(rng.choice(list(SITES), p=odds))
+    center = np.array(SITES[site][0], float) * [side, 1, 1]
     if site == "lobar":
         center = rng.uniform(0.55, 0.7) * _surface_point(
             a, (side, rng.uniform(-1.2, 1.2), rng.uniform(0.1, 1))
@@ -118,9 +130,8 @@ def _draw_intraparenchymal(
     size = rng.uniform(6, 11) if site in ("thalamus", "cerebellum") else rng.uniform(6, 24)
     radii = size * rng.uniform(0.75, 1.25, 3)
     center = center + rng.normal(0, 2.5, 3)
-    return [
-        Bleed("intraparenchymal", site, center, radii, side, rng.uniform(3, 7), rng.uniform(54, 78))
-    ]
+    edema, hu = rng.uniform(3, 7), rng.uniform(54, 78)
+    return [Bleed("intraparenchymal", site, center, radii, side, edema, hu)]
 
 
 _DRAW: dict[str, Callable[[np.random.Generator, Anatomy, int, bool], list[Bleed]]] = {

@@ -11,8 +11,6 @@ import numpy.typing as npt
 from ich.data.phantom.rendering import simulate_study
 from ich.data.phantom.spec import SUBTYPES, FloatArray, PhantomSlice, PhantomSpec
 
-# --- Figure and command ------------------------------------------------------------------------
-
 FIGURE_PATIENTS = 40  # looked through, at most, for a good example of each subtype
 WINDOWS = (("brain 40/80", 40, 80), ("subdural 80/200", 80, 200), ("soft tissue 40/380", 40, 380))
 
@@ -30,6 +28,7 @@ def choose_examples(spec: PhantomSpec) -> dict[str, PhantomSlice]:
         for s in simulate_study(spec, patient):
             present = [k for k in SUBTYPES if s.labels[k]]
             brain = float(((s.hu > 10) & (s.hu < 60)).mean())
+            # The root: twice the bleed is worth less than twice the brain around it.
             scores = {
                 k: brain * float(s.masks[k].mean()) ** 0.5 / len(present) ** 2 for k in present
             }
@@ -42,6 +41,7 @@ def choose_examples(spec: PhantomSpec) -> dict[str, PhantomSlice]:
 
 def draw_figure(spec: PhantomSpec, path: Path) -> None:
     """Draw examples in the three windows, their RGB composition and the masks."""
+    # Imported here: most phantoms are written without a figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,11 +49,9 @@ def draw_figure(spec: PhantomSpec, path: Path) -> None:
     side = 1.9
     figure = Figure(figsize=(5 * side + 0.6, len(examples) * side + 0.35), facecolor="black")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(
-        len(examples), 5, squeeze=False,
-        gridspec_kw={"wspace": 0.02, "hspace": 0.02, "left": 0.06, "right": 1, "bottom": 0,
-                     "top": 0.97},
-    )  # fmt: skip
+    edges = {"left": 0.06, "right": 1, "bottom": 0, "top": 0.97}
+    gaps = {"wspace": 0.02, "hspace": 0.02}
+    grid = figure.subplots(len(examples), 5, squeeze=False, gridspec_kw=edges | gaps)
     for row, s in zip(grid, examples.values(), strict=True):
         panels = [_window(s.hu, center, width) for _, center, width in WINDOWS]
         for axes, panel in zip(row, [*panels, np.dstack(panels), panels[0]], strict=True):
@@ -65,9 +63,8 @@ def draw_figure(spec: PhantomSpec, path: Path) -> None:
         _draw_contours(row[-1], s)
         name = "\n".join(k for k in SUBTYPES if s.labels[k]) or "no hemorrhage"
         row[0].set_ylabel(name, color="white", fontsize=9)
-    for axes, title in zip(
-        grid[0], [*(w[0] for w in WINDOWS), "the three as RGB", "mask"], strict=True
-    ):
+    titles = [*(name for name, _, _ in WINDOWS), "the three as RGB", "mask"]
+    for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, color="white", fontsize=9, pad=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=1200 / (5 * side + 0.6), facecolor="black")
@@ -75,9 +72,7 @@ def draw_figure(spec: PhantomSpec, path: Path) -> None:
 
 def _draw_contours(axes: Any, s: PhantomSlice) -> None:
     """Outline each subtype's mask in its colour."""
-    colours = dict(
-        zip(SUBTYPES, ("#ff8c42", "#ff4d6d", "#4cc9f0", "#b5e48c", "#ffd60a"), strict=True)
-    )
-    for subtype, mask in s.masks.items():
-        if mask.any():
-            axes.contour(mask, levels=[0.5], colors=[colours[subtype]], linewidths=1.0)
+    colours = ("#ff8c42", "#ff4d6d", "#4cc9f0", "#b5e48c", "#ffd60a")
+    for subtype, colour in zip(SUBTYPES, colours, strict=True):
+        if s.masks[subtype].any():
+            axes.contour(s.masks[subtype], levels=[0.5], colors=[colour], linewidths=1.0)

@@ -32,18 +32,16 @@ from ich.data.phantom.spec import (
     require_int,
 )
 
-# --- Files -------------------------------------------------------------------------------------
 
-
-def _dataset(who: Scanner, ids: dict[str, str], s: PhantomSlice) -> Dataset:
+def _dataset(scanner: Scanner, ids: dict[str, str], s: PhantomSlice) -> Dataset:
     """The DICOM header and pixels of one slice, with the elements RSNA kept."""
     size = s.hu.shape[0]
-    pixel = f"{who.fov / size:.6f}"
+    pixel = f"{scanner.fov / size:.6f}"
     raw = s.hu.astype(np.int32) - RESCALE_INTERCEPT
-    if who.signed:
+    if scanner.signed:
         raw = np.where(inside_fov(size), raw, PADDING_SIGNED)
-    corner = -(size - 1) / 2 * who.fov / size
-    c, t = math.cos(who.gantry), math.sin(who.gantry)
+    corner = -(size - 1) / 2 * scanner.fov / size
+    c, t = math.cos(scanner.gantry), math.sin(scanner.gantry)
     d = Dataset()
     d.SOPInstanceUID, d.Modality, d.PatientID = s.image_id, "CT", ids["patient"]
     d.StudyInstanceUID, d.SeriesInstanceUID, d.StudyID = ids["study"], ids["series"], ""
@@ -51,11 +49,11 @@ def _dataset(who: Scanner, ids: dict[str, str], s: PhantomSlice) -> Dataset:
     d.ImageOrientationPatient = [f"{v:.6f}" for v in (1, 0, 0, 0, c, -t)]
     d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
     d.Rows, d.Columns, d.PixelSpacing = size, size, [pixel, pixel]
-    d.BitsAllocated, d.BitsStored = 16, 16 if who.signed else 12
-    d.HighBit, d.PixelRepresentation = d.BitsStored - 1, int(who.signed)
-    d.WindowCenter, d.WindowWidth = who.window
+    d.BitsAllocated, d.BitsStored = 16, 16 if scanner.signed else 12
+    d.HighBit, d.PixelRepresentation = d.BitsStored - 1, int(scanner.signed)
+    d.WindowCenter, d.WindowWidth = scanner.window
     d.RescaleIntercept, d.RescaleSlope = str(RESCALE_INTERCEPT), "1"
-    d.add_new("PixelData", "OW", raw.astype("<i2" if who.signed else "<u2").tobytes())
+    d.add_new("PixelData", "OW", raw.astype("<i2" if scanner.signed else "<u2").tobytes())
     return d
 
 
@@ -112,18 +110,18 @@ def _is_built(out: Path, spec: PhantomSpec) -> bool:
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / "phantom.json").read_text(encoding="utf-8"))
-        found = {k: found[k] for k in _describe(spec)}
+        description = json.loads((out / "phantom.json").read_text(encoding="utf-8"))
+        description = {k: description[k] for k in _describe(spec)}
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(
             f"{out} exists and is no phantom (it has no readable phantom.json): nothing was"
             " written. Choose another folder."
         ) from None
-    if found != _describe(spec):
+    if description != _describe(spec):
         raise FileExistsError(
-            f"{out} holds another phantom ({found['spec']}, generator version"
-            f" {found['version']}), not {asdict(spec)}, version {GENERATOR_VERSION}: nothing was"
-            f" written. Choose another folder, or remove it with: rm -r {out}"
+            f"{out} holds another phantom ({description['spec']}, generator version "
+            f"{description['version']}), not {asdict(spec)}, version {GENERATOR_VERSION}: nothing "
+            f"was written. Choose another folder, or remove it with: rm -r {out}"
         )
     return True
 
@@ -154,6 +152,7 @@ def write_phantom(
     if _is_built(out, spec):
         return out
     _make_parent(out)
+    # Beside `out`, so that the rename stays on one file system and is atomic.
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
         images = temporary / "stage_2_train"
@@ -161,8 +160,8 @@ def write_phantom(
         count = min(workers or available_cores(), spec.patients)
         rows = _write_studies(spec, images, count, progress)
         _write_labels(temporary / "stage_2_train.csv", rows)
-        about = json.dumps({**_describe(spec), "slices": len(rows)}, indent=2) + "\n"
-        (temporary / "phantom.json").write_text(about, encoding="utf-8")
+        description = json.dumps({**_describe(spec), "slices": len(rows)}, indent=2) + "\n"
+        (temporary / "phantom.json").write_text(description, encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.rename(out)
     except OSError:

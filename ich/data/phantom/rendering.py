@@ -1,4 +1,8 @@
-"""A slice of a patient: blood in the spaces that hold it, two planes, noise, acquisition."""
+"""A slice of a patient: blood in the spaces that hold it, two planes, noise, acquisition.
+
+As in `tissue`: `a` is the patient's Anatomy, `p` the Points of a plane, `b` a Bleed, `wall` the
+distance (mm) to the nearest bone, `rough` the texture at the points.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ from ich.data.phantom.tissue import (
     vault_distances,
 )
 
-# --- Blood in the spaces that can hold it ------------------------------------------------------
+# Blood in the spaces that can hold it
 
 
 def _occupancy(
@@ -103,7 +107,7 @@ def _blood(
     return out
 
 
-# --- A slice -----------------------------------------------------------------------------------
+# A slice
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,14 @@ class Patient:
     noise: np.random.Generator
 
 
-def draw_patient(spec: PhantomSpec, patient: int) -> Patient:
-    """Draw a patient from `[seed, patient]` alone: independent of how many others there are."""
-    seeds = np.random.SeedSequence([spec.seed, patient]).spawn(4)
+def draw_patient(spec: PhantomSpec, number: int) -> Patient:
+    """Draw a patient from `[seed, number]` alone: independent of how many others there are."""
+    # A stream for each part: another prevalence gives the same heads, with other bleeds.
+    seeds = np.random.SeedSequence([spec.seed, number]).spawn(4)
     rngs = [np.random.Generator(np.random.PCG64(s)) for s in seeds]
     anatomy = draw_anatomy(rngs[0])
     bleeds = draw_bleeds(rngs[2], anatomy, spec.prevalence)
-    return Patient(anatomy, draw_scanner(rngs[1], anatomy, patient), bleeds, rngs[3])
+    return Patient(anatomy, draw_scanner(rngs[1], anatomy, number), bleeds, rngs[3])
 
 
 def count_slices(spec: PhantomSpec) -> int:
@@ -156,10 +161,11 @@ def _warp(a: Anatomy, p: Points) -> Points:
 
 
 def _render_plane(
-    who: Patient, size: int, index: int, offset: float
+    patient: Patient, size: int, index: int, offset: float
 ) -> tuple[FloatArray, dict[str, FloatArray], FloatArray]:
     """HU without blood, blood occupancies and depth under the bone of one plane, [size, size]."""
-    a, plane = who.anatomy, _plane(who.scanner, size, index, offset)
+    a, plane = patient.anatomy, _plane(patient.scanner, size, index, offset)
+    # Only what lies in this ellipse, which holds any head, is computed; the rest is air.
     reach = (
         (plane.x / 84) ** 2
         + (np.minimum(plane.y, 0) / 118) ** 2
@@ -178,13 +184,13 @@ def _render_plane(
     blood: dict[str, FloatArray] = {}
     if inside.any():
         q, w, t = p.take(inside), wall[inside], rough[inside]
-        brain = brain_hu(a, q, w, t, who.bleeds)
-        for b in (b for b in who.bleeds if b.subtype == "intraparenchymal"):
+        brain = brain_hu(a, q, w, t, patient.bleeds)
+        for b in (b for b in patient.bleeds if b.subtype == "intraparenchymal"):
             _edema(b, q, brain, t)
         share = soft_edge(w)
         value[inside] += share * (brain.hu - value[inside])
         where = np.flatnonzero(near)[inside]
-        for subtype, alpha in _blood(who.bleeds, q, brain, w, t).items():
+        for subtype, alpha in _blood(patient.bleeds, q, brain, w, t).items():
             blood[subtype] = np.zeros(size * size, np.float32)
             blood[subtype][where] = alpha * share
     hu[near], depth[near] = value, wall
@@ -193,22 +199,24 @@ def _render_plane(
 
 
 def _render(
-    who: Patient, size: int, index: int
+    patient: Patient, size: int, index: int
 ) -> tuple[FloatArray, dict[str, BoolArray], FloatArray]:
     """Ideal HU with blood, the masks, and the depth under the bone, [size, size]."""
-    planes = [_render_plane(who, size, index, offset) for offset in PLANES]
+    planes = [_render_plane(patient, size, index, offset) for offset in PLANES]
     hu = np.asarray(np.mean([p[0] for p in planes], axis=0), np.float32)
     depth = planes[0][2]
-    least = MIN_AREA_MM2 / (who.scanner.fov / size) ** 2  # pixels
+    least = MIN_AREA_MM2 / (patient.scanner.fov / size) ** 2  # pixels
     masks = {k: np.zeros((size, size), np.bool_) for k in SUBTYPES}
-    for subtype in {b.subtype: None for b in who.bleeds}:
+    for subtype in {b.subtype: None for b in patient.bleeds}:  # a dict: in the order drawn
         empty = np.zeros((size, size), np.float32)
         shares = [p[1].get(subtype, empty) for p in planes]
         alpha = np.asarray(np.mean(shares, axis=0), np.float32)
         mask = np.asarray(alpha > 0.5)
         if mask.sum() >= least:
+            # Below the area it is neither painted nor labelled: a label never stands for blood
+            # that nobody could see, and no blood is without its label.
             masks[subtype] = mask
-            density = next(b.hu for b in who.bleeds if b.subtype == subtype)
+            density = next(b.hu for b in patient.bleeds if b.subtype == subtype)
             paint(hu, alpha, density)
     return hu, masks, depth
 
@@ -224,15 +232,19 @@ def _noise(s: Scanner, size: int, rng: np.random.Generator) -> FloatArray:
     pixel = s.fov / size
     fy, fx = np.fft.fftfreq(size, pixel)[:, None], np.fft.rfftfreq(size, pixel)[None, :]
     f = np.hypot(fy, fx).astype(np.float32)
+    # A ramp, which is what filtered back projection makes of white noise (Riederer et al., Phys.
+    # Med. Biol. 1978), times the kernel's roll-off.
     gain = (f + np.float32(0.02)) * np.exp(-np.square(f / np.float32(s.cutoff)))
     white = rng.standard_normal((size, size), dtype=np.float32)
     values = fft.irfft2(fft.rfft2(white) * gain, s=(size, size))
     return np.asarray(values / values.std(), np.float32)
 
 
-def _acquire(who: Patient, hu: FloatArray, depth: FloatArray, index: int) -> npt.NDArray[np.int16]:
+def _acquire(
+    patient: Patient, hu: FloatArray, depth: FloatArray, index: int
+) -> npt.NDArray[np.int16]:
     """What the scanner makes of ideal HU [size, size]: cupping, holder, blur, noise, int16."""
-    s, size = who.scanner, hu.shape[0]
+    s, size = patient.scanner, hu.shape[0]
     pixel = s.fov / size
     _holder(s, hu)
     hu += np.where(depth > 0, s.cupping * np.exp(-np.clip(depth, 0, 60) / 7), 0) + s.offset
@@ -242,7 +254,7 @@ def _acquire(who: Patient, hu: FloatArray, depth: FloatArray, index: int) -> npt
             np.clip(hu, -200, 400) - gaussian_filter(np.clip(hu, -200, 400), 1.2 / pixel)
         )
     level = s.noise * (0.75 + 0.4 * soft_edge(depth, 30.0))
-    hu += level * _noise(s, size, who.noise)
+    hu += level * _noise(s, size, patient.noise)
     hu = np.where(inside_fov(size), np.clip(np.rint(hu), HU_MIN, HU_MAX), HU_MIN)
     return hu.astype(np.int16)
 
@@ -262,16 +274,17 @@ def _holder(s: Scanner, hu: FloatArray) -> None:
     paint(hu, soft_edge(np.asarray(shell, np.float32)) * (hu < -700), 160.0)
 
 
-def simulate_study(spec: PhantomSpec, patient: int) -> Iterator[PhantomSlice]:
+def simulate_study(spec: PhantomSpec, number: int) -> Iterator[PhantomSlice]:
     """Yield a patient's slices from base to vertex. Pure: the same arguments, the same pixels."""
-    who = draw_patient(spec, patient)
-    for index in range(who.scanner.slices):
-        hu, masks, depth = _render(who, spec.size, index)
+    patient = draw_patient(spec, number)
+    for index in range(patient.scanner.slices):
+        hu, masks, depth = _render(patient, spec.size, index)
         labels = {k: int(masks[k].any()) for k in SUBTYPES}
         labels["any"] = int(any(labels.values()))
-        z = round(who.scanner.table_z + index * who.scanner.spacing, 3)
-        pixels = _acquire(who, hu, depth, index)
-        yield PhantomSlice(identifier(spec.seed, patient * 64 + index, 9), pixels, masks, labels, z)
+        z = round(patient.scanner.table_z + index * patient.scanner.spacing, 3)
+        pixels = _acquire(patient, hu, depth, index)
+        image_id = identifier(spec.seed, number * 64 + index, 9)  # a study has 40 slices at most
+        yield PhantomSlice(image_id, pixels, masks, labels, z)
 
 
 def identifier(seed: int, number: int, digits: int) -> str:

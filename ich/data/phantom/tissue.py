@@ -1,4 +1,9 @@
-"""Solids in a plane: bone, brain, fluid spaces, in HU."""
+"""Solids in a plane: bone, brain, fluid spaces, in HU.
+
+Every function takes flat float32 arrays [n] over the pixels that matter; distances are in mm,
+positive inside. Throughout, `a` is the patient's Anatomy, `p` the Points, `b` a Bleed, and
+`rough` the patient's texture at the points (unit variance), since no edge in a head is smooth.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +18,6 @@ from scipy.ndimage import map_coordinates
 from ich.data.phantom.anatomy import Anatomy
 from ich.data.phantom.bleeds import Bleed
 from ich.data.phantom.spec import GRID_MM, HU_AIR, BoolArray, FloatArray, Vector
-
-# --- Solids in a plane -------------------------------------------------------------------------
-# Every function below takes flat float32 arrays [n] over the pixels that matter; distances are
-# in mm, positive inside.
 
 
 @dataclass
@@ -75,23 +76,33 @@ def paint(hu: FloatArray, inside: FloatArray, value: float | FloatArray) -> None
     hu += inside * (value - hu)
 
 
-# Face and base, mirrored: center, radii (mm), HU; drawn in this order.
+# Face and base, mirrored: center, radii (mm), HU. The order counts: each is painted over those
+# before it, so that a wall comes before what it holds.
 FACE = (
-    ((33, -60, -38), (21, 30, 20), 900.0), ((33, -62, -38), (18, 30, 17), -85.0),
-    ((0, -58, -40), (15, 30, 19), 700.0), ((34, -76, -38), (12.5, 12.5, 12.5), 45.0),
-    ((34, -76, -38), (11.3, 11.3, 11.3), 9.0), ((34, -85.5, -38), (4.5, 2.2, 4.5), 85.0),
-    ((25, -52, -37), (2.6, 16, 2.6), 35.0), ((21, -62, -38), (1.8, 14, 5), 50.0),
-    ((46, -60, -38), (1.8, 12, 5), 50.0), ((29, -60, -68), (18, 22, 18), 800.0),
-    ((29, -60, -68), (15, 19, 15.5), -950.0), ((66, -40, -52), (3, 22, 4.5), 1100.0),
-    ((50, -16, -74), (4, 13, 24), 1300.0), ((17, 26, -70), (9, 11, 9), 900.0),
-    ((52, 24, -40), (14, 18, 18), 1200.0), ((34, 14, -36), (20, 9, 11), 1500.0),
-    ((64, 12, -46), (14, 3.5, 3.5), -950.0), ((0, -20, -42), (15, 16, 13), 800.0),
-    ((0, -20, -42), (12, 13, 9.5), -950.0),
-)  # fmt: skip
+    ((33, -60, -38), (21, 30, 20), 900.0),  # walls of the orbit
+    ((33, -62, -38), (18, 30, 17), -85.0),  # its fat
+    ((0, -58, -40), (15, 30, 19), 700.0),  # ethmoid and nose
+    ((34, -76, -38), (12.5, 12.5, 12.5), 45.0),  # coat of the eye
+    ((34, -76, -38), (11.3, 11.3, 11.3), 9.0),  # vitreous body
+    ((34, -85.5, -38), (4.5, 2.2, 4.5), 85.0),  # lens
+    ((25, -52, -37), (2.6, 16, 2.6), 35.0),  # optic nerve
+    ((21, -62, -38), (1.8, 14, 5), 50.0),  # medial rectus
+    ((46, -60, -38), (1.8, 12, 5), 50.0),  # lateral rectus
+    ((29, -60, -68), (18, 22, 18), 800.0),  # maxilla
+    ((29, -60, -68), (15, 19, 15.5), -950.0),  # maxillary sinus
+    ((66, -40, -52), (3, 22, 4.5), 1100.0),  # zygomatic arch
+    ((50, -16, -74), (4, 13, 24), 1300.0),  # ramus of the mandible
+    ((17, 26, -70), (9, 11, 9), 900.0),  # occipital condyle
+    ((52, 24, -40), (14, 18, 18), 1200.0),  # mastoid
+    ((34, 14, -36), (20, 9, 11), 1500.0),  # petrous bone
+    ((64, 12, -46), (14, 3.5, 3.5), -950.0),  # ear canal
+    ((0, -20, -42), (15, 16, 13), 800.0),  # body of the sphenoid
+    ((0, -20, -42), (12, 13, 9.5), -950.0),  # sphenoid sinus
+)
 CELLS = (
-    ((0, -60, -42), (11, 27, 16)),
-    ((0, -66, -66), (12, 28, 16)),
-    ((53, 28, -42), (11, 15, 15)),
+    ((0, -60, -42), (11, 27, 16)),  # of the ethmoid
+    ((0, -66, -66), (12, 28, 16)),  # nasal cavity
+    ((53, 28, -42), (11, 15, 15)),  # of the mastoid
 )
 
 
@@ -159,14 +170,17 @@ def _bone(a: Anatomy, fraction: FloatArray) -> FloatArray:
     return np.asarray(a.density["cortex"] + middle * (a.density["diploe"] - a.density["cortex"]))
 
 
-# Lateral ventricle, one side: capsules (start, end, radius at either), mm. Frontal horn, its
-# root, body, atrium, occipital horn, temporal horn in two pieces.
+# Lateral ventricle, one side: capsules (start, end, radius at either), mm.
 LATERAL = (
-    ((15, -42, 2), (7, -20, 7), 4.4, 5.2), ((14, -40, 8), (8, -19, 10), 3.6, 4.6),
-    ((8, -20, 9), (8, -4, 16), 5.0, 5.4), ((8, -4, 16), (14, 18, 18), 5.4, 6.0),
-    ((14, 18, 18), (25, 34, 8), 6.0, 7.2), ((25, 34, 8), (26, 57, 2), 7.0, 2.8),
-    ((25, 34, 6), (35, 16, -14), 5.6, 2.4), ((35, 16, -14), (31, -4, -25), 2.4, 2.6),
-)  # fmt: skip
+    ((15, -42, 2), (7, -20, 7), 4.4, 5.2),  # frontal horn
+    ((14, -40, 8), (8, -19, 10), 3.6, 4.6),  # its roof
+    ((8, -20, 9), (8, -4, 16), 5.0, 5.4),  # body
+    ((8, -4, 16), (14, 18, 18), 5.4, 6.0),
+    ((14, 18, 18), (25, 34, 8), 6.0, 7.2),  # atrium
+    ((25, 34, 8), (26, 57, 2), 7.0, 2.8),  # occipital horn
+    ((25, 34, 6), (35, 16, -14), 5.6, 2.4),  # temporal horn
+    ((35, 16, -14), (31, -4, -25), 2.4, 2.6),
+)
 
 
 def _capsule(
@@ -239,10 +253,13 @@ def _tentorium(p: Points) -> FloatArray:
 
 # Deep grey nuclei and brain stem, mirrored: center, radii (mm), grey fraction.
 NUCLEI = (
-    ((15, -26, 6), (5, 9, 10), 1.0), ((26, -5, 3), (7.5, 16, 11), 0.85),
-    ((11, 6, 5), (8.5, 14, 9), 0.9), ((0, 9, -14), (15, 13, 11), 0.35),
-    ((0, 18, -38), (15, 12, 16), 0.3), ((0, 26, -64), (8, 7, 16), 0.35),
-)  # fmt: skip
+    ((15, -26, 6), (5, 9, 10), 1.0),  # head of the caudate
+    ((26, -5, 3), (7.5, 16, 11), 0.85),  # putamen and pallidum
+    ((11, 6, 5), (8.5, 14, 9), 0.9),  # thalamus
+    ((0, 9, -14), (15, 13, 11), 0.35),  # midbrain
+    ((0, 18, -38), (15, 12, 16), 0.3),  # pons
+    ((0, 26, -64), (8, 7, 16), 0.35),  # medulla
+)
 
 
 @dataclass
@@ -368,15 +385,22 @@ def _membranes(a: Anatomy, p: Points, hu: FloatArray, wall: FloatArray, tent: Fl
     )
 
 
+CALCIFIED = {
+    "pineal": (0, 18, 1),
+    "choroid_left": (24, 35, 9),
+    "choroid_right": (-24, 35, 9),
+    "pallidum": (19, -4, 2),  # of both sides
+    "falx": (0, -45, 40),
+}
+
+
 def _calcify(a: Anatomy, p: Points, hu: FloatArray) -> None:
     """Paint calcifications, in place."""
-    where = {"pineal": (0, 18, 1), "choroid_left": (24, 35, 9), "choroid_right": (-24, 35, 9),
-             "pallidum": (19, -4, 2), "falx": (0, -45, 40)}  # fmt: skip
     for site, (radius, density) in a.calcified.items():
         q = Points(np.abs(p.x), p.y, p.z, p.down) if site == "pallidum" else p
-        if p.z.size and np.abs(p.z - where[site][2]).min() < radius + 2:
+        if p.z.size and np.abs(p.z - CALCIFIED[site][2]).min() < radius + 2:
             radii = (radius, 1.3 * radius, 1.3 * radius)
-            paint(hu, soft_edge(ellipsoid(q, where[site], radii), 1.5), density)
+            paint(hu, soft_edge(ellipsoid(q, CALCIFIED[site], radii), 1.5), density)
 
 
 def subarachnoid_reach(p: Points, rough: FloatArray, b: Bleed) -> FloatArray:
