@@ -12,24 +12,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
-from ich.base.workers import keep_memory
-from ich.benchmarks.inputs import bench_input, bench_prepare
-from ich.benchmarks.jobs import bench_memory, bench_start
-from ich.benchmarks.measure import MODELS, Row
-from ich.benchmarks.predictions import bench_intervals, bench_predict
-from ich.benchmarks.report import projection, write_report
-from ich.benchmarks.steps import bench_step, bench_sweep
-from ich.data.phantom.files import write_phantom
-from ich.data.phantom.spec import PhantomSpec
-
-PARTS = ("prepare", "input", "step", "sweep", "predict", "start", "memory", "intervals")
+from ich.benchmarks.measure import MODELS, Settings
+from ich.benchmarks.parts import PARTS, measure_parts
+from ich.benchmarks.report import write_report
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measures, prints and saves the table."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ich.bench", description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--image-size", type=int, nargs="+", default=[96, 224], help="pixels")
@@ -39,47 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one timing of a step")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--out", type=Path, default=Path("multirun_reports/benchmarks"))
-    args = parser.parse_args(argv)
-    rows: dict[str, Row] = {}
-    notes: list[str] = []
+    return parser
 
-    def add(found: dict[str, Row]) -> None:
-        rows.update(found)
-        for name, row in found.items():  # a long run is watched
-            print(f"{name}: {row['ratio']:.3g}", file=sys.stderr, flush=True)
 
-    keep_memory()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        write_phantom(folder / "phantom", PhantomSpec(patients=args.patients, seed=0, size=512))
-        if "prepare" in args.parts:
-            add(bench_prepare(folder, args.rounds))
-        if "input" in args.parts:
-            add(bench_input(folder, args.image_size, args.rounds, args.images))
-        for size in args.image_size if "step" in args.parts else ():
-            found, hours = bench_step(args.models, size, folder, args.seconds, args.rounds)
-            add(found)
-            notes.append(projection(hours, args.models, size, "its training steps alone"))
-        if "sweep" in args.parts:
-            size = args.image_size[0]
-            found, hours = bench_sweep(args.models, size, folder, args.images, args.rounds)
-            add(found)
-            notes.append(projection(hours, args.models, size, "validation included"))
-        for size in args.image_size if "predict" in args.parts else ():
-            found, note = bench_predict(args.models, size, folder, args.images, args.rounds)
-            add(found)
-            notes.append(note)
-        for part, measure in (
-            ("start", lambda: bench_start(folder, args.rounds)),
-            ("memory", lambda: bench_memory(folder)),
-            ("intervals", lambda: bench_intervals(args.rounds)),
-        ):
-            if part in args.parts:
-                found, note = measure()
-                add(found)
-                notes.append(note)
-    settings = " ".join(sys.argv[1:] if argv is None else argv) or "defaults"
-    path = write_report(rows, args.out, settings, notes)
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints and saves the table."""
+    given = sys.argv[1:] if argv is None else argv
+    args = vars(_parser().parse_args(given))
+    parts, out = args.pop("parts"), args.pop("out")
+    path = write_report(measure_parts(parts, Settings(**args)), out, " ".join(given) or "defaults")
     print(path.read_text())
     print(f"saved as {path} and {path.with_suffix('.json').name}")
     return 0

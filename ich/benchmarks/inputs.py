@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,7 @@ import pandas as pd
 from ich.base.config import Config
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
-from ich.benchmarks.measure import Row, copy_rate, job, ratio, wait_for_device
+from ich.benchmarks.measure import PartResult, Settings, copy_rate, job, ratio, wait_for_device
 from ich.benchmarks.peers import Rate
 from ich.data.cache import build_cache
 from ich.data.dataset import Dataset, load_dataset, open_store
@@ -28,7 +28,7 @@ _SIZES = (320, 128)  # sides of the decoded slices in `prepare`; 320 is the defa
 # Prepare
 
 
-def bench_prepare(folder: Path, rounds: int) -> dict[str, Row]:
+def bench_prepare(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Slices decoded per second, from a folder and a zip: the cache's build, with all it takes,
     against a plain loop in one process, and against reading the files' bytes."""
     rows = {}
@@ -38,14 +38,12 @@ def bench_prepare(folder: Path, rounds: int) -> dict[str, Row]:
         read = _reader(store, paths)
         read()  # all sides then read from the page cache
         for size in _SIZES:
-            ours, plain = (
-                _cache_build(store, paths, size, folder),
-                peers.plain_loop(store, paths, size),
-            )
-            name = f"prepare, {kind}, {size} px: cache build"
-            rows[f"{name} / plain loop"] = ratio(ours, plain, rounds)
-            rows[f"{name} / reading the bytes"] = ratio(ours, read, rounds)
-    return rows
+            ours = _cache_build(store, paths, size, folder)
+            others = {"plain loop": peers.plain_loop(store, paths, size), "reading the bytes": read}
+            for name, other in others.items():
+                what = f"prepare, {kind}, {size} px: cache build / {name}"
+                rows[what] = ratio(ours, other, settings.rounds)
+    yield PartResult(rows)
 
 
 def _zipped(root: Path) -> Path:
@@ -60,10 +58,10 @@ def _cache_build(store: SliceStore, paths: list[str], size: int, folder: Path) -
     images = pd.DataFrame({"image_id": [Path(p).stem for p in paths], "path": paths})
 
     def rate() -> float:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
+        with tempfile.TemporaryDirectory(dir=folder) as cache_folder:
             start = time.perf_counter()
             # A store of its own: an archive's directory is read again.
-            cache = build_cache(images, SliceStore(store.root), Path(place), size, 0.0)
+            cache = build_cache(images, SliceStore(store.root), Path(cache_folder), size, 0.0)
             seconds = time.perf_counter() - start
         assert len(cache.row) == len(paths)
         return len(paths) / seconds
@@ -86,31 +84,31 @@ def _reader(store: SliceStore, paths: list[str]) -> Rate:
 # Input
 
 
-def bench_input(folder: Path, sizes: Sequence[int], rounds: int, images: int) -> dict[str, Row]:
+def bench_input(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Augmented, windowed, normalized batches per second, without a network. See
     `ich.benchmarks.peers`.
 
     The last row is what is left: the images per second if an image's bytes were only copied.
     """
-    rows = {}
-    for size in sizes:
+    for size in settings.image_size:
         config = job("mobilenet_v2", size, folder)
         dataset = load_dataset(config)
-        files, decoded = phantom_files(config, images), config.data.cache_size
+        files, decoded = phantom_files(config, settings.images), config.data.cache_size
         ours = _ours(config, dataset)
         others = {
             "plain DICOM Dataset": peers.dicom_loader(files, size),
             "MONAI CacheDataset": peers.monai_loader(files, size),
             "timm loader over PNGs": peers.timm_loader(files, size, decoded, folder),
         }
+        rows = {}
         for name, peer in others.items():
             for side in (ours, peer):
                 side()  # worker processes import, caches fill, files come into memory
-            rows[f"input, {size} px: ours / {name}"] = ratio(ours, peer, rounds)
+            rows[f"input, {size} px: ours / {name}"] = ratio(ours, peer, settings.rounds)
         size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
         copy = copy_rate(pick_device(config.train.device), size_in + size_out)
-        rows[f"input, {size} px: copying the bytes / ours"] = ratio(copy, ours, rounds)
-    return rows
+        rows[f"input, {size} px: copying the bytes / ours"] = ratio(copy, ours, settings.rounds)
+        yield PartResult(rows)
 
 
 def phantom_files(config: Config, images: int) -> list[Path]:

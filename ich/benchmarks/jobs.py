@@ -19,7 +19,7 @@ import pandas as pd
 from ich.base.config import Config, Precision, to_yaml
 from ich.base.records import Origin
 from ich.base.results import RunPaths
-from ich.benchmarks.measure import Row, alternate, job, row
+from ich.benchmarks.measure import PartResult, Settings, alternate, job, row
 from ich.benchmarks.predictions import write_random_weights
 from ich.data.dataset import load_dataset
 from ich.training.timing import select_mode
@@ -30,12 +30,11 @@ _COHORTS = (2_000, 20_000)  # rows, in `memory`
 # Jobs
 
 
-def bench_start(folder: Path, rounds: int) -> tuple[dict[str, Row], str]:
+def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Starts per second: of a job, from its process to its first step, MLflow included, against
     importing the libraries that it needs."""
-    config = job(
-        "mobilenet_v2", 96, folder, "tracking=mlflow", f'tracking.uri="sqlite:///{folder}/m.db"'
-    )
+    database = f'tracking.uri="sqlite:///{folder}/m.db"'
+    config = job("mobilenet_v2", 96, folder, "tracking=mlflow", database)
     load_dataset(config)
 
     def start() -> float:
@@ -53,27 +52,26 @@ def bench_start(folder: Path, rounds: int) -> tuple[dict[str, Row], str]:
         return 1 / (time.perf_counter() - begin)
 
     for side in (start, imports):
-        side()
-    rates = alternate({"start": start, "imports": imports}, rounds)
+        side()  # the database is made, and files come into memory
+    rates = alternate({"start": start, "imports": imports}, settings.rounds)
     seconds = [statistics.median(1 / r for r in rates[k]) for k in ("start", "imports")]
     note = (
         f"A job took {seconds[0]:.1f} s to its first step; importing torch, timm, MLflow, pandas "
         f"and OmegaConf took {seconds[1]:.1f} s of them."
     )
     name = "start, per s: a job to its first step / importing its libraries"
-    return {name: row(rates["start"], rates["imports"])}, note
+    yield PartResult({name: row(rates["start"], rates["imports"])}, [note])
 
 
 @contextmanager
 def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RunPaths]]:
     """A job in a process of its own, which is ended on leaving."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        run = RunPaths(Path(place) / "run")
+    with tempfile.TemporaryDirectory(dir=folder) as run_folder:
+        run = RunPaths(Path(run_folder) / "run")
         run.root.mkdir()
         run.config.write_text(to_yaml(config))
-        mode = select_mode(
-            replace(config, train=replace(config.train, precision=Precision.fp32)), None
-        )
+        train = replace(config.train, precision=Precision.fp32)
+        mode = select_mode(replace(config, train=train), None)
         run.write_origin(Origin(mode=mode))  # as a sweep has chosen it
         command = [sys.executable, "-m", "ich.train", str(run.root)]
         with run.log.open("wb") as log_file:
@@ -85,19 +83,18 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
                 child.wait()
 
 
-def bench_memory(folder: Path) -> tuple[dict[str, Row], str]:
+def bench_memory(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Peak memory of a training, and of a prediction, of its own (not of files it has mapped), with
     ten times the rows over with the rows. The rows' files repeat the phantom's slices."""
-    peaks = [(_training_peak(folder, n), _prediction_peak(folder, n)) for n in _COHORTS]
     rows, notes = {}, []
-    for at, what in enumerate(("training", "prediction")):
-        few, many = peaks[0][at] / 1e6, peaks[1][at] / 1e6
+    for what, peak in (("training", _training_peak), ("prediction", _prediction_peak)):
+        few, many = (peak(folder, n) / 1e6 for n in _COHORTS)
         rows[f"memory of a {what}, MB: {_COHORTS[1]:,} / {_COHORTS[0]:,} rows"] = row([many], [few])
         notes.append(
             f"A {what} with MobileNetV2 at 64 px took {few:,.0f} MB of its own with "
             f"{_COHORTS[0]:,} rows and {many:,.0f} MB with {_COHORTS[1]:,}."
         )
-    return rows, " ".join(notes)
+    yield PartResult(rows, [" ".join(notes)])
 
 
 def _cohort(folder: Path, rows: int) -> Config:
@@ -106,23 +103,14 @@ def _cohort(folder: Path, rows: int) -> Config:
     files = sorted((folder / "phantom").rglob("*.dcm"))
     names = [f"slice{n:06d}" for n in range(rows)]
     for n, name in enumerate(names):
-        os.link(files[n % len(files)], root / f"{name}.dcm")
-    labels = folder / f"{root.name}.csv"
-    frame = {"image_id": names, "patient_id": [n // 30 for n in range(rows)]}
-    pd.DataFrame(frame | {c: [n // 7 % 3 // 2 for n in range(rows)] for c in "ab"}).to_csv(
-        labels, index=False
-    )
-    config = job(
-        "mobilenet_v2",
-        64,
-        folder,
-        "data=folder",
-        f'data.root="{root}"',
-        f'data.labels="{labels}"',
-        "protocol.oversample=null",
-        "train.epochs=1",
-        "tracking=none",
-    )
+        os.link(files[n % len(files)], root / f"{name}.dcm")  # takes no space
+    csv = folder / f"{root.name}.csv"
+    labels = {c: [n // 7 % 3 // 2 for n in range(rows)] for c in "ab"}
+    patients = [n // 30 for n in range(rows)]
+    table = pd.DataFrame({"image_id": names, "patient_id": patients, **labels})
+    table.to_csv(csv, index=False)
+    own = ("data=folder", f'data.root="{root}"', f'data.labels="{csv}"', "protocol.oversample=null")
+    config = job("mobilenet_v2", 64, folder, *own, "train.epochs=1", "tracking=none")
     load_dataset(config)
     return config
 

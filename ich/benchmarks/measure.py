@@ -1,10 +1,15 @@
-"""Rates of two sides timed alternately, their ratios, and the jobs they are timed on."""
+"""Rates of two sides timed alternately, their ratios, and the jobs they are timed on.
+
+A part of the benchmark is a function of the settings and a folder, in which a phantom is, that
+yields its results as it has them: see `ich.benchmarks.parts`.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +33,42 @@ _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded s
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
 REPORT = {"train": 65_859, "val": 11_623, "epochs": 10}
 
-Row = dict[str, float]
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and how long; the options of `python -m ich.bench`."""
+
+    models: Sequence[str]
+    image_size: Sequence[int]  # sides of the networks' input, pixels
+    patients: int  # of the phantom, 512 x 512
+    images: int  # files that the loaders and loops of others read
+    rounds: int  # alternations of the two sides
+    seconds: float  # length of one timing of a training step
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: both sides in items per second, and ours / plain over the rounds."""
+
+    ours: float | None  # medians; None where the row is a mean of other rows' ratios
+    plain: float | None
+    ratio: float  # median
+    lowest: float
+    highest: float
+
+    def to_json(self) -> dict[str, float]:
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """Rows by what they compare, and sentences that stand below the table."""
+
+    rows: dict[str, Row]
+    notes: Sequence[str] = ()
+
+
+Part = Callable[[Settings, Path], Iterator[PartResult]]
 
 
 def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
@@ -41,15 +81,12 @@ def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
 
 
 def row(ours: Sequence[float], plain: Sequence[float]) -> Row:
-    """Medians of both, and the median, smallest and largest ratio ours / plain over the rounds."""
+    """Of the rates of both sides, round by round."""
+    # The ratio of two rates of one round, and not of two medians: a machine that slows down for a
+    # round slows both.
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
-    return {
-        "ours": statistics.median(ours),
-        "plain": statistics.median(plain),
-        "ratio": statistics.median(ratios),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-    }
+    middle = statistics.median
+    return Row(middle(ours), middle(plain), middle(ratios), min(ratios), max(ratios))
 
 
 def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
@@ -60,9 +97,8 @@ def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
 
 def geometric_mean(rows: Sequence[Row]) -> Row:
     """The mean of ratios, and the smallest and largest of their medians; no rates of its own."""
-    ratios = [row["ratio"] for row in rows]
-    mean = statistics.geometric_mean(ratios)
-    return {"ratio": mean, "lowest": min(ratios), "highest": max(ratios)}
+    ratios = [row.ratio for row in rows]
+    return Row(None, None, statistics.geometric_mean(ratios), min(ratios), max(ratios))
 
 
 def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
@@ -85,6 +121,7 @@ def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
 
 
 def wait_for_device(device: torch.device) -> None:
+    """A GPU runs behind Python: the clock is looked at only when it has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -55,7 +55,7 @@ def _epoch_rate(loader: Any) -> Rate:
         seen, start = 0, 0.0
         for batch in loader:
             x = batch["image"] if isinstance(batch, dict) else batch[0]
-            if not start:
+            if not start:  # with the first batch
                 start = time.perf_counter()
                 continue
             seen += len(x)
@@ -131,17 +131,17 @@ def timm_loader(files: Sequence[Path], size: int, decoded: int, folder: Path) ->
     import cv2
     import timm.data
 
-    place = folder / f"png{size}" / "one class"
-    if not place.exists():
-        place.mkdir(parents=True)
+    pictures = folder / f"png{size}" / "one class"  # timm takes a class per folder
+    if not pictures.exists():
+        pictures.mkdir(parents=True)
         for file in files:
             dataset = pydicom.dcmread(file)
             hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
             hu = cv2.resize(hu, (decoded, decoded), interpolation=cv2.INTER_AREA)
             colours = [255 * np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
-            cv2.imwrite(str(place / f"{file.stem}.png"), np.stack(colours, -1).astype(np.uint8))
+            cv2.imwrite(str(pictures / f"{file.stem}.png"), np.stack(colours, -1).astype(np.uint8))
     loader = timm.data.create_loader(
-        timm.data.create_dataset("", str(place.parent)),
+        timm.data.create_dataset("", str(pictures.parent)),
         (3, size, size),
         BATCH,
         is_training=True,

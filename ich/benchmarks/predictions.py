@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,14 @@ from ich.base.config import Config, image_size
 from ich.base.metadata import Metadata
 from ich.base.workers import available_cores
 from ich.benchmarks import peers
-from ich.benchmarks.measure import REPORT, Row, alternate, geometric_mean, job, ratio, row
+from ich.benchmarks.measure import (
+    REPORT,
+    PartResult,
+    Settings,
+    geometric_mean,
+    job,
+    ratio,
+)
 from ich.benchmarks.peers import Rate
 from ich.data.inputs import Inputs
 from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
@@ -24,7 +31,7 @@ from ich.training.model import build_model, input_spec, save_weights
 # Intervals
 
 
-def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
+def bench_intervals(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Bootstrap resamples per second of a run of the report's size (11,623 rows, six labels, some
     7,000 patients): ours, all metrics, against drawing rows and scikit-learn's AUCs alone. Also the
     seconds that eight such runs take."""
@@ -41,7 +48,7 @@ def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
         bootstrap(scored, counts)
         return RESAMPLES / (time.perf_counter() - begin)
 
-    rates = alternate({"ours": ours, "plain": lambda: peers.plain_bootstrap(scored)}, rounds)
+    compared = ratio(ours, lambda: peers.plain_bootstrap(scored), settings.rounds)
     begin = time.perf_counter()
     with ThreadPoolExecutor(available_cores()) as threads:
         list(threads.map(lambda _: bootstrap(scored, counts), range(8)))
@@ -50,41 +57,44 @@ def bench_intervals(rounds: int) -> tuple[dict[str, Row], str]:
         f"{RESAMPLES:,} resamples of eight runs of {REPORT['val']:,} rows and six labels took "
         f"{seconds:.1f} s."
     )
-    return {
-        "intervals, resamples per s: ours / scikit-learn": row(rates["ours"], rates["plain"])
-    }, note
+    yield PartResult({"intervals, resamples per s: ours / scikit-learn": compared}, [note])
 
 
 # Predict
 
 
-def bench_predict(
-    models: Sequence[str], size: int, folder: Path, images: int, rounds: int
-) -> tuple[dict[str, Row], str]:
+def bench_predict(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Slices predicted per second from DICOM files, process start included: `ich.predict` against a
     plain loop that decodes, windows and predicts one by one, with the same network."""
-    rows = {}
     files = sorted((folder / "phantom" / "stage_2_train").glob("*.dcm"))
-    for name in models:
-        config = job(name, size, folder)
-        weights = folder / f"{name}-{size}.safetensors"
-        write_random_weights(config, weights)
-        device = pick_device(config.train.device)
-        cpu = device.type == "cpu"
-        ensemble = load_ensemble([str(weights)], device, None, folder / "onnx" if cpu else None)
-        plain = build_model(config.model).to(device)
-        rows[f"predict, {name}, {size} px: ours / one by one"] = ratio(
-            _prediction_rate(ensemble, files[0].parent, len(files)),
-            peers.plain_predictions(files[:images], size, plain, device),
-            rounds,
-        )
-    mean = geometric_mean(list(rows.values()))
-    rows[f"predict, {size} px: geometric mean"] = mean
+    few = files[: settings.images]
     note = (
         f"Predictions were of {len(files):,} files of 512 x 512 in a folder, one by one of "
-        f"{min(images, len(files)):,} of them; on a CPU by --engine onnx, already converted."
+        f"{len(few):,} of them; on a CPU by --engine onnx, already converted."
     )
-    return rows, note
+    for size in settings.image_size:
+        rows = {}
+        for name in settings.models:
+            ours, plain = _prediction_sides(name, size, folder, files, few)
+            what = f"predict, {name}, {size} px: ours / one by one"
+            rows[what] = ratio(ours, plain, settings.rounds)
+        rows[f"predict, {size} px: geometric mean"] = geometric_mean([*rows.values()])
+        yield PartResult(rows, [note])
+
+
+def _prediction_sides(
+    model: str, size: int, folder: Path, files: list[Path], few: list[Path]
+) -> tuple[Rate, Rate]:
+    """Ours over all files of their folder, and the plain loop over few of them."""
+    config = job(model, size, folder)
+    weights = folder / f"{model}-{size}.safetensors"
+    write_random_weights(config, weights)
+    device = pick_device(config.train.device)
+    cpu = device.type == "cpu"
+    ensemble = load_ensemble([str(weights)], device, None, folder / "onnx" if cpu else None)
+    network = build_model(config.model).to(device)
+    ours = _prediction_rate(ensemble, files[0].parent, len(files))
+    return ours, peers.plain_predictions(few, size, network, device)
 
 
 def write_random_weights(config: Config, path: Path) -> None:
@@ -104,10 +114,10 @@ def write_random_weights(config: Config, path: Path) -> None:
     save_weights(build_model(config.model), path, metadata)
 
 
-def _prediction_rate(ensemble: Ensemble, place: Path, files: int) -> Rate:
+def _prediction_rate(ensemble: Ensemble, folder: Path, files: int) -> Rate:
     def rate() -> float:
         start = time.perf_counter()
-        inputs = Inputs.find([str(place)])
+        inputs = Inputs.find([str(folder)])
         predict_files(ensemble, inputs, lambda _, identifier: identifier, lambda *_: None)
         assert len(inputs) == files
         return files / (time.perf_counter() - start)

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base import provenance
-from ich.benchmarks.measure import MODELS, REPORT, Row, job
+from ich.benchmarks.measure import MODELS, REPORT, PartResult, job
 from ich.training.devices import device_name, pick_device
 
-# Report
 
-
-def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str]) -> Path:
-    """Saves the rows as JSON and Markdown, named by date and device."""
+def write_report(result: PartResult, out: Path, settings: str) -> Path:
+    """Saves the rows as JSON and Markdown, named by date and device; the path of the latter."""
     device = pick_device(job("mobilenet_v2", 96, Path()).train.device)
     hardware, versions = provenance.hardware(), provenance.versions()
     git = provenance.git_state()
@@ -32,7 +30,9 @@ def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str
     }
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{head['date']}-{device.type}"
-    (out / f"{stem}.json").write_text(json.dumps({**head, "rows": rows, "notes": notes}, indent=1))
+    rows = {name: row.to_json() for name, row in result.rows.items()}
+    saved = {**head, "rows": rows, "notes": result.notes}
+    (out / f"{stem}.json").write_text(json.dumps(saved, indent=1))
     shown = {k: v for k, v in head.items() if k not in ("date", "device", "versions")}
     lines = [
         f"# {head['date']}, {head['device']}",
@@ -49,11 +49,12 @@ def write_report(rows: dict[str, Row], out: Path, settings: str, notes: list[str
         ratios = [f"{row[k]:.3g}" for k in ("ratio", "lowest", "highest")]
         lines.append(f"| {' | '.join([name, *rates, *ratios])} |")
     path = out / f"{stem}.md"
-    path.write_text("\n".join([*lines, "", "\n\n".join(notes)]) + "\n")
+    path.write_text("\n".join([*lines, "", "\n\n".join(result.notes)]) + "\n")
     return path
 
 
 def projection(hours: float, models: Sequence[str], size: int, what: str) -> str:
+    """A note on how long the report's sweep would take at the rates of a part."""
     networks = "eight networks" if len(models) == len(MODELS) else ", ".join(models)
     return (
         f"The report's sweep ({networks}, {REPORT['epochs']} epochs, {REPORT['train']:,} "

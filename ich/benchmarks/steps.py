@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from ich.benchmarks import peers
 from ich.benchmarks.inputs import phantom_files
 from ich.benchmarks.measure import (
     REPORT,
+    PartResult,
     Row,
+    Settings,
     alternate,
     geometric_mean,
     job,
@@ -23,6 +26,7 @@ from ich.benchmarks.measure import (
     wait_for_device,
 )
 from ich.benchmarks.peers import BATCH, Rate
+from ich.benchmarks.report import projection
 from ich.data.dataset import Dataset, load_dataset
 from ich.training.devices import pick_device
 from ich.training.mode import CONTIGUOUS, pick_fastest
@@ -37,56 +41,91 @@ _AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked 
 # Step
 
 
-def bench_step(
-    models: Sequence[str], size: int, folder: Path, seconds: float, rounds: int
-) -> tuple[dict[str, Row], float]:
+@dataclass(frozen=True)
+class _TimedStep:
+    """The training step of a network, as it was timed."""
+
+    name: str  # of the network, and the size of its input
+    mode: ComputeMode  # that `auto` picked for ours
+    gmacs: float  # multiply-adds that the step takes for an image, in 1e9
+    rates: dict[str, list[float]]  # images per second by side, and GMAC/s of `product`; by round
+
+    def compare(self, ours: str, plain: str) -> Row:
+        return row(self.rates[ours], self.rates[plain])
+
+    @property
+    def report_hours(self) -> float:
+        """Of the report's training steps of this network."""
+        rows = REPORT["epochs"] * REPORT["train"]
+        return rows / statistics.median(self.rates["fed"]) / 3600
+
+
+def bench_step(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Training steps of batch 32 with fused Adam: ours, in the mode `auto` picks, against float32
     NCHW; ours with its data against ours on one batch that is ready; on a GPU a captured step
     against one that is launched kernel by kernel; and a matrix product's multiply-adds per second
-    against ours.
-
-    Returns:
-        The rows, and the hours that the training steps of the report's sweep would take.
+    against ours. The note says how long the training steps of the report's sweep would take.
     """
-    faster, fed, graph, roof = {}, {}, {}, {}
-    hours = 0.0
-    for name in models:
-        config = job(name, size, folder)
-        device, dataset = pick_device(config.train.device), load_dataset(config)
-        mode = pick_fastest(time_training_steps(config), "")
-        ours = Trainer.build(config, dataset, device, mode)
-        plain = Trainer.build(config, dataset, device, ComputeMode("fp32", CONTIGUOUS))
-        sides = {
-            "ours": _resident_rate(ours, seconds),
-            "plain": _resident_rate(plain, seconds),
-            "fed": _fed_rate(ours, seconds),
-            "product": _product_rate(device, mode, min(seconds, 1.0)),
-        }
-        if device.type == "cuda":
-            captured = job(name, size, folder, "train.graph=on")
-            sides["eager"] = _advance_rate(ours, seconds)
-            sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
-        rates = alternate(sides, rounds)
-        how = f"{name}, {size} px"
-        chosen = f"ours ({mode.precision}, {mode.layout})"
-        faster[f"step, {how}: {chosen} / fp32 NCHW"] = row(rates["ours"], rates["plain"])
-        fed[f"step, {how}: ours with data / on one resident batch"] = row(
-            rates["fed"], rates["ours"]
+    for size in settings.image_size:
+        steps = [_time_step(model, size, folder, settings) for model in settings.models]
+        hours = sum(step.report_hours for step in steps)
+        note = projection(hours, settings.models, size, "its training steps alone")
+        yield PartResult(_step_rows(steps, size), [note])
+
+
+def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _TimedStep:
+    """Times all sides in turn; they and their memory are gone when the next network comes."""
+    config = job(model, size, folder)
+    device, dataset = pick_device(config.train.device), load_dataset(config)
+    mode = pick_fastest(time_training_steps(config), "")
+    ours = Trainer.build(config, dataset, device, mode)
+    plain = Trainer.build(config, dataset, device, ComputeMode("fp32", CONTIGUOUS))
+    seconds = settings.seconds
+    sides = {
+        "ours": _resident_rate(ours, seconds),
+        "plain": _resident_rate(plain, seconds),
+        "fed": _fed_rate(ours, seconds),
+        "product": _product_rate(device, mode, min(seconds, 1.0)),
+    }
+    if device.type == "cuda":
+        captured = job(model, size, folder, "train.graph=on")
+        sides["eager"] = _advance_rate(ours, seconds)
+        sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
+    # Backward takes two multiply-adds for each forward.
+    gmacs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
+    return _TimedStep(f"{model}, {size} px", mode, gmacs, alternate(sides, settings.rounds))
+
+
+def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, Row]:
+    """All networks against float32 NCHW, then all with their data, ..., then the means."""
+    faster = {
+        f"step, {s.name}: ours ({s.mode.precision}, {s.mode.layout}) / fp32 NCHW": s.compare(
+            "ours", "plain"
         )
-        if "graph" in rates:
-            graph[f"step, {how}: as one graph / eager"] = row(rates["graph"], rates["eager"])
-        # Backward takes two multiply-adds for each forward.
-        macs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
-        done = [rate * macs for rate in rates["ours"]]
-        roof[f"roofline, {how}, GMAC/s: a matrix product / ours"] = row(rates["product"], done)
-        hours += REPORT["epochs"] * REPORT["train"] / statistics.median(rates["fed"]) / 3600
+        for s in steps
+    }
+    fed = {
+        f"step, {s.name}: ours with data / on one resident batch": s.compare("fed", "ours")
+        for s in steps
+    }
+    graph = {
+        f"step, {s.name}: as one graph / eager": s.compare("graph", "eager")
+        for s in steps
+        if "graph" in s.rates
+    }
+    roof = {
+        f"roofline, {s.name}, GMAC/s: a matrix product / ours": row(
+            s.rates["product"], [s.gmacs * rate for rate in s.rates["ours"]]
+        )
+        for s in steps
+    }
     means = {"ours / fp32 NCHW": faster, "with data / resident": fed, "graph / eager": graph}
     summary = {
         f"step, {size} px, geometric mean: {what}": geometric_mean([*rows.values()])
         for what, rows in means.items()
         if rows
     }
-    return faster | fed | graph | roof | summary, hours
+    return faster | fed | graph | roof | summary
 
 
 def _resident_rate(trainer: Trainer, seconds: float) -> Rate:
@@ -116,7 +155,7 @@ def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds
 
     def rate() -> float:
         trainer.model.train()
-        step()
+        step()  # allocations, and the choice of convolutions, are not counted
         wait_for_device(device)
         start, steps = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or steps < 2:
@@ -137,7 +176,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
         draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
         seen, start = 0, 0.0
         for number, batch in enumerate(trainer.train_loader.epoch(0, 1, draws)):
-            if number == 1:  # the first is not counted
+            if number == 1:  # the first is not counted: it waits for the loader to start
                 wait_for_device(trainer.device)
                 start = time.perf_counter()
             trainer.train_step(batch)
@@ -174,42 +213,40 @@ def _product_rate(device: torch.device, mode: ComputeMode, seconds: float) -> Ra
 # Sweep
 
 
-def bench_sweep(
-    models: Sequence[str], size: int, folder: Path, images: int, rounds: int
-) -> tuple[dict[str, Row], float]:
+def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Rows trained per second over an epoch of all networks, one after another: ours against the
-    plain way (pydicom in a DataLoader, float32 NCHW, eager).
-
-    Returns:
-        The row, and the hours that the report's sweep would take, validation included.
+    plain way (pydicom in a DataLoader, float32 NCHW, eager). The note says how long the report's
+    sweep would take, validation included.
     """
+    models, size = settings.models, settings.image_size[0]
+    subset = f"data.subset={settings.images / 4000:.3f}"
     trainers = []
-    for name in models:
-        config = job(name, size, folder, f"data.subset={images / 4000:.3f}")
+    for model in models:
+        config = job(model, size, folder, subset)
         dataset, device = load_dataset(config), pick_device(config.train.device)
-        trainers.append(
-            Trainer.build(config, dataset, device, pick_fastest(time_training_steps(config), ""))
-        )
+        mode = pick_fastest(time_training_steps(config), "")
+        trainers.append(Trainer.build(config, dataset, device, mode))
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     hours = []
-    for _ in range(rounds):
+    for _ in range(settings.rounds):
         ours, plain, report = zip(*(_epochs(t, dataset) for t in trainers), strict=True)
         rows = len(models) * len(dataset.train.row)
         rates["ours"].append(rows / sum(ours))
         rates["plain"].append(rows / sum(plain))
         hours.append(sum(report))
     name = f"sweep, an epoch of {len(models)} networks, {size} px: ours / the plain way"
-    return {name: row(rates["ours"], rates["plain"])}, statistics.median(hours)
+    note = projection(statistics.median(hours), models, size, "validation included")
+    yield PartResult({name: row(rates["ours"], rates["plain"])}, [note])
 
 
 def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
     """Seconds of an epoch, ours and the plain way's, and hours of the report's training."""
-    progress, count = TrainingState(), len(dataset.train.row)
-    trainer.train_one_epoch(progress, lambda *_: None)
+    state, count = TrainingState(), len(dataset.train.row)
+    trainer.train_one_epoch(state, lambda *_: None)
     begin = time.perf_counter()
     trainer.evaluate(dataset.val, 1, lambda *_: None)
     evaluated = (time.perf_counter() - begin) / len(dataset.val.row)
-    trained = progress.epoch_seconds / count
+    trained = state.epoch_seconds / count
     per_epoch = REPORT["train"] * trained + REPORT["val"] * evaluated
     config = trainer.cfg
     files = phantom_files(config, count)
@@ -221,4 +258,4 @@ def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
         model,
         build_optimizer(config.optimizer, model),
     )
-    return progress.epoch_seconds, seconds, REPORT["epochs"] * per_epoch / 3600
+    return state.epoch_seconds, seconds, REPORT["epochs"] * per_epoch / 3600
