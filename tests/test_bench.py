@@ -16,7 +16,7 @@ SMALL = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--s
 NAMES = {
     "prepare": [
         f"prepare, {store}, {size} px: cache build / {other}"
-        for store in ("folder of 158", "zip of 158")
+        for store in ("folder of 207", "zip of 207")
         for size in (320, 128)
         for other in ("plain loop", "reading the bytes")
     ],
@@ -57,20 +57,21 @@ def test_a_part_saves_its_ratios(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("ich.benchmarks.jobs._COHORTS", (40, 80))
+    monkeypatch.setattr("ich.benchmarks.predictions.RESAMPLES", 50)
     monkeypatch.setattr(
         "ich.benchmarks.parts.write_phantom", lambda out, _: shutil.copytree(phantom, out)
     )
     assert main(["--parts", part, *SMALL, "--images", "70", "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     (path,) = tmp_path.glob("*.json")
     saved = json.loads(path.read_text())
     assert len(saved["rows"]) == len(NAMES[part])
     for (name, values), start in zip(saved["rows"].items(), NAMES[part], strict=True):
         assert name.startswith(start)
         assert 0 < values["lowest"] <= values["ratio"] <= values["highest"]
-        assert f"{name}: " in said.err
-        assert f"| {name} |" in said.out
-    assert path.with_suffix(".md").read_text() in said.out
+        assert f"{name}: " in printed.err
+        assert f"| {name} |" in printed.out
+    assert path.with_suffix(".md").read_text() in printed.out
     assert len(saved["notes"]) == (part not in ("prepare", "input"))
 
 

@@ -588,8 +588,8 @@ def test_a_killed_rerun_goes_on_when_the_command_is_given_again(
     wait_for(lambda: again.has_checkpoint() or process.poll() is not None, 120)
     assert process.poll() is None
     process.send_signal(how)
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode == status, said
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == status, output
     out = command(Path.cwd(), "rerun", str(run.root))
     assert "\nidentical\n" in out
     fit = again.read_result().fit

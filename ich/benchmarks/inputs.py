@@ -14,7 +14,7 @@ from ich.base.config import Config
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.measure import PartResult, Settings, copy_rate, job, ratio, wait_for_device
-from ich.benchmarks.peers import Rate
+from ich.benchmarks.peers import Rate, rate_of
 from ich.data.cache import build_cache
 from ich.data.dataset import Dataset, load_dataset, open_store
 from ich.data.store import SliceStore, read_bytes
@@ -72,13 +72,11 @@ def _cache_build(store: SliceStore, paths: list[str], size: int, folder: Path) -
 def _reader(store: SliceStore, paths: list[str]) -> Rate:
     """Reads the files, inflating those of an archive, and does nothing with them."""
 
-    def rate() -> float:
-        start = time.perf_counter()
+    def read() -> None:
         for location in SliceStore(store.root).locate(paths):
             read_bytes(store.root, location)
-        return len(paths) / (time.perf_counter() - start)
 
-    return rate
+    return rate_of(read, len(paths))
 
 
 # Input

@@ -20,6 +20,7 @@ from ich.base.config import Config, Precision, to_yaml
 from ich.base.records import Origin
 from ich.base.results import RunPaths
 from ich.benchmarks.measure import PartResult, Settings, alternate, job, row
+from ich.benchmarks.peers import rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.data.dataset import load_dataset
 from ich.training.timing import select_mode
@@ -45,12 +46,8 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
                 time.sleep(0.01)
             return 1 / (time.perf_counter() - begin)
 
-    def imports() -> float:
-        begin = time.perf_counter()
-        libraries = "import torch, timm, mlflow, pandas, omegaconf"
-        subprocess.run([sys.executable, "-c", libraries], check=True)
-        return 1 / (time.perf_counter() - begin)
-
+    command = [sys.executable, "-c", "import torch, timm, mlflow, pandas, omegaconf"]
+    imports = rate_of(lambda: subprocess.run(command, check=True), 1)
     for side in (start, imports):
         side()  # the database is made, and files come into memory
     rates = alternate({"start": start, "imports": imports}, settings.rounds)
@@ -137,6 +134,8 @@ def _prediction_peak(folder: Path, rows: int) -> int:
 
 def _peak_memory(child: subprocess.Popen[bytes]) -> int:
     """Bytes of anonymous memory of a process at its highest, looked at twenty times a second."""
+    # VmHWM, the kernel's own peak, would count pages of mapped files, which cost nothing: the
+    # system takes them back at need.
     peak, status = 0, Path(f"/proc/{child.pid}/status")
     while child.poll() is None:
         for line in status.read_text().splitlines():

@@ -21,7 +21,7 @@ from ich.benchmarks.measure import (
     job,
     ratio,
 )
-from ich.benchmarks.peers import Rate
+from ich.benchmarks.peers import Rate, rate_of
 from ich.data.inputs import Inputs
 from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
 from ich.scoring.uncertainty import RESAMPLES, ScoredRows, bootstrap, draw_counts, group_rows
@@ -43,12 +43,8 @@ def bench_intervals(settings: Settings, folder: Path) -> Iterator[PartResult]:
     scored = ScoredRows((*"abcde", "any"), target, logits, group)
     counts = draw_counts(scored.group_count, RESAMPLES)
 
-    def ours() -> float:
-        begin = time.perf_counter()
-        bootstrap(scored, counts)
-        return RESAMPLES / (time.perf_counter() - begin)
-
-    compared = ratio(ours, lambda: peers.plain_bootstrap(scored), settings.rounds)
+    ours = rate_of(lambda: bootstrap(scored, counts), RESAMPLES)
+    compared = ratio(ours, peers.plain_bootstrap(scored), settings.rounds)
     begin = time.perf_counter()
     with ThreadPoolExecutor(available_cores()) as threads:
         list(threads.map(lambda _: bootstrap(scored, counts), range(8)))
@@ -115,11 +111,9 @@ def write_random_weights(config: Config, path: Path) -> None:
 
 
 def _prediction_rate(ensemble: Ensemble, folder: Path, files: int) -> Rate:
-    def rate() -> float:
-        start = time.perf_counter()
+    def predict() -> None:
         inputs = Inputs.find([str(folder)])
         predict_files(ensemble, inputs, lambda _, identifier: identifier, lambda *_: None)
         assert len(inputs) == files
-        return files / (time.perf_counter() - start)
 
-    return rate
+    return rate_of(predict, files)

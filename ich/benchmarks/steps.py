@@ -159,6 +159,7 @@ def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds
         wait_for_device(device)
         start, steps = time.perf_counter(), 0
         while time.perf_counter() - start < seconds or steps < 2:
+            # To wait for a GPU after each step would leave it idle while Python prepares the next.
             for _ in range(at_a_time):
                 step()
             wait_for_device(device)
@@ -252,7 +253,7 @@ def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
     files = phantom_files(config, count)
     model = build_model(config.model).to(trainer.device)
     seconds = peers.plain_epoch(
-        (files * (1 + count // len(files)))[:count],
+        (files * (1 + count // len(files)))[:count],  # as many files as ours has rows
         image_size(config),
         trainer.device,
         model,
