@@ -35,17 +35,15 @@ JOB = "mobilenet_v2"
 
 def make(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> RunPaths:
     """A finished run of two epochs, four validation images, two labels; `change` edits it."""
+    scores = {"auc": 0.9, "accuracy": 0.8}
+    fit = replace(FIT, scores=scores, val_scores=scores, always_negative={"accuracy": 0.7})
     what: dict[str, Any] = {
         "epochs": [
-            {"step": n, "time": float(n), "train/loss": 0.5 / n, "train/lr": 1e-4, "val/auc": 0.9,
-             "val/auc_any": None, "train/images_per_s": 10.0 * n} for n in (1, 2)
+            {"step": n, "time": float(n), "train/images_per_s": 10.0 * n}
+            | {"train/loss": 0.5 / n, "train/lr": 1e-4, "val/auc": 0.9, "val/auc_any": None}
+            for n in (1, 2)
         ],
-        "result": {
-            "status": FINISHED, "reason": "", **replace(
-                FIT, scores={"auc": 0.9, "accuracy": 0.8}, always_negative={"accuracy": 0.7},
-                val_scores={"auc": 0.9, "accuracy": 0.8},
-            ).to_json(),
-        },
+        "result": {"status": FINISHED, "reason": "", **fit.to_json()},
         "predictions": {
             "labels": np.array(["epidural", "any"]),
             "val_image_id": np.array(["ID_a", "ID_b", "ID_c", "ID_d"]),
@@ -53,10 +51,12 @@ def make(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None
             "val_target": np.eye(4, 2, dtype=np.float32),
             "val_logits": np.array([[-2, 0], [0, 2], [1, 1], [-1, 3]], np.float32),
         },
-        "weights": {"base.conv": np.arange(6, dtype=np.float32).reshape(2, 3),
-                    "head.weight": np.ones((2, 2), np.float32)},
+        "weights": {
+            "base.conv": np.arange(6, dtype=np.float32).reshape(2, 3),
+            "head.weight": np.ones((2, 2), np.float32),
+        },
         "header": {"ich": "{}"},
-    }  # fmt: skip
+    }
     change(what)
     run = RunPaths(folder)
     folder.mkdir()
