@@ -64,15 +64,15 @@ class Folder:
     def processes(self) -> dict[int, list[str]]:
         """The command of every living process that a sweep of this folder started, by its id."""
         mark = f"ICH_TEST={self.root}".encode()
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
+        commands = {}
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                if mark in (place / "environ").read_bytes():
-                    words = (place / "cmdline").read_text().split("\0")
-                    found[int(place.name)] = words
+                if mark in (process / "environ").read_bytes():
+                    words = (process / "cmdline").read_text().split("\0")
+                    commands[int(process.name)] = words
             except OSError:
                 continue
-        return found
+        return commands
 
     def kill(self) -> None:
         """Ends what a failed test has left."""

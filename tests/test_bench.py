@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ich.bench import main
-from ich.benchmarks.measure import PartResult, geometric_mean, row
+from ich.benchmarks.measure import PartResult, compare_rates, geometric_mean
 from ich.benchmarks.report import write_report
 
 SMALL = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--seconds", "0.05")
@@ -76,7 +76,7 @@ def test_a_part_saves_its_ratios(
 
 
 def test_a_row_holds_medians_and_the_ratios_of_each_round(tmp_path: Path) -> None:
-    twice, thrice = row([2, 4, 9], [1, 2, 3]), row([3], [1])
+    twice, thrice = compare_rates([2, 4, 9], [1, 2, 3]), compare_rates([3], [1])
     mean = geometric_mean([twice, thrice])
     rows = {"a": twice, "b": thrice, "mean": mean}
     path = write_report(PartResult(rows, ["One.", "Two."]), tmp_path, "defaults")

@@ -13,7 +13,14 @@ import pandas as pd
 from ich.base.config import Config
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
-from ich.benchmarks.measure import PartResult, Settings, copy_rate, job, ratio, wait_for_device
+from ich.benchmarks.measure import (
+    PartResult,
+    Settings,
+    compare,
+    compose_job,
+    copy_rate,
+    wait_for_device,
+)
 from ich.benchmarks.peers import Rate, rate_of
 from ich.data.cache import build_cache
 from ich.data.dataset import Dataset, load_dataset, open_store
@@ -42,7 +49,7 @@ def bench_prepare(settings: Settings, folder: Path) -> Iterator[PartResult]:
             others = {"plain loop": peers.plain_loop(store, paths, size), "reading the bytes": read}
             for name, other in others.items():
                 what = f"prepare, {kind}, {size} px: cache build / {name}"
-                rows[what] = ratio(ours, other, settings.rounds)
+                rows[what] = compare(ours, other, settings.rounds)
     yield PartResult(rows)
 
 
@@ -89,7 +96,7 @@ def bench_input(settings: Settings, folder: Path) -> Iterator[PartResult]:
     The last row is what is left: the images per second if an image's bytes were only copied.
     """
     for size in settings.image_size:
-        config = job("mobilenet_v2", size, folder)
+        config = compose_job("mobilenet_v2", size, folder)
         dataset = load_dataset(config)
         files, decoded = phantom_files(config, settings.images), config.data.cache_size
         ours = _ours(config, dataset)
@@ -102,10 +109,10 @@ def bench_input(settings: Settings, folder: Path) -> Iterator[PartResult]:
         for name, peer in others.items():
             for side in (ours, peer):
                 side()  # worker processes import, caches fill, files come into memory
-            rows[f"input, {size} px: ours / {name}"] = ratio(ours, peer, settings.rounds)
+            rows[f"input, {size} px: ours / {name}"] = compare(ours, peer, settings.rounds)
         size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
         copy = copy_rate(pick_device(config.train.device), size_in + size_out)
-        rows[f"input, {size} px: copying the bytes / ours"] = ratio(copy, ours, settings.rounds)
+        rows[f"input, {size} px: copying the bytes / ours"] = compare(copy, ours, settings.rounds)
         yield PartResult(rows)
 
 

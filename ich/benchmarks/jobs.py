@@ -19,7 +19,7 @@ import pandas as pd
 from ich.base.config import Config, Precision, to_yaml
 from ich.base.records import Origin
 from ich.base.results import RunPaths
-from ich.benchmarks.measure import PartResult, Settings, alternate, job, row
+from ich.benchmarks.measure import PartResult, Settings, alternate, compare_rates, compose_job
 from ich.benchmarks.peers import rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.data.dataset import load_dataset
@@ -35,7 +35,7 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Starts per second: of a job, from its process to its first step, MLflow included, against
     importing the libraries that it needs."""
     database = f'tracking.uri="sqlite:///{folder}/m.db"'
-    config = job("mobilenet_v2", 96, folder, "tracking=mlflow", database)
+    config = compose_job("mobilenet_v2", 96, folder, "tracking=mlflow", database)
     load_dataset(config)
 
     def start() -> float:
@@ -57,7 +57,7 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
         f"and OmegaConf took {seconds[1]:.1f} s of them."
     )
     name = "start, per s: a job to its first step / importing its libraries"
-    yield PartResult({name: row(rates["start"], rates["imports"])}, [note])
+    yield PartResult({name: compare_rates(rates["start"], rates["imports"])}, [note])
 
 
 @contextmanager
@@ -86,7 +86,8 @@ def bench_memory(settings: Settings, folder: Path) -> Iterator[PartResult]:
     rows, notes = {}, []
     for what, peak in (("training", _training_peak), ("prediction", _prediction_peak)):
         few, many = (peak(folder, n) / 1e6 for n in _COHORTS)
-        rows[f"memory of a {what}, MB: {_COHORTS[1]:,} / {_COHORTS[0]:,} rows"] = row([many], [few])
+        name = f"memory of a {what}, MB: {_COHORTS[1]:,} / {_COHORTS[0]:,} rows"
+        rows[name] = compare_rates([many], [few])
         notes.append(
             f"A {what} with MobileNetV2 at 64 px took {few:,.0f} MB of its own with "
             f"{_COHORTS[0]:,} rows and {many:,.0f} MB with {_COHORTS[1]:,}."
@@ -107,7 +108,7 @@ def _cohort(folder: Path, rows: int) -> Config:
     table = pd.DataFrame({"image_id": names, "patient_id": patients, **labels})
     table.to_csv(csv, index=False)
     own = ("data=folder", f'data.root="{root}"', f'data.labels="{csv}"', "protocol.oversample=null")
-    config = job("mobilenet_v2", 64, folder, *own, "train.epochs=1", "tracking=none")
+    config = compose_job("mobilenet_v2", 64, folder, *own, "train.epochs=1", "tracking=none")
     load_dataset(config)
     return config
 
@@ -122,7 +123,7 @@ def _training_peak(folder: Path, rows: int) -> int:
 def _prediction_peak(folder: Path, rows: int) -> int:
     """Of the process that predicts, not of those that decode for it."""
     weights = folder / "memory.safetensors"
-    write_random_weights(job("mobilenet_v2", 64, folder), weights)
+    write_random_weights(compose_job("mobilenet_v2", 64, folder), weights)
     command = [sys.executable, "-m", "ich.predict", "--model", str(weights), "--engine", "torch"]
     paths = [str(folder / f"cohort{rows}"), "-o", str(folder / "out.csv")]
     keys = ["--cache-dir", str(folder / "keys")]

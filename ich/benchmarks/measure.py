@@ -68,11 +68,13 @@ class PartResult:
     notes: Sequence[str] = ()
 
 
+# It yields what it has, size by size, since with all networks it runs for long, and is watched.
 Part = Callable[[Settings, Path], Iterator[PartResult]]
 
 
 def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
-    """Times some functions in turn, several times; each returns items per second."""
+    """Times some functions in turn, several times: all get the quiet and the busy minutes of a
+    machine. Items per second by side and round."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -80,8 +82,8 @@ def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def row(ours: Sequence[float], plain: Sequence[float]) -> Row:
-    """Of the rates of both sides, round by round."""
+def compare_rates(ours: Sequence[float], plain: Sequence[float]) -> Row:
+    """The row of two sides' rates, round by round."""
     # The ratio of two rates of one round, and not of two medians: a machine that slows down for a
     # round slows both.
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
@@ -89,10 +91,10 @@ def row(ours: Sequence[float], plain: Sequence[float]) -> Row:
     return Row(middle(ours), middle(plain), middle(ratios), min(ratios), max(ratios))
 
 
-def ratio(ours: Rate, plain: Rate, rounds: int) -> Row:
-    """Times two functions alternately; see `row`."""
+def compare(ours: Rate, plain: Rate, rounds: int) -> Row:
+    """Times two functions alternately; see `compare_rates`."""
     rates = alternate({"ours": ours, "plain": plain}, rounds)
-    return row(rates["ours"], rates["plain"])
+    return compare_rates(rates["ours"], rates["plain"])
 
 
 def geometric_mean(rows: Sequence[Row]) -> Row:
@@ -101,7 +103,7 @@ def geometric_mean(rows: Sequence[Row]) -> Row:
     return Row(None, None, statistics.geometric_mean(ratios), min(ratios), max(ratios))
 
 
-def job(model: str, size: int, folder: Path, *overrides: str) -> Config:
+def compose_job(model: str, size: int, folder: Path, *overrides: str) -> Config:
     """The config of a job as a sweep composes it, from scratch, on slices under `folder`."""
     register_schemas()
     register_resolvers()

@@ -17,9 +17,9 @@ from ich.benchmarks.measure import (
     REPORT,
     PartResult,
     Settings,
+    compare,
+    compose_job,
     geometric_mean,
-    job,
-    ratio,
 )
 from ich.benchmarks.peers import Rate, rate_of
 from ich.data.inputs import Inputs
@@ -44,7 +44,7 @@ def bench_intervals(settings: Settings, folder: Path) -> Iterator[PartResult]:
     counts = draw_counts(scored.group_count, RESAMPLES)
 
     ours = rate_of(lambda: bootstrap(scored, counts), RESAMPLES)
-    compared = ratio(ours, peers.plain_bootstrap(scored), settings.rounds)
+    compared = compare(ours, peers.plain_bootstrap(scored), settings.rounds)
     begin = time.perf_counter()
     with ThreadPoolExecutor(available_cores()) as threads:
         list(threads.map(lambda _: bootstrap(scored, counts), range(8)))
@@ -73,7 +73,7 @@ def bench_predict(settings: Settings, folder: Path) -> Iterator[PartResult]:
         for name in settings.models:
             ours, plain = _prediction_sides(name, size, folder, files, few)
             what = f"predict, {name}, {size} px: ours / one by one"
-            rows[what] = ratio(ours, plain, settings.rounds)
+            rows[what] = compare(ours, plain, settings.rounds)
         rows[f"predict, {size} px: geometric mean"] = geometric_mean([*rows.values()])
         yield PartResult(rows, [note])
 
@@ -82,7 +82,7 @@ def _prediction_sides(
     model: str, size: int, folder: Path, files: list[Path], few: list[Path]
 ) -> tuple[Rate, Rate]:
     """Ours over all files of their folder, and the plain loop over few of them."""
-    config = job(model, size, folder)
+    config = compose_job(model, size, folder)
     weights = folder / f"{model}-{size}.safetensors"
     write_random_weights(config, weights)
     device = pick_device(config.train.device)

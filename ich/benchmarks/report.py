@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base import provenance
-from ich.benchmarks.measure import MODELS, REPORT, PartResult, job
+from ich.benchmarks.measure import MODELS, REPORT, PartResult, compose_job
 from ich.training.devices import device_name, pick_device
 
 
 def write_report(result: PartResult, out: Path, settings: str) -> Path:
     """Saves the rows as JSON and Markdown, named by date and device; the path of the latter."""
-    device = pick_device(job("mobilenet_v2", 96, Path()).train.device)
+    device = pick_device(compose_job("mobilenet_v2", 96, Path()).train.device)
     hardware, versions = provenance.hardware(), provenance.versions()
     git = provenance.git_state()
     head = {

@@ -20,9 +20,9 @@ from ich.benchmarks.measure import (
     Row,
     Settings,
     alternate,
+    compare_rates,
+    compose_job,
     geometric_mean,
-    job,
-    row,
     wait_for_device,
 )
 from ich.benchmarks.peers import BATCH, Rate
@@ -51,7 +51,7 @@ class _TimedStep:
     rates: dict[str, list[float]]  # images per second by side, and GMAC/s of `product`; by round
 
     def compare(self, ours: str, plain: str) -> Row:
-        return row(self.rates[ours], self.rates[plain])
+        return compare_rates(self.rates[ours], self.rates[plain])
 
     @property
     def report_hours(self) -> float:
@@ -75,7 +75,7 @@ def bench_step(settings: Settings, folder: Path) -> Iterator[PartResult]:
 
 def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _TimedStep:
     """Times all sides in turn; they and their memory are gone when the next network comes."""
-    config = job(model, size, folder)
+    config = compose_job(model, size, folder)
     device, dataset = pick_device(config.train.device), load_dataset(config)
     mode = pick_fastest(time_training_steps(config), "")
     ours = Trainer.build(config, dataset, device, mode)
@@ -88,7 +88,7 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
         "product": _product_rate(device, mode, min(seconds, 1.0)),
     }
     if device.type == "cuda":
-        captured = job(model, size, folder, "train.graph=on")
+        captured = compose_job(model, size, folder, "train.graph=on")
         sides["eager"] = _advance_rate(ours, seconds)
         sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
     # Backward takes two multiply-adds for each forward.
@@ -98,27 +98,17 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
 
 def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, Row]:
     """All networks against float32 NCHW, then all with their data, ..., then the means."""
-    faster = {
-        f"step, {s.name}: ours ({s.mode.precision}, {s.mode.layout}) / fp32 NCHW": s.compare(
-            "ours", "plain"
-        )
-        for s in steps
-    }
-    fed = {
-        f"step, {s.name}: ours with data / on one resident batch": s.compare("fed", "ours")
-        for s in steps
-    }
-    graph = {
-        f"step, {s.name}: as one graph / eager": s.compare("graph", "eager")
-        for s in steps
-        if "graph" in s.rates
-    }
-    roof = {
-        f"roofline, {s.name}, GMAC/s: a matrix product / ours": row(
-            s.rates["product"], [s.gmacs * rate for rate in s.rates["ours"]]
-        )
-        for s in steps
-    }
+    faster, fed, graph, roof = {}, {}, {}, {}
+    for step in steps:
+        how = f"step, {step.name}"
+        chosen = f"ours ({step.mode.precision}, {step.mode.layout})"
+        faster[f"{how}: {chosen} / fp32 NCHW"] = step.compare("ours", "plain")
+        fed[f"{how}: ours with data / on one resident batch"] = step.compare("fed", "ours")
+        if "graph" in step.rates:
+            graph[f"{how}: as one graph / eager"] = step.compare("graph", "eager")
+        done = [step.gmacs * rate for rate in step.rates["ours"]]
+        what = f"roofline, {step.name}, GMAC/s: a matrix product / ours"
+        roof[what] = compare_rates(step.rates["product"], done)
     means = {"ours / fp32 NCHW": faster, "with data / resident": fed, "graph / eager": graph}
     summary = {
         f"step, {size} px, geometric mean: {what}": geometric_mean([*rows.values()])
@@ -223,7 +213,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     subset = f"data.subset={settings.images / 4000:.3f}"
     trainers = []
     for model in models:
-        config = job(model, size, folder, subset)
+        config = compose_job(model, size, folder, subset)
         dataset, device = load_dataset(config), pick_device(config.train.device)
         mode = pick_fastest(time_training_steps(config), "")
         trainers.append(Trainer.build(config, dataset, device, mode))
@@ -237,7 +227,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
         hours.append(sum(report))
     name = f"sweep, an epoch of {len(models)} networks, {size} px: ours / the plain way"
     note = projection(statistics.median(hours), models, size, "validation included")
-    yield PartResult({name: row(rates["ours"], rates["plain"])}, [note])
+    yield PartResult({name: compare_rates(rates["ours"], rates["plain"])}, [note])
 
 
 def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:

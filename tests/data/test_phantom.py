@@ -45,9 +45,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def bleeding(studies: list[list[PhantomSlice]], subtype: str) -> Iterator[PhantomSlice]:
-    found = [s for study in studies for s in study if s.labels[subtype]]
-    assert len(found) >= 3, f"the fixture holds too few {subtype} slices to test"
-    return iter(found)
+    slices = [s for study in studies for s in study if s.labels[subtype]]
+    assert len(slices) >= 3, f"the fixture holds too few {subtype} slices to test"
+    return iter(slices)
 
 
 # --- slices ------------------------------------------------------------------------------------
@@ -303,8 +303,9 @@ def test_the_csv_is_rsnas(written: Path) -> None:
     assert dict(rows[1:]) == expected
     assert len(rows) == 1 + 6 * len(simulated)
     assert [r[0][13:] for r in rows[1:7]] == [*SUBTYPES, "any"]
-    about = json.loads((written / "phantom.json").read_text())
-    assert about["slices"] == len(simulated) == len(list((written / "stage_2_train").iterdir()))
+    description = json.loads((written / "phantom.json").read_text())
+    count = len(list((written / "stage_2_train").iterdir()))
+    assert description["slices"] == len(simulated) == count
 
 
 # --- folders -----------------------------------------------------------------------------------
