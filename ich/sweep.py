@@ -24,7 +24,7 @@ from ich.base.entry import end_on_signals
 from ich.launch import launcher
 from ich.pages.tables import compare
 from ich.scoring.uncertainty import RESAMPLES
-from ich.tracking.registry import close_sweep_run
+from ich.tracking.sweep_run import close_sweep_run
 
 _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 

@@ -33,7 +33,8 @@ from ich.scoring.findings import (
     imagenet_trend,
     judge,
 )
-from ich.tracking.registry import alias_for, close_sweep_run, promote
+from ich.tracking.registry import alias_for, promote
+from ich.tracking.sweep_run import close_sweep_run
 
 Compose = Callable[..., Config]
 EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)

@@ -25,7 +25,7 @@ from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.validation import validate
 from ich.data import dataset
 from ich.pages.data_page import write_data_report
-from ich.tracking.registry import check_tracking, open_sweep_run
+from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
 from ich.training.mode import workload_key
 

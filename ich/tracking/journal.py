@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -13,14 +12,12 @@ from pathlib import Path
 from ich.base.records import EpochMetrics
 from ich.base.results import RunPaths
 
-log = logging.getLogger(__name__)
-
 
 class Journal:
     """`metrics.jsonl`: one line per epoch, safe on disk before anything else hears of it."""
 
-    def __init__(self, path: Path, told: Callable[[], None] = lambda: None):
-        self._path, self._told = path, told
+    def __init__(self, path: Path, on_write: Callable[[], None] = lambda: None):
+        self._path, self._on_write = path, on_write
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
@@ -30,7 +27,7 @@ class Journal:
             file.write(json.dumps(line.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._told()
+        self._on_write()
 
     def rewind(self, step: int) -> None:
         """Drops the lines after a step: a resumed training writes them again."""

@@ -1,29 +1,35 @@
-"""A copy of a job's folder in MLflow, made by a thread that the training never waits for."""
+"""A copy of a job's folder in MLflow, made by a thread that the training never waits for.
+
+Metrics go to `metrics.jsonl` first and to MLflow after: the files are the truth, MLflow a view. A
+sweep is a parent run and each job a nested run. A job's copy can be made again at any time, and
+adds only what is missing. So MLflow may be slow, locked, full or gone: what it missed is there when
+the sweep ends, or when the same command is given again.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from ich.base.config import Config, flatten
-from ich.base.records import FAILED, FINISHED, KILLED, RunResult
+from ich.base.config import Config, UserError, flatten
+from ich.base.metadata import read_metadata
+from ich.base.records import FAILED, FINISHED, KILLED, FitResult, RunResult
 from ich.base.results import RunPaths
-from ich.tracking.store import (
-    MODEL_FOLDER,
-    MlflowStore,
-    as_mlflow_model,
-    one_line,
-    run_tags,
-    summary_metrics,
-)
+from ich.tracking.store import MODEL_FOLDER, MlflowStore, one_line
 
 _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
-_TRY_AGAIN_SECONDS = 20
-
+_RETRY_SECONDS = 20
+# Written into every logged model as the module that loads it: models logged before name it too.
+_LOADER = "ich.serving"
+_SERVED_WITH = ("torch", "timm", "safetensors", "pydicom", "numpy")
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +67,24 @@ class RunMirror:
 
     def _open(self, store: MlflowStore) -> str:
         """The run of an earlier process, or a new one with parameters and configuration."""
-        known = self._run.read_tracking()
-        run_id = known.mlflow_run
+        earlier = self._run.read_tracking()
+        run_id = earlier.mlflow_run
         if run_id and store.exists(run_id):
             self._steps = store.logged_steps(run_id, _EVERY_STEP)
             store.reopen(run_id)
         else:
             self._steps = set()
-            cohort = {"ich.cohort": self._run.read_origin().cohort or "unknown"}
+            cohort = {"ich.cohort": self._run.read_origin().cohort or "unearlier"}
             tags = run_tags(self._config) | cohort
             run_id = store.open_run(self._config.job, tags, self._parent)
-            self._run.write_tracking(replace(known, mlflow_run=run_id))
+            self._run.write_tracking(replace(earlier, mlflow_run=run_id))
             store.log_params(run_id, flatten(self._config))
             store.log_artifact(run_id, self._run.config)
-        self._run.write_tracking(replace(known, mlflow_run=run_id, complete=False))
+        self._run.write_tracking(replace(earlier, mlflow_run=run_id, complete=False))
         if self._parent:
             store.tag(run_id, "mlflow.parentRunId", self._parent)
-        if known.supersedes and store.exists(known.supersedes):
-            store.tag(known.supersedes, "ich.superseded", "true")
+        if earlier.supersedes and store.exists(earlier.supersedes):
+            store.tag(earlier.supersedes, "ich.superseded", "true")
         return run_id
 
     def _end(self, store: MlflowStore, run_id: str, result: RunResult) -> None:
@@ -135,18 +141,90 @@ class Mirror:
         return not self._thread.is_alive()
 
     def _follow(self) -> None:
-        said = ""
+        trouble = ""
         while True:
-            self._news.wait(_TRY_AGAIN_SECONDS if said else None)
+            self._news.wait(_RETRY_SECONDS if trouble else None)
             self._news.clear()
             last = self._last
             try:
                 self._mirror.push()
-                said = ""
+                trouble = ""
             except Exception as error:  # a tracker must never end a training
                 reason = one_line(error)
-                if reason != said:
+                if reason != trouble:  # once, however often it is tried
                     log.warning("MLflow cannot be used now (%s); the run's files are whole", reason)
-                said = reason
+                trouble = reason
             if last:
                 return
+
+
+# --- What the copy consists of -------------------------------------------------------------------
+
+
+def run_tags(config: Config) -> dict[str, str]:
+    """What a run is found by in the UI."""
+    return {
+        "ich.kind": "job",
+        "ich.sweep": config.name,
+        "ich.job": config.job,
+        "ich.model": config.model.name,
+        "ich.protocol": config.protocol.name.value,
+        "ich.data": config.data.source.value,
+    }
+
+
+def summary_metrics(fit: FitResult) -> dict[str, float | None]:
+    """A finished run's numbers: what its weights score, and what its cohort leaks."""
+    scores = {k: v for k, v in fit.scores.items() if k.startswith(("accuracy", "auc"))}
+    validation = {f"val_{k}": v for k, v in fit.val_scores.items()}
+    plain = ("auc_top", "best_epoch", "minutes", "images_per_s", "params")
+    best = {**scores, **validation, **{k: getattr(fit, k) for k in plain}}
+    leak = {f"data/leak_{k}": v for k, v in fit.cohort.leak.items()}
+    return {**{f"best/{k}": v for k, v in best.items()}, **leak}
+
+
+def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
+    """A run's best weights as a model that `mlflow models serve` can serve; without pickle or code.
+
+    Args:
+        run: one that has weights.
+        folder: made here.
+
+    Returns:
+        The folder; or the weights as they are, if an earlier version of ich wrote them.
+    """
+    try:
+        metadata = read_metadata(run.best)
+    except UserError:
+        return run.best
+    # The README has the examples that MLflow would warn are missing.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow import pyfunc
+
+        pyfunc.save_model(
+            folder,
+            loader_module=_LOADER,
+            data_path=str(run.best),
+            signature=_signature(metadata.labels),
+            # Not ich itself: on a package index, that name may be anybody's.
+            pip_requirements=[f"{name}=={version(name)}" for name in _SERVED_WITH],
+            metadata={"ich": metadata.to_json()},
+        )
+    return folder
+
+
+def _signature(labels: Sequence[str]) -> Any:
+    """A row is one slice: a DICOM file in base64, or HU as rows of pixels."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    inputs = [
+        ColSpec(DataType.string, "dicom", required=False),
+        ColSpec(Array(Array(DataType.long)), "hu", required=False),
+    ]
+    probabilities = [ColSpec(DataType.double, k, required=False) for k in labels]
+    texts = [ColSpec(DataType.string, k) for k in ("positive", "reason")]
+    return ModelSignature(Schema(inputs), Schema([*probabilities, *texts]))

@@ -1,141 +1,131 @@
-"""A sweep's MLflow run, the registered model, and weights fetched by an MLflow name."""
+"""The registered model: which run becomes a version, which has the alias `best`, and its weights.
+
+`best_run` ranks and `decide_alias` decides, both from values alone; `register_best` does what they
+say, and `Registration.describe` tells it.
+"""
 
 from __future__ import annotations
 
-import logging
 import re
-import subprocess
-import sys
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
-from ich.base.config import Config, TrackingConfig, UserError, load_config, to_dataclass
+from ich.base.config import TrackingConfig, UserError, to_dataclass
 from ich.base.results import RunPaths, SweepPaths
-from ich.scoring.comparison import COMPARED_METRICS, RANKING_METRIC, load_comparison
-from ich.tracking.mirror import RunMirror
+from ich.scoring.comparison import (
+    COMPARED_METRICS,
+    RANKING_METRIC,
+    Comparison,
+    load_comparison,
+)
 from ich.tracking.store import (
     BEST,
     MODEL,
     WEIGHTS_IN_RUN,
     MlflowStore,
-    locations,
     one_line,
-    run_tags,
+    resolve_locations,
 )
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class VersionTags:
+    """What a version of the model says of itself: the sweep and the job it is from, the rows it was
+    scored on (`ich.scoring.predictions.Predictions.fingerprint`) and its score there."""
+
+    sweep: str
+    job: str
+    rows: str
+    auc: float
+
+    @staticmethod
+    def read(tags: Mapping[str, str]) -> VersionTags:
+        """Of a version that whoever made it by hand may have given none of these."""
+        sweep, job, rows = (str(tags.get(f"ich.{key}")) for key in ("sweep", "job", "rows"))
+        return VersionTags(sweep, job, rows, float(tags.get("ich.auc", "inf")))
+
+    def write(self) -> dict[str, str]:
+        auc = f"{self.auc:.6f}"
+        return {"ich.sweep": self.sweep, "ich.job": self.job, "ich.rows": self.rows, "ich.auc": auc}
 
 
-def check_tracking(config: Config) -> None:
-    """Opens the tracking store before anything is spent or written for a sweep.
+@dataclass(frozen=True)
+class Candidate:
+    """The best run of a sweep. metrics: of its predictions. tags: those it is registered with."""
 
-    Nothing is lost yet, so what cannot be used is refused here; only a database that is locked for
-    the moment is not worth a refusal, and everything is copied to it when the sweep ends.
+    paths: RunPaths
+    metrics: Mapping[str, float]
+    tags: VersionTags
 
-    Raises:
-        UserError: MLflow cannot be used.
+
+def best_run(comparison: Comparison) -> Candidate | None:
+    """The best run on the rows that most settings share; None if no run has a score.
+
+    Of a setting with several seeds it is the one with the best validation: the test rows, where
+    there are any, choose the setting alone.
     """
-    if not config.tracking.mlflow:
-        return
-    try:
-        MlflowStore(config.tracking)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = one_line(error)
-        if "database is locked" not in reason:
-            raise UserError(
-                f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start "
-                f"the server, leave tracking.uri null for a database in this folder, or use "
-                f"tracking=none."
-            ) from None
-
-
-def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
-    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
-    if not config.tracking.mlflow:
+    rows = max(comparison.evaluation_sets, key=lambda s: len(s.settings), default=None)
+    if rows is None or rows.best is None:
         return None
-    earlier = sweep.read_record().mlflow_run
-    try:
-        return _parent_run(MlflowStore(config.tracking), config, earlier)
-    except Exception as error:
-        log.warning(
-            "MLflow cannot be used now (%s); it gets its copy when the sweep ends",
-            one_line(error),
-        )
-        return earlier
+    run = max(rows.best.runs, key=lambda r: r.fit.val_scores[RANKING_METRIC] or 0.0)
+    assert run.predictions is not None  # settings consist of runs that have some
+    metrics = run.predictions.metrics
+    tags = VersionTags(comparison.name, run.name, rows.fingerprint, metrics[RANKING_METRIC])
+    return Candidate(run.paths, metrics, tags)
 
 
-def _parent_run(store: MlflowStore, config: Config, earlier: str | None) -> str:
-    if earlier and store.exists(earlier):
-        store.reopen(earlier)
-        # The folder is locked, so what a killed sweep left RUNNING runs no more.
-        store.end_running_children(earlier, "KILLED")
-        return earlier
-    tags = {k: v for k, v in run_tags(config).items() if k not in ("ich.job", "ich.model")}
-    return store.open_run(config.name, {**tags, "ich.kind": "sweep"})
+class AliasMove(Enum):
+    """Whether a version gets the alias `best`; a value says of the present one why it keeps it."""
+
+    moved = "gives it away"
+    lower = "scores higher on the same rows"
+    incomparable = "was scored on other rows"
 
 
-def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None) -> None:
-    """Copies what MLflow missed of the sweep's jobs, keeps the table with the sweep, and ends it.
+def decide_alias(new: VersionTags, present: VersionTags | None, promote: bool) -> AliasMove:
+    """Whether the alias `best` moves from the version that has it, if any, to a new one.
 
-    In a process of its own: MLflow keeps connections to a database even when that has been deleted
-    and made anew, and a server that hangs must not keep whoever pressed Ctrl-C waiting.
-
-    Args:
-        sweep: its folder.
-        status: FINISHED, FAILED or KILLED.
-        seconds: how long it may take; what is missing then is copied after the next launch.
+    It does where both were scored on the very same rows and the new one is no worse. Scores on
+    other rows cannot be compared, so only a person moves it there, with `promote`.
     """
-    if not any(c["tracking"]["mlflow"] for c in sweep.read_record().configs.values()):
-        return
-    command = [sys.executable, "-m", "ich.tracking.registry", str(sweep.root), status]
-    try:
-        subprocess.run(command, timeout=seconds, start_new_session=True, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        log.warning("MLflow is slow or away; the next launch copies what it misses")
+    if promote or present is None:
+        return AliasMove.moved
+    if new.rows != present.rows:
+        return AliasMove.incomparable
+    return AliasMove.moved if new.auc >= present.auc else AliasMove.lower
 
 
-def main() -> None:
-    """`python -m ich.tracking.registry SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
-    sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
-    record = sweep.read_record()
-    config = to_dataclass(next(iter(record.configs.values())))
-    try:
-        store = MlflowStore(config.tracking)
-        parent = record.mlflow_run
-        if not (parent and store.exists(parent)):
-            parent = _parent_run(store, config, None)
-            sweep.write_record(replace(record, mlflow_run=parent))
-        for job in record.jobs:
-            _catch_up(store, sweep.run(job), parent)
-        store.end_running_children(parent, "KILLED")
-        data_reports = [sweep.data(key) for key in record.cohorts]
-        tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)
-        for path in (*tables, sweep.record, sweep.figures, *data_reports):
-            if path.exists():
-                store.log_artifact(parent, path)
-        store.tag(parent, "ich.cohort", ", ".join(record.cohorts))
-        store.end(parent, status)  # first: what follows may fail
-        if status != "KILLED" and (said := register_best(store, sweep, parent)):
-            print(f"MLflow: {said}")
-    except Exception as error:
-        log.warning(
-            "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
-            "them to MLflow once it can",
-            one_line(error),
+@dataclass(frozen=True)
+class Registration:
+    """What `register_best` did. version: of the model. present: the one that had the alias `best`,
+    if any. move: what became of it. folder: of the sweep."""
+
+    candidate: VersionTags
+    version: str
+    present: VersionTags | None
+    move: AliasMove
+    folder: Path
+
+    def describe(self) -> str:
+        """In a sentence or two."""
+        registered = f"{self.candidate.job} is version {self.version} of the model {MODEL}"
+        if self.move is AliasMove.moved or self.present is None:
+            return f"{registered}, and its alias {BEST}."
+        return (
+            f"{registered}. The alias {BEST} stays with {self.present.sweep}/{self.present.job}, "
+            f"which {self.move.value}; python -m ich.report {self.folder} --promote moves it."
         )
 
 
 def register_best(
     store: MlflowStore, sweep: SweepPaths, parent: str | None, promote: bool = False
-) -> str:
+) -> Registration | None:
     """Registers the best run of a sweep as a version of the model `ich`.
 
-    The sweep's name becomes that version's alias. The alias `best` moves to it if there is none
-    yet, or if it scores higher than the present one on the very same rows; runs that were scored on
-    other rows are not comparable, and only `promote` moves it to them.
+    The sweep's name becomes that version's alias; whether `best` does, `decide_alias` tells.
 
     Args:
         store: of the sweep's jobs.
@@ -144,44 +134,33 @@ def register_best(
         promote: move `best` in any case.
 
     Returns:
-        What was done, in a sentence; empty if no run has a score.
+        None if no run has a score, or the best one has no MLflow run.
     """
-    comparison = load_comparison([sweep], resamples=0)
-    rows = max(comparison.evaluation_sets, key=lambda s: len(s.settings), default=None)
-    if rows is None or rows.best is None:
-        return ""
-    run = max(rows.best.runs, key=lambda r: r.fit.val_scores[RANKING_METRIC] or 0.0)
-    run_id = run.paths.read_tracking().mlflow_run
-    if run_id is None or run.predictions is None:
-        return ""
-    score = run.predictions.metrics[RANKING_METRIC]
-    tags = {
-        "ich.sweep": comparison.name,
-        "ich.job": run.name,
-        "ich.rows": rows.fingerprint,
-        "ich.auc": f"{score:.6f}",
-    }
-    version = store.register(run_id, tags)
-    store.alias(alias_for(tags["ich.sweep"]), version)
+    best = best_run(load_comparison([sweep], resamples=0))
+    run_id = best.paths.read_tracking().mlflow_run if best else None
+    if best is None or run_id is None:
+        return None
+    version = store.register(run_id, best.tags.write())
+    store.set_alias(alias_for(best.tags.sweep), version)
     if parent:
-        store.tag(parent, "ich.best_job", run.name)
-        kept = {f"best/{k}": run.predictions.metrics[k] for k in COMPARED_METRICS}
-        if (
-            store.metrics(parent).get(f"best/{RANKING_METRIC}") != kept[f"best/{RANKING_METRIC}"]
-        ):  # a job was added
-            steps = store.logged_steps(parent, f"best/{RANKING_METRIC}")
-            store.log_metrics(parent, dict(kept), len(steps), time.time())
-    now = store.tags_of_alias(BEST)
-    same = now.get("ich.rows") == rows.fingerprint
-    if not (promote or not now or (same and score >= float(now.get("ich.auc", "inf")))):
-        why = "scores higher on the same rows" if same else "was scored on other rows"
-        return (
-            f"{run.name} is version {version} of the model {MODEL}. The alias {BEST} stays with "
-            f"{now.get('ich.sweep')}/{now.get('ich.job')}, which {why}; python -m ich.report "
-            f"{sweep.root} --promote moves it."
-        )
-    store.alias(BEST, version)
-    return f"{run.name} is version {version} of the model {MODEL}, and its alias {BEST}."
+        _tag_sweep_run(store, parent, best)
+    tags = store.tags_of_alias(BEST)
+    present = VersionTags.read(tags) if tags else None
+    move = decide_alias(best.tags, present, promote)
+    if move is AliasMove.moved:
+        store.set_alias(BEST, version)
+    return Registration(best.tags, version, present, move, sweep.root)
+
+
+def _tag_sweep_run(store: MlflowStore, parent: str, best: Candidate) -> None:
+    """Gives a sweep's MLflow run the name and the scores of its best run."""
+    store.tag(parent, "ich.best_job", best.tags.job)
+    scores: dict[str, float | None] = {f"best/{k}": best.metrics[k] for k in COMPARED_METRICS}
+    key = f"best/{RANKING_METRIC}"
+    # A sweep that is given again has the same best; one with more jobs may have another, which
+    # is a further step of the same metric.
+    if store.metrics(parent).get(key) != scores[key]:
+        store.log_metrics(parent, scores, len(store.logged_steps(parent, key)), time.time())
 
 
 def promote(sweep: SweepPaths) -> str:
@@ -199,17 +178,28 @@ def promote(sweep: SweepPaths) -> str:
         )
     try:
         store = MlflowStore(configs[0].tracking)
-        said = register_best(store, sweep, record.mlflow_run, promote=True)
+        registered = register_best(store, sweep, record.mlflow_run, promote=True)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"MLflow cannot be used: {one_line(error)}") from None
-    if not said:
+    if registered is None:
         raise UserError(
             f"no run of {sweep.root} has finished with a score and a copy in MLflow, so there is "
             f"nothing to promote. Give the sweep's command again to finish it."
         )
-    return said
+    return registered.describe()
+
+
+def alias_for(name: str) -> str:
+    """A sweep's name as an alias: MLflow takes letters, digits, `_` and `-`, and keeps `latest` and
+    `v1`, `v2`, ... to itself."""
+    alias = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    reserved = alias.lower() in ("latest", BEST) or re.fullmatch(r"[vV]\d+", alias)
+    return f"sweep-{alias}" if reserved else alias
+
+
+# --- Weights by an MLflow name -------------------------------------------------------------------
 
 
 def is_mlflow_name(name: str) -> bool:
@@ -227,7 +217,7 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
     Raises:
         UserError: there is no such run or model, it holds no weights, or MLflow cannot be used.
     """
-    uri, _ = locations(cfg)
+    uri, _ = resolve_locations(cfg)
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():  # MLflow would make one
         raise UserError(
@@ -252,22 +242,3 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
             f"its sweep's command again, or take another run."
         )
     return weights, run
-
-
-def alias_for(name: str) -> str:
-    """A sweep's name as an alias: MLflow takes letters, digits, `_` and `-`, and keeps `latest` and
-    `v1`, `v2`, ... to itself."""
-    alias = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-    reserved = alias.lower() in ("latest", BEST) or re.fullmatch(r"[vV]\d+", alias)
-    return f"sweep-{alias}" if reserved else alias
-
-
-def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
-    known = run.read_tracking()
-    whole = known.complete and known.mlflow_run and store.exists(known.mlflow_run)
-    if not whole and run.config.exists():
-        RunMirror(load_config(run.config), run, parent).push()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,27 +1,17 @@
-"""Metrics go to `metrics.jsonl` first and to MLflow after: the files are the truth, MLflow a view.
-
-A sweep is a parent run and each job a nested run. A job's MLflow run is a copy of its folder, made
-by a thread that the training never waits for; the copy can be made again at any time, and adds only
-what is missing. So MLflow may be slow, locked, full or gone: what it missed is there when the sweep
-ends, or when the same command is given again.
-"""
+"""One MLflow store: its calls, its limits and its quirks. It knows nothing of sweeps and jobs."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from ich.base.config import Config, TrackingConfig, UserError
+from ich.base.config import TrackingConfig, UserError
 from ich.base.files import lock
-from ich.base.records import FitResult, Scores
-from ich.base.results import RunPaths
+from ich.base.records import Scores
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +21,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 _PARAM_LIMIT = 6000  # of MLflow, characters
 _CUT = " ... cut here, whole in config.yaml"
-MODEL_FOLDER, _SERVER = (
-    "model",
-    "ich.serving",
-)  # the model among a run's artifacts, and who loads it
+MODEL_FOLDER = "model"  # the served model among a run's artifacts
 WEIGHTS_IN_RUN = Path(MODEL_FOLDER, "data", "best.safetensors")  # MLflow's layout
-_SERVED_WITH = ("torch", "timm", "safetensors", "pydicom", "numpy")
 MODEL, BEST = "ich", "best"  # in MLflow's registry: the model's name, and the alias of its best
 
 
@@ -48,7 +34,7 @@ class MlflowStore:
     """
 
     def __init__(self, cfg: TrackingConfig):
-        self.uri, artifacts = locations(cfg)
+        self.uri, artifacts = resolve_locations(cfg)
         _require_sqlite(self.uri)
         from mlflow import MlflowClient
 
@@ -58,10 +44,10 @@ class MlflowStore:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         with _creation_lock(self.uri):
             self.client = MlflowClient(self.uri)
-            found = self.client.get_experiment_by_name(cfg.experiment)
+            experiment = self.client.get_experiment_by_name(cfg.experiment)
             self.experiment_id = (
-                found.experiment_id
-                if found
+                experiment.experiment_id
+                if experiment
                 else self.client.create_experiment(cfg.experiment, artifacts)
             )
 
@@ -136,19 +122,18 @@ class MlflowStore:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = self.client.search_model_versions(f"name = '{MODEL}' and run_id = '{run_id}'")
-        if found:
-            version = str(found[0].version)
+        versions = self.client.search_model_versions(f"name = '{MODEL}' and run_id = '{run_id}'")
+        if versions:
+            version = str(versions[0].version)
             for key, value in tags.items():
                 self.client.set_model_version_tag(MODEL, version, key, value)
             return version
         source = self.client.get_run(run_id).info.artifact_uri
         if self.client.list_artifacts(run_id, MODEL_FOLDER):
             source = f"{source}/{MODEL_FOLDER}"
-        made = self.client.create_model_version(MODEL, source, run_id, tags=tags)
-        return str(made.version)
+        return str(self.client.create_model_version(MODEL, source, run_id, tags=tags).version)
 
-    def alias(self, name: str, version: str) -> None:
+    def set_alias(self, name: str, version: str) -> None:
         """Names a version of the model `ich`; another that had the name loses it."""
         self.client.set_registered_model_alias(MODEL, name, version)
 
@@ -167,12 +152,12 @@ class MlflowStore:
         """The artifacts of a run, or of the run that a registered model's version came from."""
         run_id = name.removeprefix("runs:/").partition("/")[0]
         if name.startswith("models:/"):
-            model, at, alias = name.removeprefix("models:/").partition("@")
-            if at:
-                found = self.client.get_model_version_by_alias(model, alias)
+            model, separator, alias = name.removeprefix("models:/").partition("@")
+            if separator:
+                version = self.client.get_model_version_by_alias(model, alias)
             else:
-                found = self.client.get_model_version(*model.split("/", 1))
-            run_id = found.run_id
+                version = self.client.get_model_version(*model.split("/", 1))
+            run_id = version.run_id
         return Path(self.client.download_artifacts(run_id, ""))
 
     def end(self, run_id: str, status: str) -> None:
@@ -186,82 +171,12 @@ class MlflowStore:
             self.end(run.info.run_id, status)
 
 
-def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
-    """A run's best weights as a model that `mlflow models serve` can serve; without pickle or code.
-
-    Args:
-        run: one that has weights.
-        folder: made here.
-
-    Returns:
-        The folder; or the weights as they are, if an earlier version of ich wrote them.
-    """
-    from ich.base.metadata import read_metadata
-
-    try:
-        metadata = read_metadata(run.best)
-    except UserError:
-        return run.best
-    # The README has the examples that MLflow would warn are missing.
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mlflow import pyfunc
-
-        pyfunc.save_model(
-            folder,
-            loader_module=_SERVER,
-            data_path=str(run.best),
-            signature=_signature(metadata.labels),
-            # Not ich itself: on a package index, that name may be anybody's.
-            pip_requirements=[f"{name}=={version(name)}" for name in _SERVED_WITH],
-            metadata={"ich": metadata.to_json()},
-        )
-    return folder
-
-
-def _signature(labels: Sequence[str]) -> Any:
-    """A row is one slice: a DICOM file in base64, or HU as rows of pixels."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
-
-    given = [
-        ColSpec(DataType.string, "dicom", required=False),
-        ColSpec(Array(Array(DataType.long)), "hu", required=False),
-    ]
-    found = [ColSpec(DataType.double, k, required=False) for k in labels]
-    texts = [ColSpec(DataType.string, k) for k in ("positive", "reason")]
-    return ModelSignature(Schema(given), Schema([*found, *texts]))
-
-
-def run_tags(config: Config) -> dict[str, str]:
-    """What a run is found by in the UI."""
-    return {
-        "ich.kind": "job",
-        "ich.sweep": config.name,
-        "ich.job": config.job,
-        "ich.model": config.model.name,
-        "ich.protocol": config.protocol.name.value,
-        "ich.data": config.data.source.value,
-    }
-
-
-def summary_metrics(fit: FitResult) -> dict[str, float | None]:
-    """A finished run's numbers: what its weights score, and what its cohort leaks."""
-    scores = {k: v for k, v in fit.scores.items() if k.startswith(("accuracy", "auc"))}
-    validation = {f"val_{k}": v for k, v in fit.val_scores.items()}
-    plain = ("auc_top", "best_epoch", "minutes", "images_per_s", "params")
-    best = {**scores, **validation, **{k: getattr(fit, k) for k in plain}}
-    leak = {f"data/leak_{k}": v for k, v in fit.cohort.leak.items()}
-    return {**{f"best/{k}": v for k, v in best.items()}, **leak}
-
-
 def one_line(error: Exception) -> str:
+    """What an error says, short enough for a warning: MLflow's go on for pages."""
     return " ".join(str(error).split())[:300]
 
 
-def locations(cfg: TrackingConfig) -> tuple[str, str | None]:
+def resolve_locations(cfg: TrackingConfig) -> tuple[str, str | None]:
     """Tracking URI and artifact folder; absolute, since the UI may run elsewhere."""
     here = Path.cwd()
     uri = cfg.uri or f"sqlite:///{here / 'mlflow.db'}"

@@ -21,8 +21,8 @@ from ich.base.records import FINISHED, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror, RunMirror
-from ich.tracking.registry import check_tracking, close_sweep_run, open_sweep_run
 from ich.tracking.store import MlflowStore
+from ich.tracking.sweep_run import check_tracking, close_sweep_run, open_sweep_run
 
 
 @pytest.fixture

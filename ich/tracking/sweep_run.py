@@ -1,0 +1,133 @@
+"""A sweep's MLflow run, the parent of its jobs' runs: opened at its start, completed at its end.
+
+It knows when MLflow is asked for something; what a job's copy consists of is the mirror's, and what
+becomes of the best run the registry's.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ich.base.config import Config, UserError, load_config, to_dataclass
+from ich.base.results import RunPaths, SweepPaths
+from ich.tracking.mirror import RunMirror, run_tags
+from ich.tracking.registry import register_best
+from ich.tracking.store import MlflowStore, one_line
+
+log = logging.getLogger(__name__)
+
+
+def check_tracking(config: Config) -> None:
+    """Opens the tracking store before anything is spent or written for a sweep.
+
+    Nothing is lost yet, so what cannot be used is refused here; only a database that is locked for
+    the moment is not worth a refusal, and everything is copied to it when the sweep ends.
+
+    Raises:
+        UserError: MLflow cannot be used.
+    """
+    if not config.tracking.mlflow:
+        return
+    try:
+        MlflowStore(config.tracking)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = one_line(error)
+        if "database is locked" not in reason:
+            raise UserError(
+                f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start "
+                f"the server, leave tracking.uri null for a database in this folder, or use "
+                f"tracking=none."
+            ) from None
+
+
+def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
+    """The sweep's MLflow run: the one of an earlier launch in this folder, or a new one."""
+    if not config.tracking.mlflow:
+        return None
+    earlier = sweep.read_record().mlflow_run
+    try:
+        return _open_parent(MlflowStore(config.tracking), config, earlier)
+    except Exception as error:
+        log.warning(
+            "MLflow cannot be used now (%s); it gets its copy when the sweep ends",
+            one_line(error),
+        )
+        return earlier
+
+
+def _open_parent(store: MlflowStore, config: Config, earlier: str | None) -> str:
+    if earlier and store.exists(earlier):
+        store.reopen(earlier)
+        # The folder is locked, so what a killed sweep left RUNNING runs no more.
+        store.end_running_children(earlier, "KILLED")
+        return earlier
+    tags = {k: v for k, v in run_tags(config).items() if k not in ("ich.job", "ich.model")}
+    return store.open_run(config.name, {**tags, "ich.kind": "sweep"})
+
+
+def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None) -> None:
+    """Copies what MLflow missed of the sweep's jobs, keeps the table with the sweep, and ends it.
+
+    In a process of its own: MLflow keeps connections to a database even when that has been deleted
+    and made anew, and a server that hangs must not keep whoever pressed Ctrl-C waiting.
+
+    Args:
+        sweep: its folder.
+        status: FINISHED, FAILED or KILLED.
+        seconds: how long it may take; what is missing then is copied after the next launch.
+    """
+    if not any(c["tracking"]["mlflow"] for c in sweep.read_record().configs.values()):
+        return
+    command = [sys.executable, "-m", "ich.tracking.sweep_run", str(sweep.root), status]
+    try:
+        subprocess.run(command, timeout=seconds, start_new_session=True, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        log.warning("MLflow is slow or away; the next launch copies what it misses")
+
+
+def main() -> None:
+    """`python -m ich.tracking.sweep_run SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
+    sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
+    record = sweep.read_record()
+    config = to_dataclass(next(iter(record.configs.values())))
+    try:
+        store = MlflowStore(config.tracking)
+        parent = record.mlflow_run
+        if not (parent and store.exists(parent)):
+            parent = _open_parent(store, config, None)
+            sweep.write_record(replace(record, mlflow_run=parent))
+        for job in record.jobs:
+            _catch_up(store, sweep.run(job), parent)
+        store.end_running_children(parent, "KILLED")
+        data_reports = [sweep.data(key) for key in record.cohorts]
+        tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)
+        for path in (*tables, sweep.record, sweep.figures, *data_reports):
+            if path.exists():
+                store.log_artifact(parent, path)
+        store.tag(parent, "ich.cohort", ", ".join(record.cohorts))
+        store.end(parent, status)  # first: what follows may fail
+        if status != "KILLED" and (registered := register_best(store, sweep, parent)):
+            print(f"MLflow: {registered.describe()}")
+    except Exception as error:
+        log.warning(
+            "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
+            "them to MLflow once it can",
+            one_line(error),
+        )
+
+
+def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
+    copy = run.read_tracking()
+    complete = copy.complete and copy.mlflow_run and store.exists(copy.mlflow_run)
+    if not complete and run.config.exists():
+        RunMirror(load_config(run.config), run, parent).push()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The registered model: which version has the alias `best`."""
+
+from __future__ import annotations
+
+import pytest
+
+from ich.tracking.registry import AliasMove, VersionTags, decide_alias
+
+PRESENT = VersionTags("demo", "vgg16", "a1b2", 0.9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "auc", "promote", "move"),
+    [
+        ("a1b2", 0.91, False, AliasMove.moved),
+        ("a1b2", 0.9, False, AliasMove.moved),  # the same run again
+        ("a1b2", 0.89, False, AliasMove.lower),
+        ("a1b2", 0.89, True, AliasMove.moved),
+        ("c3d4", 0.99, False, AliasMove.incomparable),
+        ("c3d4", 0.5, True, AliasMove.moved),
+    ],
+)
+def test_the_alias_best_moves_to_what_is_no_worse_on_the_same_rows(
+    rows: str, auc: float, promote: bool, move: AliasMove
+) -> None:
+    new = VersionTags("other", "xception", rows, auc)
+    assert decide_alias(new, PRESENT, promote) is move
+    assert decide_alias(new, None, promote) is AliasMove.moved
+
+
+def test_a_version_without_tags_is_not_taken_for_a_worse_one() -> None:
+    unknown = VersionTags.read({})
+    assert decide_alias(PRESENT, unknown, promote=False) is AliasMove.incomparable
+    assert VersionTags.read(PRESENT.write()) == PRESENT
