@@ -16,11 +16,12 @@ from mlflow import MlflowClient
 
 from ich.base.config import Config, UserError
 from ich.base.results import SweepPaths
+from ich.pages.columns import best_cells
 from ich.pages.description import without_paths
 from ich.pages.figures import pareto_front
 from ich.pages.hardest_cases import hardest
 from ich.pages.page import Cell, Ranking, Row, to_html, to_markdown
-from ich.pages.tables import best_cells, compare
+from ich.pages.tables import compare
 from ich.report import main
 from ich.scoring.comparison import RANKING_METRIC, load_comparison
 from ich.scoring.effects import effects
