@@ -1,8 +1,4 @@
-"""Finished runs -> the comparison: table (CSV, Markdown, LaTeX, terminal), figures and report.html.
-
-`python -m ich.report multirun_reports/<name>` makes it again, from the files alone; several folders
-and `-o DIR` compare several sweeps.
-"""
+"""The comparison as files and at the terminal: from a sweep's folder to its tables and its page."""
 
 from __future__ import annotations
 

@@ -258,11 +258,12 @@ def _evaluation_sets(runs: Sequence[Run], resamples: int) -> list[EvaluationSet]
 
 def _setting_key(run: Run) -> str:
     """Equal for runs that differ in their seed alone: by their configs, since names are cut."""
-    if run.config is None:
+    if run.config is None:  # it is gone: the name is all there is
         return run.setting
     values = OmegaConf.to_container(run.config)
     assert isinstance(values, dict)
     kept = {str(k): v for k, v in values.items() if k not in _NOT_OF_A_SETTING}
+    # Two sweeps that are compared may hold the same setting: they are not each other's seeds.
     sweep = run.name.rpartition("/")[0]
     return json.dumps([sweep, kept], sort_keys=True, default=str)
 
@@ -278,6 +279,7 @@ def _resample(settings: Sequence[SettingResult], resamples: int) -> None:
     remaining = iter(replicates)
     for number, setting in enumerate(settings):
         per_seed = [next(remaining) for _ in setting.runs]
+        # Of each setting its own: seed 1 of one network and seed 1 of another are no pair.
         rng = np.random.default_rng(number)
         drawn = rng.integers(0, len(per_seed), (len(per_seed), resamples))
         # Metrics per study are missing for a run of an earlier version, which kept no studies.

@@ -44,7 +44,7 @@ def _effects_of(factor: str, settings: Sequence[SettingResult], metric: str) -> 
             levels.setdefault(level, {})[rest] = setting
     if len(levels) < 2:
         return
-    first, *others = levels
+    first, *others = levels  # in the order of the sweep: what was named first is the reference
     for level in others:
         pairs = [(levels[level][k], levels[first][k]) for k in levels[level] if k in levels[first]]
         if not pairs:

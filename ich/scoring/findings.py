@@ -206,6 +206,7 @@ def imagenet_trend(
     top1 = np.array([REPORT_TABLE_1[name][0] for name in networks])
     column = REPORT_METRICS.index(metric)
     resampled = np.stack([replicates[name] for name in networks])
+    # A resample in which one network has no score ranks nothing.
     defined = np.isfinite(resampled).all(0)
     return Trend(
         n=len(networks),

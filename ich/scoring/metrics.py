@@ -32,6 +32,7 @@ def multilabel_metrics(
     per_label = {f"auc_{k}": auc(logits[:, i], target[:, i]) for i, k in enumerate(labels)}
     defined = [v for v in per_label.values() if not np.isnan(v)]
     right = (logits > 0) == (target > 0.5)
+    # NaN > 0 is false: without the check, a network that diverged would pass for "no bleed".
     return {
         "log_loss": log_loss(logits, target),
         "accuracy": float(right.mean()) if np.isfinite(logits).all() else float("nan"),
@@ -60,7 +61,7 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
     n = len(target) - p
     if p == 0 or n == 0 or np.isnan(score).any():
         return float("nan")
-    rank_sum = float(rankdata(score)[positive].sum())
+    rank_sum = float(rankdata(score)[positive].sum())  # ties share their mean rank
     return (rank_sum - p * (p + 1) / 2) / (p * n)
 
 
@@ -222,7 +223,9 @@ def calibration_error(probability: np.ndarray, target: np.ndarray, bins: int = 1
     mean distance of a bin's mean probability from its share of positives, weighted by its size."""
     if not len(probability) or np.isnan(probability).any():
         return float("nan")
+    # A probability of 1 belongs to the last bin, not to one of its own.
     index = np.minimum((probability * bins).astype(int), bins - 1)
+    # Summed over a bin, p - y is its size times the distance of the two means.
     gap = np.bincount(index, probability - target, minlength=bins)
     return float(np.abs(gap).sum() / len(probability))
 

@@ -61,6 +61,7 @@ class Predictions:
     @cached_property
     def fingerprint(self) -> str:
         """Of the rows that were scored: runs that share it can be compared pairwise."""
+        # With targets and patients: the same images with other labels are other rows.
         digest = hashlib.sha256(repr(self.scored.labels).encode())
         for array in (self.scored.target, self.scored.group, self.image_id.astype("U")):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -101,6 +102,7 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
         split: whose rows; None for those that are scored, of the test set if there is one.
     """
     try:
+        # Opened here, since numpy leaves a damaged file open.
         with run.predictions.open("rb") as handle, np.load(handle) as file:
             arrays = {name: file[name] for name in file.files}
         return _from_arrays(arrays, split)

@@ -73,6 +73,7 @@ UNDEFINED = Interval(float("nan"), float("nan"))
 
 def draw_counts(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
     """How often each group stands in each resample, float32 [G, R]; each column sums to G."""
+    # The seed is fixed: a report that is made again is the same to the byte.
     rng = np.random.default_rng(seed)
     counts = np.empty((groups, resamples), np.float32)
     for r in range(resamples):
@@ -99,6 +100,7 @@ def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
         for i, label in enumerate(scored.labels)
     }
     rows = np.repeat(scored.group, len(scored.labels))
+    # The micro-averaged AUC pools the L decisions of a row; they stay in its patient.
     pooled = _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows, groups)
     parts = []
     for start in range(0, counts.shape[1], _AT_ONCE):
@@ -224,5 +226,6 @@ def group_rows(patient: np.ndarray, image_id: np.ndarray) -> tuple[np.ndarray, s
     """
     _, image = np.unique(image_id, return_inverse=True)
     known = patient >= 0
+    # Images have numbers below zero here, which no patient has.
     _, group = np.unique(np.where(known, patient, -1 - image), return_inverse=True)
     return group.astype(np.int64), "patients" if known.any() else "images"
