@@ -24,7 +24,7 @@ from ich.pages.page import Cell, Ranking, Row, to_html, to_markdown
 from ich.pages.tables import compare
 from ich.report import main
 from ich.scoring.comparison import RANKING_METRIC, load_comparison
-from ich.scoring.effects import effects
+from ich.scoring.effects import compute_effects
 from ich.scoring.findings import (
     FAILS,
     FINDINGS,
@@ -132,7 +132,7 @@ def test_a_sweep_over_settings_says_what_each_is_worth(tmp_path: Path, composed:
     jobs = {f"{m},loss={k}": v for m in ("xception", "vgg16") for k, v in worth.items()}
     comparison = load_comparison([write_sweep(tmp_path / "loss", jobs, composed)], 500)
     assert set(comparison.factors()) == {"model", "loss"}
-    found = {(e.factor, e.level): e for e in effects(comparison)}
+    found = {(e.factor, e.level): e for e in compute_effects(comparison)}
     assert found[("loss", "focal")].interval.contains_zero
     worse = found[("loss", "weighted_bce")]
     assert worse.against == "bce"
@@ -435,7 +435,7 @@ def test_two_ablations_together_keep_each_its_effects(tmp_path: Path, composed: 
         tmp_path / "b", {"xception,loss=bce": 1.6, "xception,loss=focal": 1.0}, composed
     )
     for pair in ((a, b), (b, a)):
-        found = {e.factor for e in effects(load_comparison(pair, 50))}
+        found = {e.factor for e in compute_effects(load_comparison(pair, 50))}
         assert {"augment", "loss"} <= found
 
 

@@ -25,7 +25,7 @@ from ich.scoring.comparison import (
     Comparison,
     EvaluationSet,
 )
-from ich.scoring.effects import effects
+from ich.scoring.effects import compute_effects
 from ich.scoring.uncertainty import Interval
 
 
@@ -114,7 +114,7 @@ def _effects(comparison: Comparison) -> list[Block]:
                 "95 % interval": interval_text(e.interval, "+.4f"),
                 "verdict": _verdict(e.interval),
             }
-            for e in effects(comparison, metric)
+            for e in compute_effects(comparison, metric)
         ]
         if lines:
             caption = (

@@ -29,7 +29,7 @@ class Effect:
     interval: Interval
 
 
-def effects(comparison: Comparison, metric: str = RANKING_METRIC) -> Iterator[Effect]:
+def compute_effects(comparison: Comparison, metric: str = RANKING_METRIC) -> Iterator[Effect]:
     """The worth of each level of each varied factor, where settings can be paired."""
     for factor in comparison.factors():
         for rows in comparison.evaluation_sets:
