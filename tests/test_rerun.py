@@ -23,7 +23,7 @@ from ich.base.files import write_json
 from ich.base.processes import lock_run
 from ich.base.records import FAILED, FINISHED, KILLED, Hardware, Origin, Provenance, RunResult
 from ich.base.results import RunPaths, SweepPaths
-from ich.launch.rerun import Original, changes, rerun_config, restoring
+from ich.launch.rerun import Original, list_changes, rerun_config, restore_commands
 from ich.rerun import main
 from ich.scoring.verdict import Outcome, compare_runs, describe
 
@@ -405,11 +405,11 @@ def original(composed: Callable[..., Config], tmp_path: Path) -> Original:
 
 
 def test_each_change_of_packages_hardware_and_threads_is_a_sentence(original: Original) -> None:
-    now = original.made_with
-    assert changes(original, now, "CPU, 4 threads") == []
+    now = original.provenance
+    assert list_changes(original, now, "CPU, 4 threads") == []
     hardware = Hardware("a chip", cores=1, gpus=("a GPU, 8 GB",))
     now = Provenance("x", versions={"torch": "2.7", "scipy": "1.11"}, hardware=hardware)
-    assert changes(original, now, "a GPU") == [
+    assert list_changes(original, now, "a GPU") == [
         "torch: 2.6 then, 2.7 now.",
         "timm: 1.0 then, none now.",
         "scipy: none then, 1.11 now.",
@@ -418,12 +418,12 @@ def test_each_change_of_packages_hardware_and_threads_is_a_sentence(original: Or
         "gpus: none then, a GPU, 8 GB now.",
         "threads: 2 as then, on 1 cores: slower, but the same sums.",
     ]
-    older = replace(original, fit=FIT, made_with=Provenance())
-    code, packages, threads = changes(older, replace(now, code="y"), "CPU, 2 threads")
+    older = replace(original, fit=FIT, provenance=Provenance())
+    code, packages, threads = list_changes(older, replace(now, code="y"), "CPU, 2 threads")
     assert code == "code of ich: x then, y now; it was version unknown, of no recorded commit."
     assert "not recorded" in packages
     assert "threads: not recorded as a number (CPU, 2 threads)" in threads
-    assert restoring(older) is None
+    assert restore_commands(older) is None
 
 
 def test_the_rerun_has_the_runs_threads_and_no_mlflow(original: Original) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from hydra.errors import CompactHydraException
 
 from ich.base.config import UserError, register_schemas
-from ich.base.terminal import harmless
+from ich.base.terminal import printable
 
 _received: list[int] = []  # signals that ended this process
 
@@ -39,7 +39,7 @@ def without_traceback() -> Iterator[None]:
         if not isinstance(error, UserError | OSError):
             raise
         what = "" if isinstance(error, UserError) else "a folder or file cannot be used: "
-        raise CompactHydraException(harmless(f"ich: {what}{error}")) from None
+        raise CompactHydraException(printable(f"ich: {what}{error}")) from None
 
 
 def run_hydra(command: Callable[[], object]) -> None:

@@ -28,7 +28,7 @@ def write_json(path: Path, value: Any, sync: bool = True) -> None:
     with part.open("w") as file:
         json.dump(_finite(value), file, indent=1, allow_nan=False)
         file.flush()
-        if sync:
+        if sync:  # a rename can be on disk before the data it names
             os.fsync(file.fileno())
     part.rename(path)
 
@@ -47,5 +47,5 @@ def _finite(value: Any) -> Any:
 def lock(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file; whoever comes second waits."""
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_EX)  # until the file is closed, or its process is dead
         yield

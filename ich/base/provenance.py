@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -24,7 +25,7 @@ _PACKAGES = (
 )
 
 
-@lru_cache
+@lru_cache  # of the code as it was loaded, though somebody edits it while a sweep runs
 def code_version(package: Path = _PACKAGE) -> str:
     """A fingerprint of the package's own modules, 12 hex digits: what tells other code apart.
 
@@ -44,6 +45,7 @@ def git_state(package: Path = _PACKAGE) -> GitState | None:
     None for an installed package, and where git is absent or does not answer.
     """
     commit = _git(package, "rev-parse", "HEAD")
+    # An environment may lie within the checkout of something else, which does not track it.
     if not commit or not _git(package, "ls-files", "--", "."):
         return None
     changed = _git(package, "status", "--porcelain", "--", ".")
@@ -55,12 +57,14 @@ def git_diff(package: Path = _PACKAGE) -> str:
     1 MB, empty for none."""
     if git_state(package) is None:
         return ""
+    # Whatever the user's git is set to: `git apply` must take it.
     plain = ("--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/")
     text = _git(package, "diff", *plain, "HEAD", "--", ".")
     root = Path(_git(package, "rev-parse", "--show-toplevel").removesuffix("\n"))
     new = _git(package, "ls-files", "--others", "--exclude-standard", "--full-name", "--", ".")
     for name in new.splitlines():
         path = root / name
+        # Code and configuration alone: whatever else lies there may be large, or nobody's business.
         if path.is_file() and path.suffix in (".py", ".yaml"):
             text += _as_patch(name, path.read_bytes().decode(errors="replace"))
     return text if len(text) <= _MAX_DIFF else f"{text[:_MAX_DIFF]}\n... cut at 1 MB\n"
@@ -85,6 +89,7 @@ def _git(folder: Path, *args: str) -> str:
             capture_output=True,
             timeout=_GIT_SECONDS,
             check=True,
+            # `git status` would otherwise refresh the index, which someone may be committing.
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )
     except (OSError, subprocess.SubprocessError):
@@ -94,13 +99,11 @@ def _git(folder: Path, *args: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def hardware() -> Hardware:
@@ -117,9 +120,9 @@ def hardware() -> Hardware:
 
 def processor(gpu: bool = False) -> str:
     """The name of this machine's processor, or of its first GPU if asked for and there is one."""
-    if gpu and (found := _gpus()):
-        return found[0]
-    try:
+    if gpu and (gpus := _gpus()):
+        return gpus[0]
+    try:  # on Linux `platform.processor` is empty or names the architecture alone
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -129,6 +132,7 @@ def processor(gpu: bool = False) -> str:
 
 
 def _gpus() -> list[str]:
+    # Not by torch, which takes seconds to import.
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, check=True)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 def _known(kind: type[T], values: Json) -> Json:
     """The entries that are fields of a dataclass."""
+    # A key of a later version must not keep this one from reading the rest.
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     return {k: v for k, v in values.items() if k in names}
 
@@ -63,6 +64,7 @@ class Origin:
         return cls(**texts, mode=ComputeMode.from_json(values.get("mode")))
 
     def to_json(self) -> Json:
+        # What is not known is left out, as before its mode is settled, and not written as empty.
         return {k: v for k, v in asdict(self).items() if v}
 
 
@@ -135,6 +137,7 @@ class Provenance:
         )
 
     def to_json(self) -> Json:
+        # An empty object, not null, says in all versions that something is not known.
         return {k: v if v is not None else {} for k, v in asdict(self).items()}
 
 
@@ -225,6 +228,8 @@ class FitResult:
     answering "no bleed" to every scored row would score.
     """
 
+    # In the order of the file. By keyword only, so that those with a default, which earlier
+    # versions did not write, need not stand last.
     scores: Scores
     val_scores: Scores
     best_epoch: int
@@ -251,6 +256,7 @@ class FitResult:
             TypeError, KeyError, AttributeError: it lacks what every version has written.
         """
         own, validation = _known(cls, values), "val_"
+        # The rest are also texts, as the job's name, or the MLflow run in the first version.
         numbers = {k: v for k, v in values.items() if v is None or isinstance(v, int | float)}
         scores = {k: v for k, v in numbers.items() if k not in own}
         return cls(
@@ -294,6 +300,7 @@ class RunResult:
         Raises:
             TypeError, KeyError, AttributeError: it lacks what every version has written.
         """
+        # Numbers beside another status are of no finished training, whatever they look like.
         fit = FitResult.from_json(values) if values["status"] == FINISHED else None
         return cls(**_texts(values, "status", "reason", "job", "model"), fit=fit)
 

@@ -1,4 +1,7 @@
-"""Files of a sweep and of its runs: the one owner of every file name, their reader and writer."""
+"""Folders of a sweep and of its runs: the one place that names their files, reads and writes them.
+
+What the JSON files say is in `ich.base.records`.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ class RunPaths:
         write_json(self.result, result.to_json())
 
     def read_metrics(self) -> list[EpochMetrics]:
-        """The journal, a line per epoch. A last line cut off by a crash is left out."""
+        """The journal, a line per epoch."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines()
@@ -136,12 +139,13 @@ class RunPaths:
 
     def state(self, config: Config, origin: Origin) -> State:
         """What starting this job would do, judged by what the folder holds."""
-        if not self._holds(config, origin):
+        if not self._is_of(config, origin):
             return State.new
         result = self.read_result()
+        # A result alone is not enough: the weights may have been deleted.
         if result.is_finished and self.best.exists():
             return State.done
-        if result.status == FAILED:
+        if result.status == FAILED:  # maybe for the machine's sake: a full disk, others' memory
             return State.retry
         return State.resume if self.has_checkpoint() else State.new
 
@@ -149,10 +153,12 @@ class RunPaths:
         """Whether a training could go on from here; a damaged checkpoint counts."""
         return any(self.root.glob("checkpoint-*.ich"))
 
-    def _holds(self, config: Config, origin: Origin) -> bool:
+    def _is_of(self, config: Config, origin: Origin) -> bool:
         """Whether the folder is of this very training, whatever became of it."""
-        began = self.read_origin()
-        if (began.cohort, began.weights) != (origin.cohort, origin.weights):
+        # Not by the code: a sweep whose code was changed goes on, and says so. `name=NEW` runs all
+        # of it with the code of now.
+        recorded = self.read_origin()
+        if (recorded.cohort, recorded.weights) != (origin.cohort, origin.weights):
             return False
         try:
             return identity(load_config(self.config)) == identity(config)
@@ -185,18 +191,18 @@ class RunPaths:
 
         What takes its place is told which MLflow run is out of date.
         """
-        if not (self.config.exists() or self.result.exists()):
+        if not (self.config.exists() or self.result.exists()):  # a lock or a log at most
             return
-        earlier = self.read_tracking().mlflow_run
-        shelf = self.root.parent / "superseded"
-        shelf.mkdir(exist_ok=True)
+        mlflow_run = self.read_tracking().mlflow_run
+        folder = self.root.parent / "superseded"
+        folder.mkdir(exist_ok=True)
         n = 1
-        while (shelf / f"{self.root.name}.{n}").exists():
+        while (folder / f"{self.root.name}.{n}").exists():
             n += 1
-        shutil.move(self.root, shelf / f"{self.root.name}.{n}")
+        shutil.move(self.root, folder / f"{self.root.name}.{n}")
         self.root.mkdir()
-        if earlier:
-            self.write_tracking(TrackingState(supersedes=earlier))
+        if mlflow_run:
+            self.write_tracking(TrackingState(supersedes=mlflow_run))
 
 
 @dataclass(frozen=True)
@@ -255,8 +261,13 @@ class SweepPaths:
         """Says which failure stopped the latest launch; absent if none did."""
         return self.root / "stopped.json"
 
+    def stop_after(self, job: str) -> None:
+        """Keeps the launch's other jobs from starting, since this one failed."""
+        write_json(self.stopped, {"job": job})
+
     def interrupt(self) -> None:
         """Tells jobs that run or wait elsewhere that the launch was interrupted."""
+        # No signal reaches another machine, but the folder is on a file system that both share.
         write_json(self.stopped, {"interrupted": True})
 
     def is_interrupted(self) -> bool:
@@ -274,6 +285,7 @@ class SweepPaths:
         reason = f"not started: sweep.on_failure=stop, and {stopped} failed" if stopped else ""
         results = []
         for job in self.read_record().jobs:
+            # By the folder: what fails before it trains may not have written its name.
             result = replace(self.run(job).read_result(), job=job)
             not_started = result.status == NOT_STARTED
             results.append(replace(result, reason=reason) if not_started else result)
@@ -299,9 +311,10 @@ def _read_json(path: Path) -> Json:
 
 
 def _parsed(lines: list[str]) -> Iterator[Json]:
+    """What the lines of a journal hold; a last one that is cut off is left out."""
     for number, line in enumerate(lines):
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
-            if number != len(lines) - 1:
+            if number != len(lines) - 1:  # no crash leaves that: the file was edited, or is broken
                 raise

@@ -70,12 +70,12 @@ class Terminal:
             TimeRemainingColumn(),
             console=self.out,
             transient=True,
-            disable=not self.out.is_terminal,
+            disable=not self.out.is_terminal,  # or a log would have a line for every step
         )
 
     def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
         # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
-        self.out.print(harmless(text), markup=markup, end=end, soft_wrap=True)
+        self.out.print(printable(text), markup=markup, end=end, soft_wrap=True)
 
     def tables(
         self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
@@ -164,9 +164,9 @@ class Board:
         row = self._rows.setdefault(config.job, _Row(config.job))
         row.status, row.began = "running", time.monotonic()
         number = list(self._rows).index(config.job) + 1
-        place = f"  on {slot}" if slot else ""
-        self._line(f"[bold]\\[{number}/{len(self._rows)}] {config.job}[/bold]{place}  {run.log}")
-        shown = len(run.read_metrics())
+        on_slot = f"  on {slot}" if slot else ""
+        self._line(f"[bold]\\[{number}/{len(self._rows)}] {config.job}[/bold]{on_slot}  {run.log}")
+        shown = len(run.read_metrics())  # of a resumed job, the epochs that were told before
 
         def watch() -> None:
             nonlocal shown
@@ -210,8 +210,8 @@ class Board:
                 f"[{color}]{row.status}[/{color}]", escape(row.job), row.bar(), escape(row.note)
             )
         rest = f", {len(rows) - self.ROWS} not shown" if len(rows) > self.ROWS else ""
-        told = ", ".join(f"{n} {status}" for status, n in counts.items())
-        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {told}{rest}", "", "")
+        totals = ", ".join(f"{n} {status}" for status, n in counts.items())
+        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {totals}{rest}", "", "")
         return table
 
 
@@ -227,7 +227,7 @@ class _Row:
     status: str = "waiting"
     note: str = ""
     began: float = 0.0
-    first: float | None = None
+    first: float | None = None  # a resumed training begins in its midst: its speed is from there
     done: float = 0.0
 
     def follow(self, progress: JobProgress | None) -> None:
@@ -242,20 +242,19 @@ class _Row:
         gained = self.done - self.first
         if gained > 0:
             left = (time.monotonic() - self.began) * (1 - self.done) / gained
-            note += f" {progress.step}/{progress.steps}, {duration(left)} left"
+            note += f" {progress.step}/{progress.steps}, {format_duration(left)} left"
         self.note = note
 
     def bar(self) -> ProgressBar | str:
         return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """Text that moves no cursor and sets no colour, whatever a file is called."""
-    kept = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    return "".join(kept)
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

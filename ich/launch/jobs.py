@@ -60,6 +60,7 @@ def cpu_slots(jobs: int) -> list[Slot]:
     """Slots on this machine's CPU; several share its cores evenly."""
     if jobs == 1:
         return [Slot()]
+    # Each training would take all cores: with more threads than cores both are slower than alone.
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     share = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return [Slot(f"CPU {n}", share) for n in range(1, jobs + 1)]
@@ -72,7 +73,7 @@ def visible_gpus() -> list[str]:
     named = os.environ.get(VISIBLE)
     count = torch.cuda.device_count()
     names = [g.strip() for g in named.split(",")] if named else [str(n) for n in range(count)]
-    return names[:count]
+    return names[:count]  # CUDA leaves out whatever follows a name that it does not know
 
 
 def run_in_slots(
@@ -93,29 +94,29 @@ def run_in_slots(
     errors: list[BaseException] = []
     ended = [threading.Event() for _ in slots]
 
-    def serve(slot: Slot, over: threading.Event) -> None:
+    def serve(slot: Slot, end: threading.Event) -> None:
         try:
             while not (errors or stop.is_set()):
                 number = waiting.get_nowait()
                 results[number] = work(items[number], slot)
         except queue.Empty:
             pass
-        except BaseException as error:
+        except BaseException as error:  # raised again below, in the thread that asked
             errors.append(error)
         finally:
-            over.set()
+            end.set()
 
-    for slot, over in zip(slots, ended, strict=True):
-        threading.Thread(target=serve, args=(slot, over), daemon=True).start()
+    for slot, end in zip(slots, ended, strict=True):
+        threading.Thread(target=serve, args=(slot, end), daemon=True).start()
     try:
         # Not Thread.join: a signal that raises there makes Python take the thread for ended.
-        while not all(over.wait(_POLL_SECONDS) for over in ended):
+        while not all(end.wait(_POLL_SECONDS) for end in ended):
             pass
     except BaseException:
         stop.set()
         with signals_ignored():
-            for over in ended:
-                over.wait(2 * GRACE_SECONDS)
+            for end in ended:
+                end.wait(2 * GRACE_SECONDS)
         raise
     if errors:
         raise errors[0]
@@ -152,17 +153,17 @@ def run_job(
         state = run.state(config, origin)
         if state is State.done:
             return run.read_result()
-        _take_over(config, run, origin, state)
-        result = _attempt(config, run, parent, watch, slot, stop)
+        _prepare_folder(config, run, origin, state)
+        result = _run_child(config, run, parent, watch, slot, stop)
         if result.status != FAILED or stop.is_set():
-            break
+            break  # what the user or a time slot ended is not tried again
     return result
 
 
-def _take_over(config: Config, run: RunPaths, origin: Origin, state: State) -> None:
-    """Makes the folder ready: an earlier run goes on, or makes place."""
+def _prepare_folder(config: Config, run: RunPaths, origin: Origin, state: State) -> None:
+    """Makes the folder ready: an earlier run goes on there, or is moved out of the way."""
     if state is not State.new and run.has_checkpoint():
-        run.result.unlink(missing_ok=True)
+        run.result.unlink(missing_ok=True)  # else a child that dies would seem to have left it
         run.write_tracking(replace(run.read_tracking(), complete=False))
         return
     run.supersede()
@@ -174,7 +175,7 @@ def _take_over(config: Config, run: RunPaths, origin: Origin, state: State) -> N
         run.diff.write_text(diff)
 
 
-def _attempt(
+def _run_child(
     config: Config,
     run: RunPaths,
     parent: str | None,
@@ -189,11 +190,12 @@ def _attempt(
         reason = supervise(command, run, config.sweep.time_limit, watch, slot, stop)
         died = not run.result.exists()
     except JobTimeoutError as error:
+        # Told to end, it has written that it was killed: the reason is the limit.
         reason, died = str(error), not run.read_result().is_finished
     if died and stop.is_set():
         reason = "ended by SIGTERM, with its sweep"
     if died:
-        _write_death(config, run, parent, reason)
+        _write_failure(config, run, parent, reason)
     return run.read_result()
 
 
@@ -218,13 +220,15 @@ def supervise(
         JobTimeoutError: the time limit was exceeded.
     """
     deadline = time.monotonic() + time_limit * 60 if time_limit else float("inf")
-    with run.log.open("ab") as log_file:
+    with run.log.open("ab") as log_file:  # a resumed training goes on in the same log
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log_file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **slot.environment},
+            # Ctrl-C reaches this process alone, which then ends the child in order; and what the
+            # child has started can be ended with it, as one group.
             start_new_session=True,
         )
         try:
@@ -258,12 +262,14 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+    # What it started would outlive it where it was killed. It leads a session of its own.
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # it leads a session of its own
+        os.killpg(child.pid, signal.SIGKILL)
 
 
-def _write_death(config: Config, run: RunPaths, parent: str | None, reason: str) -> None:
+def _write_failure(config: Config, run: RunPaths, parent: str | None, reason: str) -> None:
     """The result of a child that could not write its own, and the end of its MLflow run."""
+    # SIGTERM comes from people and batch systems; any other end is taken for the job's own fault.
     status = KILLED if reason.startswith("ended by SIGTERM") else FAILED
     run.progress.unlink(missing_ok=True)
     run.write_result(RunResult(status, reason, config.job, config.model.name))
@@ -275,8 +281,10 @@ def write_lost(
 ) -> None:
     """The result of a job whose supervisor was lost, once its training has ended."""
     run.root.mkdir(parents=True, exist_ok=True)
+    # A training ends soon after its supervisor, for it watches that process. One that goes on for
+    # all that still holds the folder, and will write a result of its own.
     with contextlib.suppress(BlockingIOError), lock_run(run, 2 * GRACE_SECONDS):
         state = run.state(config, origin)
         if state is State.new and run.result.exists():  # of another run: the job never began
-            _take_over(config, run, origin, state)
-        _write_death(config, run, parent, reason)
+            _prepare_folder(config, run, origin, state)
+        _write_failure(config, run, parent, reason)

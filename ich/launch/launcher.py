@@ -31,7 +31,6 @@ from rich.console import Console
 
 from ich.base.config import Config, Device, Monitor, to_dataclass
 from ich.base.entry import without_traceback
-from ich.base.files import write_json
 from ich.base.naming import job_name, sweep_name
 from ich.base.records import FAILED, RunResult
 from ich.base.results import State, SweepPaths
@@ -359,7 +358,7 @@ def train(
         result = RunResult(FAILED, f"its folder cannot be used: {error}")
     board.ended(config, result, before)
     if result.status == FAILED and config.sweep.on_failure.value == "stop":
-        write_json(sweep.stopped, {"job": config.job})
+        sweep.stop_after(config.job)
     return result.fit.val_scores[config.train.monitor.value] if result.fit else None
 
 

@@ -15,18 +15,18 @@ import torch
 
 from ich.base.config import Config, image_size, load_config
 from ich.base.results import RunPaths, State
-from ich.base.terminal import duration
+from ich.base.terminal import format_duration
 from ich.data import dataset
 from ich.data.dataset import Sizes
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
-from ich.launch.preflight import Job, check_jobs, look_up
+from ich.launch.preflight import Job, check_jobs, data_key, inspect_jobs
 from ich.training.devices import device_name, pick_device
 from ich.training.model import Cost, check_architecture, initial_weights_source, model_cost
 from ich.training.timing import time_training_steps
 
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
 # without the backward pass, which takes twice as long.
-_EVALUATED = 1 / 3
+_EVALUATED_ROW = 1 / 3
 _START_SECONDS = 10.0  # of a job before its first step: imports, weights, opening the cache
 # Peak resident memory of a training on the CPU at 96 px, batch 32, was 0.8 GB of Python and torch,
 # and 1.17 to 1.29 times its weights, gradients, moments and kept activations (six networks).
@@ -38,7 +38,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Planned:
+class JobPlan:
     """One job of a plan.
 
     cost: of its network at its size. memory: bytes of its process at its peak. disk: bytes it
@@ -58,9 +58,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """jobs: in the table's order. cohorts: sizes by the key of data and protocol they come from."""
+    """jobs: in the table's order. cohorts: the sizes of each, once. device: that all run on."""
 
-    jobs: list[Planned]
+    jobs: list[JobPlan]
     cohorts: list[Sizes]
     device: str
 
@@ -76,36 +76,30 @@ def make_plan(configs: Sequence[Config], report: Report) -> Plan:
         UserError: what a launch would refuse too, but for weights that are not at hand.
     """
     sweep = check_jobs(configs)
-    jobs = look_up(configs, sweep)
+    jobs = inspect_jobs(configs, sweep)
     for config in configs:
         channels = len(config.windows.channels)
         check_architecture(config.model, channels, image_size(config))
-    sizes: dict[str, Sizes] = {}
-    for config in configs:
-        cohort = repr((config.data, config.protocol))
-        if cohort not in sizes:
-            sizes[cohort] = dataset.cohort_sizes(config)
-    speeds = Speeds(jobs, report)
-    planned = [_planned(j, sizes[repr((j.config.data, j.config.protocol))], speeds) for j in jobs]
-    return Plan(planned, list(sizes.values()), speeds.device)
+    configs_of_data = {data_key(config): config for config in configs}
+    sizes = {key: dataset.cohort_sizes(config) for key, config in configs_of_data.items()}
+    speeds = SpeedEstimates(jobs, report)
+    plans = [_plan_job(job, sizes[data_key(job.config)], speeds) for job in jobs]
+    return Plan(plans, list(sizes.values()), speeds.device)
 
 
-def _planned(job: Job, sizes: Sizes, speeds: Speeds) -> Planned:
+def _plan_job(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> JobPlan:
     config = job.config
     batch = config.train.batch_size
+    # Without named columns the labels are known only once they are read: RSNA 2019 has six.
     outputs = len(config.data.label_columns or range(6))
     cost = model_cost(
         config.model, len(config.windows.channels), image_size(config), batch, outputs
     )
     moments = _moments(config)
-    state = 4 * cost.params * (2 + moments)  # weights, gradients, moments: float32
-    weights = 4 * cost.params
-    seconds, basis = (0.0, "") if job.state is State.done else speeds.of(config)
-    if seconds is not None and job.state is not State.done:
-        goes_on = job.state is not State.new and job.run.has_checkpoint()
-        left = config.train.epochs - (len(job.run.read_metrics()) if goes_on else 0)
-        seconds = _START_SECONDS + seconds * _work(config, sizes.rows, left)
-    return Planned(
+    weights = 4 * cost.params  # bytes, float32, as gradients and moments are
+    state = weights * (2 + moments)
+    seconds, basis = _seconds_left(job, sizes, speeds)
+    return JobPlan(
         job=job,
         weights=initial_weights_source(config.model),
         cost=cost,
@@ -118,20 +112,33 @@ def _planned(job: Job, sizes: Sizes, speeds: Speeds) -> Planned:
     )
 
 
+def _seconds_left(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> tuple[float | None, str]:
+    """Seconds of what is left to do of a job, and what they rest on."""
+    if job.state is State.done:
+        return 0.0, ""
+    seconds, basis = speeds.seconds_per_row(job.config)
+    if seconds is None:
+        return None, basis
+    resumes = job.state is not State.new and job.run.has_checkpoint()
+    epochs = job.config.train.epochs - (len(job.run.read_metrics()) if resumes else 0)
+    rows = _equivalent_rows(job.config, sizes.rows, epochs)
+    return _START_SECONDS + seconds * rows, basis
+
+
 def _moments(config: Config) -> int:
-    """How many numbers the optimizer keeps for each parameter."""
+    """How many numbers the optimizer keeps for each parameter: Adam two, SGD its momentum."""
     if "SGD" in config.optimizer._target_:
         return 1 if config.optimizer.momentum else 0
     return 2
 
 
-def _work(config: Config, rows: dict[str, int], epochs: int) -> float:
+def _equivalent_rows(config: Config, rows: dict[str, int], epochs: int) -> float:
     """Training rows, and others by what they cost of one, in so many epochs and a last test."""
-    each = rows[TRAIN] + _EVALUATED * rows[VAL]
-    return epochs * each + _EVALUATED * rows.get(TEST, 0)
+    per_epoch = rows[TRAIN] + _EVALUATED_ROW * rows[VAL]
+    return epochs * per_epoch + _EVALUATED_ROW * rows.get(TEST, 0)
 
 
-class Speeds:
+class SpeedEstimates:
     """Seconds per training row, from earlier runs under the same output folder or timed now."""
 
     def __init__(self, jobs: Sequence[Job], report: Report) -> None:
@@ -139,22 +146,22 @@ class Speeds:
         self._earlier = dict(_earlier_runs(Path(jobs[0].config.sweep.output)))
         self._report = report
         self._timed: dict[str, float] = {}
-        todo = {_kind(j.config) for j in jobs if j.state is not State.done}
-        self._in_all = len(todo - self._earlier.keys())
+        todo = {_speed_key(job.config) for job in jobs if job.state is not State.done}
+        self._total = len(todo - self._earlier.keys())
 
-    def of(self, config: Config) -> tuple[float | None, str]:
-        """Seconds per training row of a job, and what they rest on."""
-        kind = _kind(config)
-        if kind in self._earlier:
-            seconds, run = self._earlier[kind]
+    def seconds_per_row(self, config: Config) -> tuple[float | None, str]:
+        """Seconds per training row of a job, None if nothing tells; and what they rest on."""
+        key = _speed_key(config)
+        if key in self._earlier:
+            seconds, run = self._earlier[key]
             return seconds, f"run {run}"
         if not config.sweep.plan_timing:
             return None, "no earlier run"
-        if kind not in self._timed:
-            self._report("timing networks", len(self._timed), self._in_all)
-            self._timed[kind] = min(time_training_steps(config).values())
-            self._report("timing networks", len(self._timed), self._in_all)
-        return self._timed[kind], "timed now"
+        if key not in self._timed:
+            self._report("timing networks", len(self._timed), self._total)
+            self._timed[key] = min(time_training_steps(config).values())
+            self._report("timing networks", len(self._timed), self._total)
+        return self._timed[key], "timed now"
 
 
 def _device(config: Config) -> str:
@@ -163,7 +170,7 @@ def _device(config: Config) -> str:
     return device_name(pick_device(config.train.device))
 
 
-def _kind(config: Config, device: str | None = None) -> str:
+def _speed_key(config: Config, device: str | None = None) -> str:
     """What the speed of a training depends on."""
     channels, device = len(config.windows.channels), device or _device(config)
     size, batch = image_size(config), config.train.batch_size
@@ -171,18 +178,18 @@ def _kind(config: Config, device: str | None = None) -> str:
 
 
 def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
-    """Kind of training -> seconds per training row and the run, later ones last."""
-    found = [*output.glob("*/*/result.json"), *output.glob("*/superseded/*/result.json")]
-    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns):
+    """Speed key, and seconds per training row with the run's name, later ones last."""
+    paths = [*output.glob("*/*/result.json"), *output.glob("*/superseded/*/result.json")]
+    for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns):
         run = RunPaths(path.parent)
         fit = run.read_result().fit
         if fit is None or fit.resumed:
             continue  # a resumed run's minutes include what was done twice
         try:
             config = load_config(run.config)
-            work = _work(config, fit.cohort.steps, fit.epochs)
-            kind = _kind(config, fit.device)
-            yield kind, (fit.minutes * 60 / work, path.parent.relative_to(output).as_posix())
+            rows = _equivalent_rows(config, fit.cohort.steps, fit.epochs)
+            name = run.root.relative_to(output).as_posix()
+            yield _speed_key(config, fit.device), (fit.minutes * 60 / rows, name)
         except (KeyError, TypeError, ValueError, OSError):
             continue  # of another version of ich
 
@@ -191,11 +198,10 @@ def total_seconds(plan: Plan, at_once: int = 1) -> float | None:
     """Wall-clock seconds of all that is left, jobs in order over so many processors."""
     if any(p.seconds is None for p in plan.jobs):
         return None
-    free = [0.0] * max(1, at_once)
-    for planned in plan.jobs:
-        place = int(np.argmin(free))
-        free[place] += planned.seconds or 0.0
-    return max(free)
+    busy_until = [0.0] * max(1, at_once)
+    for job in plan.jobs:
+        busy_until[int(np.argmin(busy_until))] += job.seconds or 0.0
+    return max(busy_until)
 
 
 def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[str]], list[str]]:
@@ -206,9 +212,9 @@ def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[st
         at_once: trainings that do not share a processor: one on a CPU, one for each GPU used.
     """
     headings = ["job", "state", "weights", "trained M", "GMACs", "memory GB", "disk MB", "time"]
-    rows = [_row(p) for p in plan.jobs]
+    rows = [_table_row(p) for p in plan.jobs]
     todo = [p for p in plan.jobs if p.job.state is not State.done]
-    sentences = [_cohort(sizes) for sizes in plan.cohorts]
+    sentences = [_describe_cohort(sizes) for sizes in plan.cohorts]
     if todo:
         most = max(p.checkpoints for p in todo) / 1e6
         kept = sum(p.disk for p in todo) / 1e6
@@ -216,14 +222,14 @@ def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[st
             f"Disk: {kept:,.0f} MB stay of the jobs to do, and each needs up to {most:,.0f} MB "
             f"more for checkpoints while it runs."
         )
-    sentences.append(_time(plan, todo, at_once))
+    sentences.append(_describe_time(plan, todo, at_once))
     if [p for p in todo if p.weights == "to download"]:
         sentences.append("Weights are downloaded before the first job starts.")
     return [*headings, "time from"], rows, sentences
 
 
-def _row(p: Planned) -> list[str]:
-    time_left = "" if p.seconds is None else duration(p.seconds)
+def _table_row(p: JobPlan) -> list[str]:
+    time_left = "" if p.seconds is None else format_duration(p.seconds)
     return [
         p.job.config.job,
         p.job.state.value,
@@ -237,7 +243,7 @@ def _row(p: Planned) -> list[str]:
     ]
 
 
-def _cohort(sizes: Sizes) -> str:
+def _describe_cohort(sizes: Sizes) -> str:
     rows = ", ".join(f"{sizes.rows[n]:,} {n}" for n in SPLITS if sizes.rows.get(n))
     how = "" if sizes.is_exact else "about "
     new = f"{sizes.new_bytes / 1e6:,.0f} MB of slices are still to be made."
@@ -247,7 +253,7 @@ def _cohort(sizes: Sizes) -> str:
     return f"Data: {how}{rows} rows of {sizes.images:,} images{why}. {new}"
 
 
-def _time(plan: Plan, todo: list[Planned], at_once: int) -> str:
+def _describe_time(plan: Plan, todo: list[JobPlan], at_once: int) -> str:
     total = total_seconds(plan, at_once)
     if not todo:
         return "Time: nothing is left to do; the table would be written again."
@@ -255,6 +261,6 @@ def _time(plan: Plan, todo: list[Planned], at_once: int) -> str:
         return "Time: not known without an earlier run. sweep.plan_timing=true times a few steps."
     how = f"over {at_once} GPUs" if at_once > 1 else "one after another"
     return (
-        f"Time: {duration(total)} for {len(todo)} jobs {how} on {plan.device}, making slices not "
-        f"included. Jobs that share a processor take longer each."
+        f"Time: {format_duration(total)} for {len(todo)} jobs {how} on {plan.device}, making "
+        f"slices not included. Jobs that share a processor take longer each."
     )

@@ -54,30 +54,31 @@ def check_jobs(configs: Sequence[Config]) -> SweepPaths:
     """
     for config in configs:
         validate(config)
-    twice = [job for job, n in Counter(c.job for c in configs).items() if n > 1]
-    if twice:
+    ((job, times),) = Counter(config.job for config in configs).most_common(1)
+    if times > 1:  # they would train in one folder
         raise UserError(
-            f"the job {twice[0]!r} stands {Counter(c.job for c in configs)[twice[0]]} "
-            f"times in this command. Name each value once."
+            f"the job {job!r} stands {times} times in this command. Name each value once."
         )
     return SweepPaths(Path(configs[0].sweep.output) / configs[0].name)
 
 
-def look_up(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
+def data_key(config: Config) -> str:
+    """Equal for jobs whose configs ask for the same cohort, which is looked at and made once."""
+    return repr((config.data, config.protocol))
+
+
+def inspect_jobs(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
     """What each job is made from and what its folder holds. Reads neither slice nor label, and
     writes nothing: a phantom that is not there yet is of no cohort that a run could be made from.
 
     Raises:
         UserError: the data set is not there.
     """
-    keys: dict[str, str] = {}
-    jobs = []
+    cohorts = {data_key(c): c for c in configs}
+    keys = {key: dataset.cohort_key(config) for key, config in cohorts.items()}
+    code, jobs = provenance.code_version(), []
     for config in configs:
-        what = repr((config.data, config.protocol))
-        if what not in keys:
-            keys[what] = dataset.cohort_key(config)
-        weights = weights_digest(config.model)
-        origin = Origin(cohort=keys[what], weights=weights, code=provenance.code_version())
+        origin = Origin(keys[data_key(config)], weights_digest(config.model), code)
         run = sweep.run(config.job)
         jobs.append(Job(config, run, origin, run.state(config, origin)))
     return jobs
@@ -91,8 +92,8 @@ def weights_digest(cfg: ModelConfig) -> str:
     return _digest(path, path.stat().st_mtime_ns) if path.is_file() else "no file"
 
 
-@lru_cache
-def _digest(path: Path, _changed: int) -> str:
+@lru_cache  # of a file as it is: all jobs of a sweep may begin with one of half a gigabyte
+def _digest(path: Path, _modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -108,6 +109,7 @@ def check_weights(configs: Sequence[Config]) -> None:
     # Imported here: torch takes seconds, which a typo need not wait for.
     from ich.training.model import check_architecture, ensure_weights
 
+    # One job for each network and its input: a sweep over seeds would build it for each seed.
     for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():
         check_architecture(c.model, len(c.windows.channels), image_size(c))
         ensure_weights(c.model)
@@ -130,25 +132,26 @@ def open_sweep(
             `ich.data.dataset.load_dataset`.
     """
     sweep = check_jobs(configs)
-    jobs = look_up(configs, sweep)
+    jobs = inspect_jobs(configs, sweep)
     todo = [job.config for job in jobs if job.state is not State.done]
     check_weights(todo)
-    check_tracking(configs[0])
-    cohorts = {repr((c.data, c.protocol)): c for c in todo}.values()
+    check_tracking(configs[0])  # before hours are spent on data
+    cohorts = {data_key(config): config for config in todo}.values()
     prepared = [(config, dataset.prepare(config, report)) for config in cohorts]
-    for _, done in prepared:
-        done.require_rows()
+    for _, cohort in prepared:
+        cohort.require_rows()
     if prepared:  # a phantom made just now has a fingerprint only now
-        jobs = look_up(configs, sweep)
-    earlier = _hold(sweep)
-    for config, done in prepared:
-        write_data_report(config, done, sweep.data(done.key))
-    jobs = settle_modes(jobs, sweep, report)
-    _record(sweep, jobs, earlier, open_sweep_run(configs[0], sweep))
+        jobs = inspect_jobs(configs, sweep)
+    # Locked only here: whatever is refused before leaves no folder behind.
+    is_first_batch = _lock_sweep(sweep)
+    for config, cohort in prepared:
+        write_data_report(config, cohort, sweep.data(cohort.key))
+    jobs = assign_modes(jobs, sweep, report)
+    _record_launch(sweep, jobs, is_first_batch, open_sweep_run(configs[0], sweep))
     return sweep, jobs
 
 
-def settle_modes(
+def assign_modes(
     jobs: Sequence[Job], sweep: SweepPaths, report: dataset.Report | None = None
 ) -> list[Job]:
     """Chooses what each kind of network computes in, and notes it with its jobs.
@@ -157,6 +160,7 @@ def settle_modes(
     could not be compared otherwise.
     """
     modes = dict(sweep.read_record().modes)
+    # What is finished needs no mode, and what asks for a precision has it.
     unknown = {
         workload_key(j.config): j.config
         for j in jobs
@@ -175,11 +179,17 @@ def settle_modes(
     ]
 
 
-def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: str | None) -> None:
-    """Writes down what was launched, from what and where: enough to do it again."""
+def _record_launch(
+    sweep: SweepPaths, jobs: Sequence[Job], is_first_batch: bool, parent: str | None
+) -> None:
+    """Writes down what was launched, from what and where: enough to do it again.
+
+    An optimizing sweeper launches in batches, which are one launch; another launch in the folder
+    replaces the record, but for the modes, in which jobs of all launches are to compute.
+    """
     record = sweep.read_record()
-    before = record if earlier else SweepRecord()
-    if not earlier:
+    before = SweepRecord() if is_first_batch else record
+    if is_first_batch:
         sweep.stopped.unlink(missing_ok=True)
         sweep.diff.write_text(provenance.git_diff())
     names = [*before.jobs, *(j.config.job for j in jobs)]
@@ -196,23 +206,24 @@ def _record(sweep: SweepPaths, jobs: Sequence[Job], earlier: list[str], parent: 
             modes=record.modes | modes,
             origins=before.origins | {j.config.job: j.origin for j in jobs},
             configs=before.configs | {j.config.job: to_dict(j.config) for j in jobs},
-            provenance=before.provenance if earlier else provenance.record(),
+            provenance=provenance.record() if is_first_batch else before.provenance,
         )
     )
 
 
-_held: dict[Path, IO[str]] = {}
+# Open for as long as this process lives: a lock of `flock` ends with its file.
+_locks: dict[Path, IO[str]] = {}
 
 
-def _hold(sweep: SweepPaths) -> list[str]:
-    """Makes the sweep's folder and keeps it for this process; returns the jobs of earlier batches.
+def _lock_sweep(sweep: SweepPaths) -> bool:
+    """Makes the sweep's folder and keeps it for this process; False if it has it already.
 
     Raises:
         UserError: another process runs a sweep in it.
     """
     root = sweep.root.absolute()
-    if root in _held:
-        return list(sweep.read_record().jobs)
+    if root in _locks:
+        return False
     root.mkdir(parents=True, exist_ok=True)
     handle = (root / ".lock").open("w")
     try:
@@ -223,10 +234,10 @@ def _hold(sweep: SweepPaths) -> list[str]:
             f"another sweep is running in {sweep.root}. Wait for it, or give this one a folder of "
             f"its own with name=NAME."
         ) from None
-    _held[root] = handle
-    return []
+    _locks[root] = handle
+    return True
 
 
 def _command() -> str:
-    module = Path(sys.argv[0]).stem
+    module = Path(sys.argv[0]).stem  # with `python -m` it is the module's file
     return shlex.join(["python", "-m", f"ich.{module}", *sys.argv[1:]])

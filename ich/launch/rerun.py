@@ -50,7 +50,7 @@ _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.differen
 class Original:
     """A finished run, and what its folder and its sweep's tell of how it was made.
 
-    made_with: empty if nothing tells. diff: what its code had changed since the commit.
+    provenance: empty if nothing tells. diff: what its code had changed since the commit.
     """
 
     run: RunPaths
@@ -58,7 +58,7 @@ class Original:
     config: Config
     origin: Origin
     fit: FitResult
-    made_with: Provenance
+    provenance: Provenance
     diff: Path | None
 
     @property
@@ -73,7 +73,7 @@ def read_original(folder: Path) -> Original:
         UserError: there is none in the folder, or it cannot be repeated.
     """
     run, sweep = RunPaths(folder), _sweep_of(folder)
-    fit = _finished(run, sweep)
+    fit = _read_fit(run, sweep)
     compare_runs(run, run, 0.0)  # files that cannot be read would otherwise be found hours later
     try:
         config = load_config(run.config)
@@ -83,7 +83,7 @@ def read_original(folder: Path) -> Original:
             f"{run.config} is not of this version of ich ({reason}). Repeat the run with the "
             f"version that made it: {sweep.record} and {run.provenance} name its commit."
         ) from None
-    validate(config)
+    validate(config)  # somebody may have edited it
     origin = run.read_origin()
     if not (origin.cohort and origin.weights and origin.code):
         raise UserError(
@@ -91,7 +91,7 @@ def read_original(folder: Path) -> Original:
             f"from, so nothing could be called its repetition. Give its sweep's command again with "
             f"name=NEW: this version of ich writes it."
         )
-    return Original(run, sweep, config, origin, fit, *_made_with(run, sweep, origin))
+    return Original(run, sweep, config, origin, fit, *_read_provenance(run, sweep, origin))
 
 
 def _sweep_of(folder: Path) -> SweepPaths:
@@ -101,7 +101,7 @@ def _sweep_of(folder: Path) -> SweepPaths:
         UserError: the folder is a sweep, or a rerun.
     """
     above = folder.absolute().parent
-    if _is_shelf(above, "reruns") or _is_shelf(above.parent, "reruns"):
+    if _is_subfolder(above, "reruns") or _is_subfolder(above.parent, "reruns"):
         raise UserError(
             f"{folder} is a rerun itself. Give the run that it repeats, to repeat that once more."
         )
@@ -110,15 +110,15 @@ def _sweep_of(folder: Path) -> SweepPaths:
             f"{folder} is a sweep. Give one of its runs, as in python -m ich.rerun "
             f"{folder / jobs[0]}; it has {', '.join(jobs)}."
         )
-    return SweepPaths(folder.parent.parent if _is_shelf(above, "superseded") else folder.parent)
+    return SweepPaths(folder.parent.parent if _is_subfolder(above, "superseded") else folder.parent)
 
 
-def _is_shelf(folder: Path, name: str) -> bool:
+def _is_subfolder(folder: Path, name: str) -> bool:
     """Whether a folder is one of a sweep's own, and not a sweep of that name."""
     return folder.name == name and not SweepPaths(folder).record.exists()
 
 
-def _finished(run: RunPaths, sweep: SweepPaths) -> FitResult:
+def _read_fit(run: RunPaths, sweep: SweepPaths) -> FitResult:
     """What the run's training came to.
 
     Raises:
@@ -141,11 +141,14 @@ def _finished(run: RunPaths, sweep: SweepPaths) -> FitResult:
     )
 
 
-def _made_with(run: RunPaths, sweep: SweepPaths, origin: Origin) -> tuple[Provenance, Path | None]:
-    """What the run was made with, and the changes of its code: from the run, or from the latest
-    launch of its sweep if that had the same code."""
-    if (made_with := run.read_provenance()) != Provenance():
-        return made_with, run.diff if run.diff.exists() else None
+def _read_provenance(
+    run: RunPaths, sweep: SweepPaths, origin: Origin
+) -> tuple[Provenance, Path | None]:
+    """What the run was made with, and the changes of its code since the commit."""
+    if (provenance := run.read_provenance()) != Provenance():
+        return provenance, run.diff if run.diff.exists() else None
+    # Earlier versions wrote it for the sweep alone, whose record is of its latest launch: that
+    # tells of this run only if it had the same code.
     launch = sweep.read_record().provenance
     if launch.code != origin.code:
         return Provenance(), None
@@ -158,22 +161,23 @@ def require_same_start(original: Original) -> None:
     Raises:
         UserError: they are not, or are not there.
     """
-    was, here = original.origin, "Paths that are not absolute are looked up in this folder, "
-    now = cohort_key(original.config)
-    if now != was.cohort:
+    origin = original.origin
+    here = f"Paths that are not absolute are looked up in this folder, {Path.cwd()}."
+    cohort = cohort_key(original.config)
+    if cohort != origin.cohort:
         raise UserError(
             f"the data are not those that {original.run.root} was made from: their fingerprint was "
-            f"{was.cohort} and is {now}. It depends on where the data set and its CSVs lie, and "
-            f"on their names, sizes and dates. {here}{Path.cwd()}. Go to the folder where the "
-            f"sweep was launched, or put the data back with their dates (cp -a, rsync -a, unzip); "
-            f"if they did change, only a new sweep can tell what that means."
+            f"{origin.cohort} and is {cohort}. It depends on where the data set and its CSVs lie, "
+            f"and on their names, sizes and dates. {here} Go to the folder where the sweep was "
+            f"launched, or put the data back with their dates (cp -a, rsync -a, unzip); if they "
+            f"did change, only a new sweep can tell what that means."
         )
     digest = weights_digest(original.config.model)
-    if digest != was.weights:
+    if digest != origin.weights:
         raise UserError(
             f"the initial weights are not those that {original.run.root} was made from: they were "
-            f"{was.weights} and are {digest} (model.weights is "
-            f"{original.config.model.weights!r}). {here}{Path.cwd()}. Put the file back that the "
+            f"{origin.weights} and are {digest} (model.weights is "
+            f"{original.config.model.weights!r}). {here} Put the file back that the "
             f"run began with."
         )
 
@@ -181,7 +185,7 @@ def require_same_start(original: Original) -> None:
 # What differs between the record and now
 
 
-def changes(original: Original, now: Provenance, device: str) -> list[str]:
+def list_changes(original: Original, now: Provenance, device: str) -> list[str]:
     """What differs between the run's record and now, a sentence each; none of it is a refusal.
 
     Args:
@@ -192,7 +196,7 @@ def changes(original: Original, now: Provenance, device: str) -> list[str]:
     return [
         *_config_changes(original),
         *_code_changes(original, now),
-        *_version_changes(original.made_with, now),
+        *_version_changes(original.provenance, now),
         *_hardware_changes(original, now, device),
         *_thread_changes(original.fit, now),
     ]
@@ -213,33 +217,33 @@ def _config_changes(original: Original) -> Iterator[str]:
 
 
 def _code_changes(original: Original, now: Provenance) -> Iterator[str]:
-    was, made_with = original.origin.code, original.made_with
-    if was == now.code:
+    code, provenance = original.origin.code, original.provenance
+    if code == now.code:
         return
-    text = f"code of ich: {was} then, {now.code} now; it was "
-    if made_with.commit:
+    text = f"code of ich: {code} then, {now.code} now; it was "
+    if provenance.commit:
         changed = f", with the changes in {original.diff.name}" if original.diff else ""
-        yield f"{text}commit {made_with.commit}{changed}."
+        yield f"{text}commit {provenance.commit}{changed}."
     else:
-        version = made_with.versions.get("ich", "unknown")
+        version = provenance.versions.get("ich", "unknown")
         yield f"{text}version {version}, of no recorded commit."
 
 
-def restoring(original: Original) -> str | None:
+def restore_commands(original: Original) -> str | None:
     """The commands that bring the run's code back into a checkout, None if no commit is known."""
-    commit = original.made_with.commit
+    commit = original.provenance.commit
     if not commit:
         return None
     diff = original.diff and shlex.quote(str(original.diff.absolute()))
     return f"git checkout {commit}" + (f" && git apply {diff}" if diff else "")
 
 
-def _version_changes(made_with: Provenance, now: Provenance) -> Iterator[str]:
-    if made_with == Provenance():
+def _version_changes(provenance: Provenance, now: Provenance) -> Iterator[str]:
+    if provenance == Provenance():
         yield "packages and hardware: not recorded, or replaced by a later launch with other code."
         return
-    for name in dict.fromkeys([*made_with.versions, *now.versions]):
-        before, after = (v.get(name, "none") for v in (made_with.versions, now.versions))
+    for name in dict.fromkeys([*provenance.versions, *now.versions]):
+        before, after = (v.get(name, "none") for v in (provenance.versions, now.versions))
         if before != after:
             yield f"{name}: {before} then, {after} now."
 
@@ -249,14 +253,15 @@ def _hardware_changes(original: Original, now: Provenance, device: str) -> Itera
     before, after = (d.partition(",")[0] for d in (original.fit.device, device))
     if before != after:
         yield f"device: {before} then, {after} now."
-    if original.made_with.hardware and now.hardware:
-        then, today = map(_compared, (original.made_with.hardware, now.hardware))
-        for name, was in then.items():
-            if was != today[name]:
-                yield f"{name}: {was} then, {today[name]} now."
+    if original.provenance.hardware and now.hardware:
+        old, new = map(_deciding, (original.provenance.hardware, now.hardware))
+        for name, value in old.items():
+            if value != new[name]:
+                yield f"{name}: {value} then, {new[name]} now."
 
 
-def _compared(hardware: Hardware) -> dict[str, str]:
+def _deciding(hardware: Hardware) -> dict[str, str]:
+    """Of a machine, what a sum may depend on: not its memory, nor its system."""
     gpus = ", ".join(hardware.gpus) or "none"
     return {"processor": hardware.processor, "cores": str(hardware.cores), "gpus": gpus}
 
@@ -275,7 +280,7 @@ def _thread_changes(fit: FitResult, now: Provenance) -> Iterator[str]:
 # The rerun
 
 
-def repeat(original: Original, now: Provenance) -> RunResult:
+def train_again(original: Original, now: Provenance) -> RunResult:
     """Trains the run again in the rerun's folder, and returns the result.
 
     A rerun that was killed goes on. One that finished, or began with other code or packages, is
@@ -287,21 +292,23 @@ def repeat(original: Original, now: Provenance) -> RunResult:
     run, config = original.rerun, rerun_config(original)
     origin = replace(original.origin, code=now.code)
     run.root.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(lock_run(RunPaths(original.sweep.reruns), 0))
+            stack.enter_context(lock_run(RunPaths(original.sweep.reruns), 0))
+            # Of a rerun whose supervisor was killed, the training itself may still be ending. Its
+            # lock is given back at once: the training that is started below takes it.
             with lock_run(run, _EARLIER_PROCESS_SECONDS):
                 pass
         except BlockingIOError:
             raise UserError(
                 f"another rerun is under way in {original.sweep.reruns}. Wait for it."
             ) from None
-        done, ours = run.state(config, origin) is State.done, _began_with(run, now)
-        if run.config.exists() and (done or not ours):
-            what = "finished" if done else "began with other code or packages"
-            _say(f"The rerun that {what} is kept in {run.root.parent / 'superseded'}.")
+        done = run.state(config, origin) is State.done
+        if run.config.exists() and (done or not _began_alike(run, now)):
+            why = "finished" if done else "began with other code or packages"
+            _print(f"The rerun that {why} is kept in {run.root.parent / 'superseded'}.")
             run.supersede()
-        board = held.enter_context(Board([config.job]))
+        board = stack.enter_context(Board([config.job]))
         watch = board.started(config, run, "")
         result = run_job(config, run, origin, None, watch)
         board.ended(config, result, before=False)
@@ -311,11 +318,12 @@ def repeat(original: Original, now: Provenance) -> RunResult:
 def rerun_config(original: Original) -> Config:
     """The run's config, with the threads it had; without MLflow, where it stands already."""
     config, threads = original.config, original.fit.threads
+    # Sums of floating-point numbers depend on how many threads share them.
     train = replace(config.train, threads=threads or config.train.threads)
     return replace(config, train=train, tracking=replace(config.tracking, mlflow=False))
 
 
-def _began_with(run: RunPaths, now: Provenance) -> bool:
+def _began_alike(run: RunPaths, now: Provenance) -> bool:
     """Whether what lies in a rerun's folder is of this code and these packages."""
     before = run.read_provenance()
     return (before.code, before.versions) == (now.code, now.versions)
@@ -333,21 +341,21 @@ def rerun(folder: Path, tolerance: float) -> bool:
     require_same_start(original)
     check_weights([original.config])
     now = provenance.record()
-    differing = changes(original, now, _device(original.config))
-    _say_before(original, now, differing)
+    differences = list_changes(original, now, _device(original.config))
+    _print_changes(original, now, differences)
     with Terminal().preparing() as report:
         prepare(original.config, report).require_rows()
-    result = repeat(original, now)
+    result = train_again(original, now)
     if not result.is_finished:
-        _say(f"The rerun is {result.status}; its log is {original.rerun.log}. The same command "
-             f"goes on with it.")  # fmt: skip
+        log = original.rerun.log
+        _print(f"The rerun is {result.status}; its log is {log}. The same command goes on with it.")
         return False
-    if read_original(folder).fit != original.fit:
+    if read_original(folder).fit != original.fit:  # a training takes hours, and sweeps go on
         raise UserError(f"{folder} was replaced by another run meanwhile: nothing to compare with.")
-    verdict = compare_runs(original.run, original.rerun, tolerance)
-    write_json(original.rerun.comparison, _record(original, verdict, differing))
-    _say_after(original, verdict)
-    return verdict.outcome is not Outcome.different
+    comparison = compare_runs(original.run, original.rerun, tolerance)
+    write_json(original.rerun.comparison, _comparison_to_json(original, comparison, differences))
+    _print_comparison(original, comparison)
+    return comparison.outcome is not Outcome.different
 
 
 def _device(config: Config) -> str:
@@ -357,41 +365,42 @@ def _device(config: Config) -> str:
     return device_name(pick_device(config.train.device))
 
 
-def _record(
-    original: Original, verdict: RerunComparison, differing: list[str]
+def _comparison_to_json(
+    original: Original, comparison: RerunComparison, differences: list[str]
 ) -> dict[str, object]:
     """The comparison as JSON holds it."""
-    parts = [asdict(part) for part in verdict.parts]
+    parts = [asdict(part) for part in comparison.parts]
     return {
         "job": original.config.job,
-        "verdict": verdict.outcome.value,
-        "tolerance": verdict.tolerance,
+        "verdict": comparison.outcome.value,
+        "tolerance": comparison.tolerance,
         "parts": parts,
-        "changes": differing,
+        "changes": differences,
     }
 
 
-def _say_before(original: Original, now: Provenance, differing: list[str]) -> None:
-    _say(f"{original.run.root} is repeated in {original.rerun.root}.")
-    if not differing:
-        _say("Code, packages, hardware and threads are those of its record.")
+def _print_changes(original: Original, now: Provenance, differences: list[str]) -> None:
+    _print(f"{original.run.root} is repeated in {original.rerun.root}.")
+    if not differences:
+        _print("Code, packages, hardware and threads are those of its record.")
         return
-    _say("Since it was made, these have changed, and may change its last digits or more:")
-    for line in differing:
-        _say(f"  {line}")
-    commands = restoring(original)
+    _print("Since it was made, these have changed, and may change its last digits or more:")
+    for line in differences:
+        _print(f"  {line}")
+    commands = restore_commands(original)
     if commands and original.origin.code != now.code:
-        _say(f"That code again, in the topmost folder of its checkout: {commands}")
+        _print(f"That code again, in the topmost folder of its checkout: {commands}")
 
 
-def _say_after(original: Original, verdict: RerunComparison) -> None:
-    color, word = _COLORS[verdict.outcome], verdict.outcome.value
-    limit = "" if verdict.outcome is Outcome.identical else f" (tolerance {verdict.tolerance:g})"
+def _print_comparison(original: Original, comparison: RerunComparison) -> None:
+    color, word = _COLORS[comparison.outcome], comparison.outcome.value
+    is_exact = comparison.outcome is Outcome.identical
+    limit = "" if is_exact else f" (tolerance {comparison.tolerance:g})"
     console.print(f"\n[bold {color}]{word}[/bold {color}]{limit}", soft_wrap=True)
-    for line in describe(verdict):
-        _say(f"  {line}")
-    _say(f"In full: {original.rerun.comparison}")
+    for line in describe(comparison):
+        _print(f"  {line}")
+    _print(f"In full: {original.rerun.comparison}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from ich.base.results import State, SweepPaths
 from ich.data.dataset import cohort_sizes, load_dataset
 from ich.launch.jobs import run_job
 from ich.launch.plan import Plan, describe_plan, make_plan, total_seconds
-from ich.launch.preflight import look_up
+from ich.launch.preflight import inspect_jobs
 from ich.training.model import count_parameters, initial_weights_source, model_cost
 
 
@@ -81,7 +81,7 @@ def test_states_and_times_follow_a_job_from_new_to_done(config: Config) -> None:
     assert planned.seconds > 10
 
     load_dataset(config)
-    (job,) = look_up([config], SweepPaths(run.root.parent))
+    (job,) = inspect_jobs([config], SweepPaths(run.root.parent))
     # Its first epoch is done, and its process was killed.
     run.root.mkdir(parents=True)
     run.config.write_text(to_yaml(config))
