@@ -221,32 +221,35 @@ _COLORS = {"running": "cyan", FAILED: "red", FINISHED: "green", KILLED: "yellow"
 
 @dataclass
 class _Row:
-    """One job on the board. done: share of the training, at first sight and now."""
+    """One job on the board. fraction: of its training that is done, at first sight and now."""
 
     job: str
     status: str = "waiting"
     note: str = ""
     began: float = 0.0
-    first: float | None = None  # a resumed training begins in its midst: its speed is from there
-    done: float = 0.0
+    first_fraction: float | None = None  # a resumed training begins in its midst
+    fraction: float = 0.0
 
     def follow(self, progress: JobProgress | None) -> None:
         """Takes over what the job's process says of itself."""
         if progress is None:
             self.note = "starting"
             return
-        self.done = (progress.epoch - 1 + progress.step / progress.steps) / progress.epochs
-        if self.first is None:
-            self.first, self.began = self.done, time.monotonic()
+        self.fraction = (progress.epoch - 1 + progress.step / progress.steps) / progress.epochs
+        if self.first_fraction is None:
+            self.first_fraction, self.began = self.fraction, time.monotonic()
         note = f"epoch {progress.epoch}/{progress.epochs}, {progress.phase}"
-        gained = self.done - self.first
+        # By what was done since it is seen here: before that it may have run elsewhere, or paused.
+        gained = self.fraction - self.first_fraction
         if gained > 0:
-            left = (time.monotonic() - self.began) * (1 - self.done) / gained
+            left = (time.monotonic() - self.began) * (1 - self.fraction) / gained
             note += f" {progress.step}/{progress.steps}, {format_duration(left)} left"
         self.note = note
 
     def bar(self) -> ProgressBar | str:
-        return ProgressBar(total=1, completed=self.done, width=24) if self.first is not None else ""
+        if self.first_fraction is None:
+            return ""
+        return ProgressBar(total=1, completed=self.fraction, width=24)
 
 
 def printable(text: str) -> str:
