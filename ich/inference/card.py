@@ -134,6 +134,7 @@ def _metrics(
     model: Ensemble, scored: Predictions, validation: Predictions, resamples: int
 ) -> Iterator[Block]:
     tested = scored.fingerprint != validation.fingerprint
+    # Without a test set the scored rows are those of validation: a second column would repeat them.
     other = validation if tested else None
     left_out = pd.DataFrame(columns=["image_id", "reason"])
     evaluation = Evaluation(model.name, scored, other, model.thresholds, [], left_out)

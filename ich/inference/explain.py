@@ -59,6 +59,7 @@ def check_folder(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Removes what an earlier call wrote: it had other findings, and so files of other names."""
     for page in folder.glob("*.html"):
+        # Names of the form that we give: other files in the folder are its user's.
         for picture in (folder / page.stem).glob("[0-9]*-*.png"):
             picture.unlink()
         page.unlink()

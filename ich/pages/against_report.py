@@ -22,7 +22,7 @@ def against_the_report(comparison: Comparison) -> list[Block]:
     for rows in comparison.evaluation_sets:
         by_model = rows.setting_per_model()
         ours = {k: s for k, s in by_model.items() if k in REPORT_TABLE_2}
-        if len(ours) >= 2:
+        if len(ours) >= 2:  # every finding is about two networks at least
             return [_report_table(ours), *_findings(ours), *_trends(ours)]
     return []
 

@@ -54,6 +54,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
         ("Hardest cases", _hardest_cases(comparison, paths)),
         ("Not finished", _unfinished(comparison)),
     ]
+    # A sweep over models alone has no effects of settings, one that failed no figures, and so on.
     sections = [(heading, blocks) for heading, blocks in sections if blocks]
     sections += [("Configuration", _configuration(comparison)), ("Provenance", _origin(comparison))]
     facts = {

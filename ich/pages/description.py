@@ -45,6 +45,7 @@ def describe(comparison: Comparison) -> list[str]:
         f"{_either(_computed(r) for r in results)}."
     )
     lines += _describe_intervals(comparison)
+    # Of several sweeps some may be on the RSNA set: it reads "rsna or phantom" then.
     if "rsna" not in setting("data.source"):
         lines.append(
             "The report's columns are its own results on the RSNA set, for orientation; "
@@ -68,6 +69,7 @@ def _describe_intervals(comparison: Comparison) -> list[str]:
             f"{where}."
         )
     seeds = {len(g.runs) for g in comparison.settings}
+    # Both may be: a setting keeps one seed where its others failed.
     if 1 in seeds:
         lines.append(
             "One seed per setting: intervals cover the choice of patients, not the luck of a "

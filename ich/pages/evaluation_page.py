@@ -89,7 +89,7 @@ def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
     for level in ("slice", "study"):
         if not (table["level"] == level).any():
             continue
-        folded = level == "study"
+        folded = level == "study"  # as many tables again, which would bury the figures
         overall = shown_table(table, OVERALL, level)
         yield Table(f"All labels, per {level}", overall, folded)
         for label in labels:
@@ -104,6 +104,7 @@ def _compared(evaluation: Evaluation) -> Comparison:
     sets = []
     for name, predictions in sides:
         if predictions is not None:
+            # Neither folder nor config: figures of predictions read neither.
             run = Run(name, RunPaths(Path(name)), RunResult(FINISHED), None, predictions)
             sets.append(EvaluationSet(predictions.fingerprint, [SettingResult(name, [run])]))
     runs = [g.runs[0] for s in sets for g in s.settings]

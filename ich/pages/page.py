@@ -192,6 +192,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+# Only with the block that needs it: a page without a script forbids them all.
 _SCRIPTS = {Ranking: "ranking.js", Stack: "stack.js"}
 
 

@@ -102,7 +102,7 @@ def _bests(rows: EvaluationSet, columns: Sequence[_Column]) -> dict[str, float]:
     for column in columns:
         if column.key != _MINUS_BEST and len(rows.settings) > 1:
             values = [column.value(s.runs) for s in rows.settings]
-            if not np.isnan(values).all():
+            if not np.isnan(values).all():  # of NaN alone, nanmax warns
                 pick = np.nanmin if column.is_lower_better else np.nanmax
                 bests[column.key] = float(pick(values))
     return bests
@@ -131,7 +131,7 @@ def _cell(setting: SettingResult, column: _Column, bests: dict[str, float]) -> C
             return Cell("")
         interval = setting.difference_from_best[RANKING_METRIC]
         return replace(column.cell(difference), below=interval_text(interval, "+.4f"))
-    value = column.value(setting.runs)
+    value = column.value(setting.runs)  # computed as for `bests`, so that it may be equal to it
     below = interval_text(setting.interval(column.key)) if column.key in setting.replicates else ""
     if len(setting.runs) > 1 and column.key in COMPARED_METRICS:
         below += f", sd {setting.spread(column.key):.4f}"
