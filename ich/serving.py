@@ -70,7 +70,7 @@ def _slices(rows: pd.DataFrame) -> Iterator[np.ndarray | str]:
             else:
                 yield "neither dicom nor hu is given"
         except DicomError as error:
-            yield " ".join(str(error).split())
+            yield error.reason
 
 
 def _bytes(text: str) -> bytes:
@@ -97,15 +97,15 @@ def _array(given: Any) -> np.ndarray:
 def _batches(
     slices: Iterator[np.ndarray | str], reasons: list[str], size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Numbers of rows and their slices, int16 [B, size, size]; reasons go to their places."""
+    """Numbers of rows and their slices, int16 [B, size, size]; reasons go to `reasons`."""
     numbers: list[int] = []
     ready: list[np.ndarray] = []
-    for number, found in enumerate(slices):
-        if isinstance(found, str):
-            reasons[number] = found
+    for number, result in enumerate(slices):
+        if isinstance(result, str):
+            reasons[number] = result
             continue
         numbers.append(number)
-        ready.append(resize_area(square(found), size))
+        ready.append(resize_area(square(result), size))
         if len(ready) == _AT_ONCE:
             yield numbers, np.stack(ready)
             numbers, ready = [], []

@@ -32,10 +32,13 @@ from ich.data.dicom import read_hu, read_slice
 from ich.data.inputs import Inputs
 from ich.data.phantom.spec import LABELS
 from ich.data.store import SliceStore
-from ich.inference import ensemble as predictor
-from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
+from ich.inference import ensemble as ensembles
+from ich.inference import predicted_files
+from ich.inference.ensemble import Ensemble, load_ensemble
 from ich.inference.outputs import RSNA_LABELS, image_id_of
-from ich.predict import LEFT_OUT, conversions, main, parse
+from ich.inference.predict import LEFT_OUT, conversion_folder
+from ich.inference.predicted_files import predict_files
+from ich.predict import main, parse
 from ich.scoring.metrics import best_thresholds, sigmoid
 from ich.tracking.store import MlflowStore, TrackingConfig
 
@@ -149,8 +152,8 @@ def test_thresholds_are_those_of_the_best_epochs_validation(runs: list[Path]) ->
 def test_a_threshold_that_is_none_is_refused(runs: list[Path], given: str) -> None:
     model = load_ensemble([str(runs[0])], CPU)
     with pytest.raises(UserError, match=r"--threshold is .* from 0 to 1, .* The labels are"):
-        model.deciding(given)
-    assert set(model.deciding("0.25").thresholds.values()) == {0.25}
+        model.with_thresholds(given)
+    assert set(model.with_thresholds("0.25").thresholds.values()) == {0.25}
 
 
 def test_onnxruntime_gives_the_same_and_converts_once(
@@ -169,9 +172,9 @@ def test_onnxruntime_gives_the_same_and_converts_once(
 def test_processes_that_predict_give_what_one_does(
     runs: list[Path], phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
-    monkeypatch.setattr(predictor, "available_memory", lambda: memory)
+    monkeypatch.setattr(ensembles, "available_memory", lambda: memory)
     model = load_ensemble([str(r) for r in runs[:2]], CPU, None, tmp_path)
-    assert len(model.for_each_of(2)) == (2 if memory else 0)
+    assert len(model.converted_for(2)) == (2 if memory else 0)
     inputs = Inputs.find([*map(str, slices_of(phantom)[:30]), __file__])
     one, two = (
         predict_files(model, inputs, lambda _, key: key, lambda *_: None, "flips", 8, workers)
@@ -184,15 +187,15 @@ def test_processes_that_predict_give_what_one_does(
 
 
 def test_many_files_on_a_cpu_are_worth_converting(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = parse(["a", "--model", "b", "-o", "c.csv"])
-    place = Path(".ich-cache/onnx")
-    assert [conversions(args, CPU, n) for n in (2999, 3000)] == [None, place]
-    assert conversions(args, torch.device("cuda"), 3000) is None
-    args.engine = "onnx"
-    assert conversions(args, CPU, 1) == place
-    monkeypatch.setattr("ich.predict.has_onnx", lambda: False)
+    options = parse(["a", "--model", "b", "-o", "c.csv"])
+    folder = Path(".ich-cache/onnx")
+    assert [conversion_folder(options, CPU, n) for n in (2999, 3000)] == [None, folder]
+    assert conversion_folder(options, torch.device("cuda"), 3000) is None
+    options = replace(options, engine="onnx")
+    assert conversion_folder(options, CPU, 1) == folder
+    monkeypatch.setattr("ich.inference.predict.has_onnx", lambda: False)
     with pytest.raises(UserError, match=r"--engine is onnx, .* pip install 'ich\[onnx\]'"):
-        conversions(args, CPU, 1)
+        conversion_folder(options, CPU, 1)
 
 
 # Ensembles and flips
@@ -250,15 +253,15 @@ def test_flips_are_the_mean_over_flipped_slices(runs: list[Path], phantom: Path)
 def test_networks_of_other_labels_are_not_averaged(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = predictor.Network
+    real = ensembles.Network
 
-    def other(weights: Path, *args: object) -> predictor.Network:
+    def other(weights: Path, *args: object) -> ensembles.Network:
         network = real(weights, *args)
         if "seed=1" in str(weights):
             network.metadata = replace(network.metadata, labels=("a", *LABELS[1:]))
         return network
 
-    monkeypatch.setattr(predictor, "Network", other)
+    monkeypatch.setattr(ensembles, "Network", other)
     with pytest.raises(UserError, match=r"different labels: .*seed=0 has epidural, .* a, "):
         load_ensemble([str(r) for r in runs], CPU)
 
@@ -354,9 +357,9 @@ def test_files_folders_and_archives_mixed(phantom: Path, tmp_path: Path) -> None
     again = Inputs.find(names)
     assert [again.name(n) for n in range(9)] == names
     one_folder = Inputs.find([str(f) for f in files]).batches(4, (32,))
-    assert [asked.numbers for asked in one_folder] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    asked = list(inputs.ask([8, 0, 3], (32,)))
-    assert sorted(n for a in asked for n in a.numbers) == [0, 3, 8]
+    assert [request.numbers for request in one_folder] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    requests = list(inputs.requests([8, 0, 3], (32,)))
+    assert sorted(n for request in requests for n in request.numbers) == [0, 3, 8]
 
 
 def test_what_is_given_twice_is_there_once(phantom: Path, tmp_path: Path) -> None:
@@ -497,7 +500,7 @@ def test_a_slice_that_names_no_study_is_in_none(
 def test_weights_with_a_nan_predict_nothing(
     runs: list[Path], phantom: Path, tmp_path: Path, predict: Predict, capsys: Capture
 ) -> None:
-    model, metadata = predictor.load_trained(runs[0] / "best.safetensors")
+    model, metadata = ensembles.load_trained(runs[0] / "best.safetensors")
     with torch.no_grad():
         model.head.bias[2] = torch.nan
     from ich.training.model import save_weights
@@ -623,7 +626,7 @@ def test_a_count_that_is_none_is_refused(count: str, capsys: Capture) -> None:
 def test_a_killed_decoding_process_costs_what_it_had(
     runs: list[Path], phantom: Path, predict: Predict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = predictor.run_parallel
+    real = predicted_files.run_parallel
 
     def broken(*args: object) -> object:
         for n, read in enumerate(real(*args)):
@@ -631,7 +634,7 @@ def test_a_killed_decoding_process_costs_what_it_had(
                 raise BrokenProcessPool
             yield read
 
-    monkeypatch.setattr(predictor, "run_parallel", broken)
+    monkeypatch.setattr(predicted_files, "run_parallel", broken)
     files = slices_of(phantom)[:40]
     words = ["--model", runs[0], *files, "-o", "out.csv", "--batch-size", 8, "--workers", 1]
     assert predict(*words) == LEFT_OUT
@@ -651,7 +654,7 @@ def test_out_of_gpu_memory_says_what_to_change(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(predictor.Network, "logits", full)
+    monkeypatch.setattr(ensembles.Network, "logits", full)
     assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 1
     said = capsys.readouterr().err
     assert "out of GPU memory at 32 slices at a time: CUDA out of memory. Tried to" in said

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,6 +41,19 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def cut_unfinished_line(file: IO[bytes]) -> int:
+    """Cuts a last line that a killed process left without its end, of at most 64 KB.
+
+    Returns:
+        Bytes of the whole lines that are left.
+    """
+    start = max(0, file.seek(0, os.SEEK_END) - (1 << 16))
+    file.seek(start)
+    whole = start + file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+    return whole
 
 
 @contextmanager

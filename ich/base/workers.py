@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,10 +15,11 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
+# No numpy here: `_begin` is to be done before it is imported.
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MOST = 512  # processes, whatever is asked for
 _AHEAD = 2  # jobs given to each worker: one it does, one it need not wait for
 
@@ -31,42 +31,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def available_memory() -> int:
-    """Bytes of main memory that can be had without swapping; half of all there is where the system
-    is no Linux and does not say."""
-    try:
-        with open("/proc/meminfo") as file:  # noqa: PTH123
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def worker_count(wanted: int | None, units: int, units_per_start: int) -> int:
+    """How many processes so much work is worth: as wanted, else up to one per core.
 
-
-def return_memory() -> None:
-    """Gives freed memory back to the system, which the allocators of C and Arrow would keep.
-
-    A preparation goes through stages that each need hundreds of megabytes for a moment, in pieces
-    of other sizes; without this their peaks add up.
+    Args:
+        wanted: by the user; None if the user leaves it to us.
+        units: of work, in all.
+        units_per_start: done by a process in the time that another takes to start.
     """
-    if (arrow := sys.modules.get("pyarrow")) is not None:
-        arrow.default_memory_pool().release_unused()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc; musl has none
-        if trim is not None:
-            trim(0)
-
-
-def keep_memory() -> None:
-    """Lets the C allocator keep large blocks that are freed, for the rest of this process.
-
-    glibc gives them back at once, and every step of a training has its pages zeroed and mapped
-    again: 7 percent of a step of MobileNetV2 on a CPU, and a third of what a batch takes to make.
-    """
-    if sys.platform == "linux":
-        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-        if set_option is not None:
-            for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-                set_option(option, 2**30)
+    return wanted or min(available_cores(), -(-units // units_per_start))
 
 
 def run_parallel(
@@ -86,39 +59,63 @@ def run_parallel(
     if workers <= 1:
         yield from map(function, jobs)
         return
-    workers = min(workers, _MOST)
-    due = iter(jobs)
-    # Spawned, not forked: the parent may hold torch's and a progress bar's threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers - 1, mp_context=context, initializer=_end_with_parent)
-    running: set[Future[Result]] = set()
-
-    def give(each: int) -> None:
-        # Submitting is what starts the processes.
-        with _undisturbed(), _without_main(), _one_thread_each():
-            for job in islice(due, each * (workers - 1) - len(running)):
-                running.add(pool.submit(function, job))
-
-    try:
-        give(1)
+    due, others = iter(jobs), min(workers, _MOST) - 1
+    with WorkerPool(others) as pool:
+        running = pool.submit(function, islice(due, others))
         while running:
             own = [function(job) for job in islice(due, 1)]
             done, running = wait(running, 0 if own else None, FIRST_COMPLETED)
-            give(_AHEAD)
+            running |= pool.submit(function, islice(due, _AHEAD * others - len(running)))
             yield from own
             for future in done:
                 yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Ends this worker process when its parent is killed; else it would wait for jobs for ever."""
+class WorkerPool:
+    """Processes that start clean and that nothing leaves behind.
+
+    The executor of the standard library starts processes while jobs are submitted, from whatever
+    state this process is in then. What is guaranteed instead:
+
+    - A process imports the module of its job, and no more. It would import the caller's `__main__`
+      first: seconds where that imports torch, and a script without a guard would run once more.
+      `__main__` is therefore an empty module while processes start.
+    - It does linear algebra on one thread: with several each, processes wait for one another's
+      cores.
+    - No exception comes between the start of a process and the executor's noting it. It would
+      leave a process that nobody tells to end, and for which Python waits for ever at its own end.
+      SIGINT and SIGTERM, which raise one, are handled after the submission.
+    - Processes end with the pool, and at once when this process is killed: each watches for that.
+
+    They are spawned, not forked: this process may hold torch's and a progress bar's threads.
+    """
+
+    def __init__(self, processes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._executor = ProcessPoolExecutor(processes, context, initializer=_begin)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> set[Future[Result]]:
+        """Gives jobs to the processes; starts as many of these as are needed."""
+        with _signals_held(), _empty_main():
+            return {self._executor.submit(function, job) for job in jobs}
+
+
+def _begin() -> None:
+    """What a worker process does before its first job, and before it imports numpy for that."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def watch() -> None:
+        # A killed parent closes no queue: its workers would wait for jobs for ever.
         wait_for([parent.sentinel])
         os._exit(1)
 
@@ -126,33 +123,31 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until this is left, in the main thread, where Python handles them.
-
-    An exception between the start of a process and the pool's noting it leaves a process that
-    nobody tells to end, and for which Python would wait for ever at its own end.
-    """
+def _signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until this is left, in the main thread, where Python handles them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # Others than Python's stay: what is ignored is so in the new process, too.
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: h for number, h in found.items() if callable(h)}
+    # Handlers and no signal mask: the kernel hands a masked signal to another thread, and Python
+    # runs its handler in this one all the same. Others than Python's handlers stay: what is ignored
+    # is so in the new process, too.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: h for number, h in before.items() if callable(h)}
     caught: list[int] = []
-    waiting = True
+    holding = True
 
-    def wait_for_it(number: int, frame: types.FrameType | None) -> None:
-        if waiting:
+    def hold(number: int, frame: types.FrameType | None) -> None:
+        if holding:
             caught.append(number)
         else:  # between two of the lines that put the handlers back
             handlers[signal.Signals(number)](number, frame)
 
     try:
         for number in handlers:
-            signal.signal(number, wait_for_it)
+            signal.signal(number, hold)
         yield
     finally:
-        waiting = False
+        holding = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if caught:
@@ -160,26 +155,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started here do linear algebra on one thread: with several each, they would wait
-    for one another's cores."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Keeps spawned processes from importing the caller's `__main__`: ours do not need it, it takes
-    seconds where it imports torch, and a script may lack the guard that keeps it from running."""
+def _empty_main() -> Iterator[None]:
+    """Hides the caller's `__main__` from `multiprocessing.spawn`, which looks for its file."""
     main_module = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

@@ -23,7 +23,8 @@ from ich.benchmarks.measure import (
 )
 from ich.benchmarks.peers import Rate, rate_of
 from ich.data.cache import build_cache
-from ich.data.dataset import Dataset, load_dataset, open_store
+from ich.data.cohorts import open_store
+from ich.data.dataset import Dataset, load_dataset
 from ich.data.store import SliceStore, read_bytes
 from ich.training.devices import pick_device
 from ich.training.mode import CHANNELS_LAST
@@ -118,7 +119,6 @@ def bench_input(settings: Settings, folder: Path) -> Iterator[PartResult]:
 
 def phantom_files(config: Config, images: int) -> list[Path]:
     store = open_store(config.data)
-    assert store is not None
     return [store.root / p for p in store.paths if p.endswith(".dcm")][:images]
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from ich.base.workers import keep_memory
+from ich.base.memory import keep_memory
 from ich.benchmarks.inputs import bench_input, bench_prepare
 from ich.benchmarks.jobs import bench_memory, bench_start
 from ich.benchmarks.measure import Part, PartResult, Row, Settings

@@ -23,7 +23,8 @@ from ich.benchmarks.measure import (
 )
 from ich.benchmarks.peers import Rate, rate_of
 from ich.data.inputs import Inputs
-from ich.inference.ensemble import Ensemble, load_ensemble, predict_files
+from ich.inference.ensemble import Ensemble, load_ensemble
+from ich.inference.predicted_files import predict_files
 from ich.scoring.uncertainty import RESAMPLES, ScoredRows, bootstrap, draw_counts, group_rows
 from ich.training.devices import pick_device
 from ich.training.model import build_model, input_spec, save_weights

@@ -1,6 +1,7 @@
-"""What a decoding process runs: files -> slices of one size -> their places in the cache.
+"""What a decoding process runs: files -> slices in HU, into memory or into the rows of a cache.
 
 Apart from `cache`, because a new process imports this, and pandas would double the time it takes.
+It knows files and HU alone: what is predicted from a slice is the business of `ich.inference`.
 """
 
 from __future__ import annotations
@@ -8,20 +9,22 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ich.base.memory import keep_slice_memory
 from ich.data.dicom import HU_MIN, DicomError, read_hu, read_slice
 from ich.data.store import Location, Unreadable, read_bytes
 
 DECODER_VERSION = 3  # raise it when the same file would decode to other values
 
 
-class Chunk(NamedTuple):
-    """Files to decode, and the row of each in `target`. builder: the id of the building process."""
+class DecodeRequest(NamedTuple):
+    """Files to decode into the cache `target`, and the row of each; `size` is a slice's side there,
+    pixels. builder: the id of the building process."""
 
     root: Path
     locations: list[Location]
@@ -31,7 +34,7 @@ class Chunk(NamedTuple):
     builder: int
 
 
-class Decoded(NamedTuple):
+class DecodeResult(NamedTuple):
     """What became of one file: its row and checksum, or row -1 and the reason."""
 
     path: str
@@ -42,44 +45,44 @@ class Decoded(NamedTuple):
     again: bool = False  # another try may succeed
 
 
-def decode_chunk(chunk: Chunk) -> list[Decoded]:
+def decode_to_cache(request: DecodeRequest) -> list[DecodeResult]:
     """Decodes each file and writes it at its row; no row is touched by two processes.
 
     Raises:
         OSError: the disk is full.
         RuntimeError: the building process is gone, and another may own the rows by now.
     """
-    _keep_memory()
-    target = os.open(chunk.target, os.O_RDWR | os.O_CLOEXEC)
+    keep_slice_memory()
+    target = os.open(request.target, os.O_RDWR | os.O_CLOEXEC)
     try:
         # Held while writing: the next build waits for it, should ours be killed meanwhile.
         fcntl.flock(target, fcntl.LOCK_SH)
-        if chunk.builder not in (os.getpid(), os.getppid()):
+        if request.builder not in (os.getpid(), os.getppid()):
             raise RuntimeError("the build was ended")
         return [
-            _decode_into(target, chunk.root, location, row, chunk.size)
-            for location, row in zip(chunk.locations, chunk.rows, strict=True)
+            _decode_into(target, request.root, location, row, request.size)
+            for location, row in zip(request.locations, request.rows, strict=True)
         ]
     finally:
         os.close(target)
 
 
-def _decode_into(target: int, root: Path, location: Location, row: int, size: int) -> Decoded:
+def _decode_into(target: int, root: Path, location: Location, row: int, size: int) -> DecodeResult:
     path, signature = location.path, location.signature
     try:
         hu = resize_area(square(read_hu(read_bytes(root, location))), size)
     except DicomError as error:
         again = isinstance(error, Unreadable)
-        return Decoded(path, signature, -1, 0, " ".join(str(error).split()), again)
+        return DecodeResult(path, signature, -1, 0, error.reason, again)
     # Not through a memory map: a full disk is then an OSError and no fatal signal.
     data = memoryview(np.ascontiguousarray(hu).data).cast("B")
     written = 0
     while written < len(data):
         written += os.pwrite(target, data[written:], row * len(data) + written)
-    return Decoded(path, signature, row, checksum(data))
+    return DecodeResult(path, signature, row, checksum(data))
 
 
-class Asked(NamedTuple):
+class ReadRequest(NamedTuple):
     """Files to read into memory, once per side in `sizes`, pixels. numbers: what each is called."""
 
     root: Path
@@ -88,12 +91,11 @@ class Asked(NamedTuple):
     sizes: tuple[int, ...]
 
 
-class Read(NamedTuple):
-    """One file that was asked for.
+class ReadResult(NamedTuple):
+    """One file that was to be read.
 
     hu: int16 [S, S] for each side S, HU; none if there is a reason why not. study, series,
-    position: as in `ich.data.dicom.Slice`. logits: float32 [M, L] of M networks, if it was
-    predicted where it was read (`ich.inference.session`).
+    position: as in `ich.data.dicom.Slice`.
     """
 
     number: int
@@ -102,34 +104,22 @@ class Read(NamedTuple):
     series: str = ""
     position: float = math.nan
     reason: str = ""
-    logits: np.ndarray | None = None
 
 
-def read_chunk(asked: Asked) -> list[Read]:
+def read_slices(request: ReadRequest) -> list[ReadResult]:
     """Decodes files as for the cache, and keeps nothing."""
-    _keep_memory()
-    found = []
-    for location, number in zip(asked.locations, asked.numbers, strict=True):
+    keep_slice_memory()
+    results = []
+    for location, number in zip(request.locations, request.numbers, strict=True):
         try:
-            one = read_slice(read_bytes(asked.root, location))
+            decoded = read_slice(read_bytes(request.root, location))
         except DicomError as error:
-            found.append(Read(number, {}, reason=" ".join(str(error).split())))
+            results.append(ReadResult(number, {}, reason=error.reason))
             continue
-        whole = square(one.hu)
-        hu = {size: resize_area(whole, size) for size in asked.sizes}
-        found.append(Read(number, hu, one.study, one.series, one.position))
-    return found
-
-
-@cache
-def _keep_memory() -> None:
-    """Keeps freed memory in this process for the next slice.
-
-    glibc gives blocks of a slice's size back to the system each time, and faulting their pages in
-    again took longer than decoding. Freeing one large block, never touched, raises its threshold
-    (mallopt(3), M_MMAP_THRESHOLD); other allocators take no notice.
-    """
-    np.empty(24 << 20, np.uint8)
+        whole = square(decoded.hu)
+        hu = {size: resize_area(whole, size) for size in request.sizes}
+        results.append(ReadResult(number, hu, decoded.study, decoded.series, decoded.position))
+    return results
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -166,9 +156,8 @@ def resize_area(hu: np.ndarray, size: int) -> np.ndarray:
     blocks = math.gcd(side, size)
     weights = area_weights(side // blocks, size // blocks)
     rows = weights @ hu.astype(np.float32).reshape(blocks, -1, side)
-    out: np.ndarray = (
-        rows.reshape(size * blocks, -1) @ weights.T
-    )  # as one product: many small ones took longer
+    # As one product: many small ones took longer.
+    out: np.ndarray = rows.reshape(size * blocks, -1) @ weights.T
     np.rint(out, out=out)
     return out.astype(np.int16).reshape(size, size)
 

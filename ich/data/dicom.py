@@ -11,6 +11,8 @@ import io
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -57,8 +59,9 @@ _KEYWORDS = (
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
     "SpecificCharacterSet",  # pydicom refuses the whole header for one that it does not know
 )
-_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
-_IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _PLACE = tuple(
+_CHECKED_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
+# Where the slice belongs; read without a check, and absent in many files.
+_IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
     int(Tag(keyword))
     for keyword in (
         "ImageType",
@@ -68,12 +71,17 @@ _IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _PLACE = tuple(
         "ImagePositionPatient",
     )
 )
-_WANTED = frozenset((*_TAGS, *_PLACE))
+_WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
 _PIXEL_DATA = Tag("PixelData")
 
 
 class DicomError(ValueError):
     """Why one file yields no slice. Names the element and its value, never an identifier."""
+
+    @property
+    def reason(self) -> str:
+        """The message in one line, as tables and journals have it."""
+        return " ".join(str(self).split())
 
 
 class _Header(NamedTuple):
@@ -195,10 +203,8 @@ def read_keys(data: bytes) -> tuple[str, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = _parse(data, stop_before_pixels=True)
-        try:
+        with _damaged_header_refused():
             patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
-        except Exception as error:  # a damaged element raises when it is first looked at
-            raise DicomError(f"unreadable header ({type(error).__name__})") from None
     return str(patient or ""), str(study or "")
 
 
@@ -239,26 +245,37 @@ def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
     if not data:
         raise DicomError("the file is empty")
-    said, deflated = transfer_syntax(data), DeflatedExplicitVRLittleEndian.encode()
-    if said == deflated or (not said and deflated in data[:4096]):
+    syntax, deflated = transfer_syntax(data), DeflatedExplicitVRLittleEndian.encode()
+    if syntax == deflated or (not syntax and deflated in data[:4096]):
         # pydicom would inflate it whole, to up to a thousand times its size, before any check.
         raise DicomError(f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read")
-    try:
+    with _damaged_header_refused():
         return pydicom.dcmread(io.BytesIO(data), **options)
+
+
+@contextmanager
+def _damaged_header_refused() -> Iterator[None]:
+    """A damaged header can raise nearly anything: in the parser, or when an element is first looked
+    at, for pydicom converts values no sooner. Only the error's name is shown: its text may quote
+    any element."""
+    try:
+        yield
+    except DicomError:
+        raise
     except InvalidDicomError:
         raise DicomError("not a DICOM file (no DICM prefix)") from None
-    except Exception as error:  # a damaged header can raise nearly anything in the parser
+    except Exception as error:
         raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
 
-# The slices of a data set share few distinct headers, and converting and checking `_TAGS`
-# takes longer than reading the pixel data, so each combination of raw values is seen once.
+# The slices of a data set share few distinct headers, and converting and checking these
+# tags takes longer than reading the pixel data, so each combination of raw values is seen once.
 _seen: dict[tuple[object, ...], _Header] = {}
 _SEEN_LIMIT, _SEEN_BYTES = 256, 1024  # headers, and bytes of each
 
 
 def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
-    try:
+    with _damaged_header_refused():
         key = _key(elements)
         if (header := _seen.get(key)) is None:
             header = _check(dataset)
@@ -267,14 +284,10 @@ def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
             if sum(len(value) for _, value in filter(None, key[1:])) <= _SEEN_BYTES:
                 _seen[key] = header
         return header
-    except DicomError:
-        raise
-    except Exception as error:  # a damaged element raises when it is first looked at
-        raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
 
 def _key(elements: Elements) -> tuple[Any, ...]:
-    return elements.syntax, *map(elements.values.get, _TAGS)
+    return elements.syntax, *map(elements.values.get, _CHECKED_TAGS)
 
 
 def _elements(dataset: pydicom.Dataset, data: bytes) -> Elements:
@@ -288,8 +301,10 @@ def _elements(dataset: pydicom.Dataset, data: bytes) -> Elements:
                 value = data[start : start + item.length]
             values[tag] = item.VR, value
     pixels = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
-    place = (pixels.value_tell, pixels.length) if isinstance(pixels, RawDataElement) else (0, 0)
-    return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, *place)
+    start, length = 0, 0
+    if isinstance(pixels, RawDataElement):
+        start, length = pixels.value_tell, pixels.length
+    return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, start, length)
 
 
 def _check(dataset: pydicom.Dataset) -> _Header:

@@ -49,13 +49,15 @@ def find_elements(data: bytes, wanted: Container[int]) -> Elements | None:
     if data[_PREFIX_END - 4 : _PREFIX_END] != b"DICM":
         return None
     try:
-        at, syntax = _meta(data)
+        offset, syntax = _meta(data)
         if syntax not in (_EXPLICIT, _IMPLICIT):
             return None
         explicit = syntax == _EXPLICIT
-        if data[at + 4 : at + 6].isupper() != explicit:  # a VR there, or none: wrongly named
+        if (
+            data[offset + 4 : offset + 6].isupper() != explicit
+        ):  # a VR there, or none: wrongly named
             return None
-        return _walk(data, at, wanted, explicit, syntax.decode())
+        return _walk(data, offset, wanted, explicit, syntax.decode())
     except struct.error:  # it ends before its pixel data
         return None
 
@@ -73,46 +75,48 @@ def transfer_syntax(data: bytes) -> bytes:
 def _meta(data: bytes) -> tuple[int, bytes]:
     """Where the file meta information (PS3.10 7.1) ends, and the transfer syntax it names; no
     syntax if anything is odd."""
-    at, syntax = _PREFIX_END, b""
+    offset, syntax = _PREFIX_END, b""
     while True:
-        group, element, vr, length = _head(data, at)
+        group, element, vr, length = _head(data, offset)
         if group != _META_GROUP:
-            return at, syntax
-        at += 8
+            return offset, syntax
+        offset += 8
         if vr in _LONG:
-            (length,) = _four_bytes(data, at)
-            at += 4
+            (length,) = _four_bytes(data, offset)
+            offset += 4
         odd = vr not in _LONG and vr not in _SHORT
         odd |= element == _GROUP_LENGTH and (vr, length) != (b"UL", 4)
         odd |= element == _SYNTAX and vr != b"UI"
         if odd:
-            return at, b""
+            return offset, b""
         if element == _SYNTAX:
-            syntax = data[at : at + length].rstrip(b"\0 ")
-        at += length
+            syntax = data[offset : offset + length].rstrip(b"\0 ")
+        offset += length
 
 
 def _walk(
-    data: bytes, at: int, wanted: Container[int], explicit: bool, syntax: str
+    data: bytes, offset: int, wanted: Container[int], explicit: bool, syntax: str
 ) -> Elements | None:
     values: dict[int, tuple[str | None, bytes]] = {}
     last = 0
     while True:
-        group, element, vr, length = _head(data, at)
-        at += 8
+        group, element, vr, length = _head(data, offset)
+        offset += 8
         if not explicit:
-            (length,) = _four_bytes(data, at - 4)
+            (length,) = _four_bytes(data, offset - 4)
         elif vr in _LONG:
-            (length,) = _four_bytes(data, at)
-            at += 4
+            (length,) = _four_bytes(data, offset)
+            offset += 4
         elif vr not in _SHORT:
             return None
         tag = group << 16 | element
         if tag <= last or length == _UNDEFINED or group == _ITEM_GROUP:
             return None
         if tag == _PIXEL_DATA:
-            return Elements(syntax, values, at, length) if at + length == len(data) else None
+            return (
+                Elements(syntax, values, offset, length) if offset + length == len(data) else None
+            )
         if tag in wanted:
-            values[tag] = (vr.decode() if explicit else None, data[at : at + length])
-        at += length
+            values[tag] = (vr.decode() if explicit else None, data[offset : offset + length])
+        offset += length
         last = tag

@@ -6,18 +6,18 @@ import os
 import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from ich.base.config import UserError
-from ich.data.decode import Asked
+from ich.data.decode import ReadRequest
 from ich.data.store import SliceStore
 
 
 @dataclass(frozen=True)
-class Group:
+class SourceFiles:
     """Files of one folder or archive. prefix: with a path it makes a name that can be given again;
     an archive's members are named as if it were a folder."""
 
@@ -33,7 +33,7 @@ class Inputs:
     refused: archives that cannot be opened, and why.
     """
 
-    groups: Sequence[Group]
+    sources: Sequence[SourceFiles]
     refused: Sequence[tuple[str, str]] = ()
 
     @staticmethod
@@ -48,88 +48,93 @@ class Inputs:
         Raises:
             UserError: one of them does not exist, or there is no file in any.
         """
-        groups: list[Group] = []
+        sources: list[SourceFiles] = []
         refused: list[tuple[str, str]] = []
         seen: set[str] = set()
         for name in given:
             try:
-                store, prefix, paths = _expand(name)
+                source = _expand(name)
             except BrokenArchive as error:
                 refused.append((name, str(error)))
                 continue
-            root = store.root.resolve()
-            new = [p for p in paths if f"{root}/{p}" not in seen]
+            root = source.store.root.resolve()
+            new = [p for p in source.paths if f"{root}/{p}" not in seen]
             seen.update(f"{root}/{p}" for p in new)
-            if groups and (groups[-1].store.root, groups[-1].prefix) == (store.root, prefix):
-                groups[-1].paths.extend(new)  # as a shell gives the files of one folder
+            last = sources[-1] if sources else None
+            if last and (last.store.root, last.prefix) == (source.store.root, source.prefix):
+                last.paths.extend(new)  # as a shell gives the files of one folder
             else:
-                groups.append(Group(store, prefix, new))
-        if not any(g.paths for g in groups):
+                sources.append(replace(source, paths=new))
+        if not any(source.paths for source in sources):
             if refused:
                 raise UserError(f"{refused[0][0]}: {refused[0][1]}")
             raise UserError(
                 f"there is no file in {', '.join(given)}. Give DICOM files, folders or zip "
                 f"archives that hold some."
             )
-        return Inputs(groups, refused)
+        return Inputs(sources, refused)
 
     def __len__(self) -> int:
-        return sum(len(g.paths) for g in self.groups)
+        return sum(len(source.paths) for source in self.sources)
 
     def name(self, number: int) -> str:
         """A file's name: what was given, and the path below it."""
-        at = bisect_right(self._ends, number)
-        group = self.groups[at]
-        name = group.prefix + group.paths[number - self._ends[at] + len(group.paths)]
+        source, position = self._source_of(number)
+        name = source.prefix + source.paths[position]
         return name.encode("utf-8", "backslashreplace").decode()  # whatever a file system allows
 
-    def ask(self, numbers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[Asked]:
+    def requests(self, numbers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[ReadRequest]:
         """What a reading process needs for these files; of each folder or archive in one piece."""
-        by_group: dict[int, list[int]] = {}
-        for number in numbers:
-            by_group.setdefault(bisect_right(self._ends, number), []).append(number)
-        for at, members in by_group.items():
-            group, first = self.groups[at], self._ends[at] - len(self.groups[at].paths)
-            locations = group.store.locate([group.paths[n - first] for n in members])
-            yield Asked(group.store.root, locations, members, sizes)
+        by_source = groupby(sorted(numbers), key=lambda n: bisect_right(self._ends, n))
+        for _, members in by_source:
+            chosen = list(members)
+            source, first = self._source_of(chosen[0])
+            paths = [source.paths[first + n - chosen[0]] for n in chosen]
+            yield ReadRequest(source.store.root, source.store.locate(paths), chosen, sizes)
 
-    def batches(self, size: int, sizes: tuple[int, ...]) -> Iterator[Asked]:
+    def batches(self, size: int, sizes: tuple[int, ...]) -> Iterator[ReadRequest]:
         """All files in pieces of at most `size`; located when due, for there may be many."""
-        for at, group in enumerate(self.groups):
-            first = self._ends[at] - len(group.paths)
-            for start in range(0, len(group.paths), size):
-                part = group.paths[start : start + size]
-                numbers = list(range(first + start, first + start + len(part)))
-                yield Asked(group.store.root, group.store.locate(part), numbers, sizes)
+        for source, end in zip(self.sources, self._ends, strict=True):
+            first = end - len(source.paths)
+            for start in range(0, len(source.paths), size):
+                paths = source.paths[start : start + size]
+                numbers = list(range(first + start, first + start + len(paths)))
+                yield ReadRequest(source.store.root, source.store.locate(paths), numbers, sizes)
+
+    def _source_of(self, number: int) -> tuple[SourceFiles, int]:
+        """The source of a file, and its position there."""
+        i = bisect_right(self._ends, number)
+        source = self.sources[i]
+        return source, number - self._ends[i] + len(source.paths)
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(len(g.paths) for g in self.groups))
+        return list(accumulate(len(source.paths) for source in self.sources))
 
 
 class BrokenArchive(UserError):
     """A zip archive whose directory cannot be read."""
 
 
-def _expand(name: str) -> tuple[SliceStore, str, list[str]]:
-    """Of one thing given: its store, the prefix of names, and paths in the store."""
+def _expand(name: str) -> SourceFiles:
+    """The files of one thing given."""
     path, below = _existing(name)
     if path.is_dir() and not below:
         store = SliceStore(path)
-        return store, f"{path.as_posix().rstrip('/')}/", store.paths
+        return SourceFiles(store, f"{path.as_posix().rstrip('/')}/", store.paths)
     if _is_archive(path):
         store = SliceStore(path)
         try:
-            there = store.paths
+            members = store.paths
         except UserError as error:
             raise BrokenArchive(str(error).replace(f" {path}", "")) from None
-        inside = [p for p in there if not below or p == below or p.startswith(f"{below}/")]
+        inside = [p for p in members if not below or p == below or p.startswith(f"{below}/")]
         if below and not inside:
             raise UserError(
                 f"the input is {name!r}, but the archive {path} holds no {below!r}. Give the "
                 f"archive itself, or a folder that is in it."
             )
-        return store, f"{path.as_posix()}/", inside
+        return SourceFiles(store, f"{path.as_posix()}/", inside)
     if below:
         raise UserError(
             f"the input is {name!r}, which does not exist. Give DICOM files, folders or zip "
@@ -137,7 +142,8 @@ def _expand(name: str) -> tuple[SliceStore, str, list[str]]:
         )
     # A link or a pipe is taken too: it is listed as what cannot be read, and stops nothing.
     folder = path.parent.as_posix()
-    return SliceStore(path.parent), "" if folder == "." else f"{folder}/", [path.name]
+    prefix = "" if folder == "." else f"{folder}/"
+    return SourceFiles(SliceStore(path.parent), prefix, [path.name])
 
 
 def _existing(name: str) -> tuple[Path, str]:

@@ -60,7 +60,7 @@ class Labels:
 
 _NUMBER = re.compile(r"[-+]?[0-9.]{1,8}")  # what may be shown of a value
 # Columns of tables that have one column per label too (`ich.predict`, `ich.serving`).
-RESERVED = frozenset({"file", "study", "slices", "positive", "reason"})
+RESERVED_COLUMNS = frozenset({"file", "study", "slices", "positive", "reason"})
 
 
 def read_labels(
@@ -85,11 +85,11 @@ def read_labels(
     long = {"ID", "Label"} <= set(frame.columns)
     read = _read_long if long else _read_wide
     labels = read(frame, name, columns)
-    if taken := sorted(RESERVED & set(labels.names)):
+    if taken := sorted(RESERVED_COLUMNS & set(labels.names)):
         raise UserError(
             f"the label file {name} has a label {taken[0]!r}, but where predictions are written "
-            f"{', '.join(sorted(RESERVED))} are other columns. Rename it, or choose the labels "
-            f"with data.label_columns."
+            f"{', '.join(sorted(RESERVED_COLUMNS))} are other columns. Rename it, or choose the "
+            f"labels with data.label_columns."
         )
     if any_label is not None:
         if any_label not in labels.names:
@@ -109,6 +109,7 @@ def read_labels(
 
 def read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
     """A CSV as text, blank lines kept so that line numbers hold; unreadable ones are refused."""
+    # Else pandas skips blank lines, and takes an id such as NA for a gap.
     try:
         with pd.read_csv(
             source, dtype=str, keep_default_na=False, skip_blank_lines=False, chunksize=BLOCK
@@ -215,11 +216,11 @@ def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> Non
 
 
 def _refuse_ids(name: str, ids: Iterable[str], what: str) -> None:
-    found = list(dict.fromkeys(ids))
-    if found:
-        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    distinct = list(dict.fromkeys(ids))
+    if distinct:
+        more = f" and {len(distinct) - 5} more" if len(distinct) > 5 else ""
         raise UserError(
-            f"in the label file {name}, {', '.join(found[:5])}{more} {what}. "
+            f"in the label file {name}, {', '.join(distinct[:5])}{more} {what}. "
             f"Mend or remove these rows."
         )
 
@@ -230,13 +231,13 @@ def rsna_labels(store: SliceStore) -> str:
     Raises:
         UserError: there are none.
     """
-    found = [p for p in store.paths if _TRAIN_CSV.fullmatch(PurePosixPath(p).name)]
-    if not found:
+    matches = [p for p in store.paths if _TRAIN_CSV.fullmatch(PurePosixPath(p).name)]
+    if not matches:
         raise UserError(
             f"{store.root} holds no stage_2_train.csv, so there are no labels. Point data.root at "
             f"the data set's own folder or zip, or give the CSV with data.labels=FILE."
         )
-    return max(found, key=lambda p: PurePosixPath(p).name)
+    return max(matches, key=lambda p: PurePosixPath(p).name)
 
 
 def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> pd.DataFrame:
@@ -252,12 +253,12 @@ def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> 
     if store is None:
         return table.assign(path="")
     if "path" in table:
-        there = set(store.paths)
-        paths = [p if p in there else "" for p in table["path"]]
+        existing = set(store.paths)
+        paths = [p if p in existing else "" for p in table["path"]]
     else:
         find = _rsna_slices if source is not Source.folder else _by_file_name
-        found = find(store, table["image_id"])
-        paths = [found.get(i, "") for i in table["image_id"]]
+        path_of = find(store, table["image_id"])
+        paths = [path_of.get(i, "") for i in table["image_id"]]
     if not any(paths):
         form = "by their file name or path" if source is Source.folder else "as stage_2_train/*.dcm"
         raise UserError(
@@ -270,31 +271,31 @@ def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> 
 
 def _rsna_slices(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
     """Image id -> path of its training file, in a store of the RSNA layout."""
-    found = {}
+    path_of = {}
     for path in store.paths:
         folder, _, file = path.rpartition("/")
         if file.endswith(".dcm") and _TRAIN_DIR.fullmatch(folder.rpartition("/")[2]):
-            found[file.removesuffix(".dcm")] = path
-    return found
+            path_of[file.removesuffix(".dcm")] = path
+    return path_of
 
 
 def _by_file_name(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
     """Image id -> path of the one file of that name, with or without a DICOM suffix."""
-    wanted, found, twice = set(image_ids), dict[str, str](), list[str]()
+    wanted, path_of, twice = set(image_ids), dict[str, str](), list[str]()
     for path in store.paths:
         file = path.rpartition("/")[2]
         stem, dot, suffix = file.rpartition(".")
         image = stem if f"{dot}{suffix}".lower() in _SUFFIXES else file
         if image in wanted:
-            if image in found:
-                twice.append(f"{image} ({found[image]} and {path})")
-            found[image] = path
+            if image in path_of:
+                twice.append(f"{image} ({path_of[image]} and {path})")
+            path_of[image] = path
     if twice:
         raise UserError(
             f"{len(twice):,} image ids are the name of several files, as {twice[0]}. Give a column "
             f"`path`, relative to data.root, in data.labels instead of `image_id`."
         )
-    return found
+    return path_of
 
 
 def label_source(cfg: DataConfig, store: SliceStore | None) -> tuple[Path | None, str]:

@@ -14,7 +14,7 @@ import hmac
 import os
 import secrets
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,15 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.base.files import lock
-from ich.base.workers import available_cores, run_parallel
+from ich.base.files import cut_unfinished_line, lock
+from ich.base.progress import ProgressCallback
+from ich.base.workers import run_parallel, worker_count
 from ich.data.dicom import DicomError, read_keys
 from ich.data.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
 from ich.data.store import Location, SliceStore, Unreadable, read_bytes
 
 _CHUNK = 256  # headers a worker reads at a time
-_PER_WORKER = 1000  # a process takes about as long to start as this many headers take to read
+_HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
 _HEAD = 16 << 10  # bytes: a header without private groups has 1 to 4 KB, with them up to 100
 
 KEYS = ["patient", "study"]
@@ -49,7 +50,8 @@ class Pseudonyms:
         with lock(folder / ".pseudonym-key.lock"):
             if not path.exists():
                 part = path.with_suffix(".part")
-                part.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)  # of a process that was killed here
+                # With its mode from the start: nobody else can read it for a moment.
                 handle = os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
                 with os.fdopen(handle, "wb") as file:
                     file.write(secrets.token_bytes(32))
@@ -57,7 +59,7 @@ class Pseudonyms:
         return Pseudonyms(path.read_bytes())
 
     @staticmethod
-    def known(folder: Path) -> Pseudonyms | None:
+    def existing(folder: Path) -> Pseudonyms | None:
         """The secret of a cache folder, if it has one that can be read."""
         try:
             return Pseudonyms((folder / ".pseudonym-key").read_bytes())
@@ -121,14 +123,14 @@ def scan_headers(
     folder: Path,
     pseudonyms: Pseudonyms,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> pd.DataFrame:
     """Reads the headers of these files, except those read before.
 
     Args:
         paths: N files of the store; an empty path is no file.
         store: where they lie.
-        folder: the place of all caches.
+        folder: where all caches are.
         pseudonyms: what replaces identifiers.
         workers: reading processes; None is one per core.
         progress: called with (files done, files in all).
@@ -139,10 +141,10 @@ def scan_headers(
     """
     wanted = [p for p in dict.fromkeys(paths) if p]
     name = hashlib.sha256(str(store.root.resolve()).encode()).hexdigest()[:12]
-    place = folder / f"headers-{name}.csv"
-    with lock(place.with_suffix(".lock")):
+    journal = folder / f"headers-{name}.csv"
+    with lock(journal.with_suffix(".lock")):
         scan = _Scan(wanted)
-        for line in _read_scan(place):
+        for line in _read_scan(journal):
             scan.add(*line)
         if missing := scan.outdated(store):
             # Located when due: 750,000 locations at once would take a fifth of a gigabyte.
@@ -150,10 +152,10 @@ def scan_headers(
                 (store.root, store.locate(missing[i : i + _CHUNK]), pseudonyms)
                 for i in range(0, len(missing), _CHUNK)
             )
-            crew = workers or min(available_cores(), -(-len(missing) // _PER_WORKER))
+            processes = worker_count(workers, len(missing), _HEADERS_PER_START)
             done = len(wanted) - len(missing)
-            with place.open("a", newline="") as file:
-                for lines in run_parallel(_scan_chunk, jobs, crew):
+            with journal.open("a", newline="") as file:
+                for lines in run_parallel(_scan_chunk, jobs, processes):
                     csv.writer(file).writerows(lines)
                     file.flush()
                     for read in lines:
@@ -187,10 +189,11 @@ class _Scan:
     def outdated(self, store: SliceStore) -> list[str]:
         """The files that were never read, or have changed since."""
         locations = (location for p in self._position for location in store.locate([p]))
+        # Not strict: the last signature is of no file.
         return [
-            found.path
-            for found, known in zip(locations, self._signature, strict=False)
-            if hash(found.signature) != known
+            location.path
+            for location, signature in zip(locations, self._signature, strict=False)
+            if hash(location.signature) != signature
         ]
 
     def frame(self, paths: Sequence[str]) -> pd.DataFrame:
@@ -208,15 +211,13 @@ class _Scan:
 _UNKNOWN = "?"  # the signature of no file
 
 
-def _read_scan(place: Path) -> Iterator[list[str]]:
+def _read_scan(path: Path) -> Iterator[list[str]]:
     """The lines of what was scanned before; one cut off by a crash is left out, and closed."""
-    if not place.exists():
+    if not path.exists():
         return
-    with place.open("rb+") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))  # no line is longer
-        rest = file.read()
-        file.truncate(file.tell() - len(rest) + rest.rfind(b"\n") + 1)
-    with place.open(newline="", encoding="utf-8") as text:
+    with path.open("rb+") as file:
+        cut_unfinished_line(file)
+    with path.open(newline="", encoding="utf-8") as text:
         yield from csv.reader(text)
 
 

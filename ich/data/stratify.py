@@ -34,8 +34,8 @@ def partition(counts: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
         int64 [G], the part of each group, in 0..P-1; each part has at least one. G must be at
         least P.
     """
-    found = [_descend(counts, shares, rng) for _ in range(_STARTS)]
-    return min(found, key=lambda result: result[0])[1]
+    results = [_descend(counts, shares, rng) for _ in range(_STARTS)]
+    return min(results, key=lambda result: result[0])[1]
 
 
 def _descend(

@@ -7,10 +7,8 @@ turns a slice into its input stands in the weights file; no caller can get it wr
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,14 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.base.config import TrackingConfig, UserError
+from ich.base.memory import available_memory
 from ich.base.metadata import Metadata
 from ich.base.provenance import code_version
 from ich.base.results import RunPaths
-from ich.base.workers import available_cores, available_memory, run_parallel
-from ich.data.decode import Asked, Read, read_chunk
-from ich.data.inputs import Inputs
+from ich.base.workers import available_cores
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
-from ich.inference.session import Converted, Task, averaged, read_and_predict, session
+from ich.inference.session import ConvertedNetwork, average_flips, open_session
 from ich.scoring.metrics import best_thresholds
 from ich.scoring.predictions import Predictions, read_predictions
 from ich.tracking.registry import fetch_run, is_mlflow_name
@@ -36,14 +33,8 @@ from ich.training.model import Classifier, fold_batch_norms, load_trained
 from ich.training.transforms import CTWindows, Resample
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]  # files done, of how many
 
-_PER_WORKER = 200  # a process takes about as long to start as this many slices take to decode
 _MEMORY_SHARE = 0.25  # of free memory for networks in all processes; onnxruntime packs them anew
-_KILLED = (
-    "not read: a decoding process was killed, for want of memory or by a file that crashes its "
-    "decoder; --workers 1 shows which"
-)
 _HALF = 0.5  # where validation had no positive to choose a threshold by
 
 
@@ -72,12 +63,12 @@ class Network:
 
     def logits(self, hu: np.ndarray, tta: str = "none") -> np.ndarray:
         """int16 HU [B, S, S] -> float32 [B, L]; with `flips` the mean over the four of a slice."""
-        return averaged(self._logits, hu, tta)
+        return average_flips(self._logits, hu, tta)
 
     @torch.inference_mode()
     def _logits(self, hu: np.ndarray) -> np.ndarray:
         if self.converted is not None:
-            return session(self.converted.path, available_cores())(hu)
+            return open_session(self.converted.path, available_cores())(hu)
         x = self.windows(self.planes(torch.from_numpy(hu)))
         logits: np.ndarray = self.model(x).cpu().numpy()
         return logits
@@ -85,14 +76,15 @@ class Network:
 
 def _convert(
     weights: Path, model: Classifier, metadata: Metadata, folder: Path
-) -> Converted | None:
+) -> ConvertedNetwork | None:
+    # With another torch, or other code of ours, the same weights may make another graph.
     made_by = f"{torch.__version__} {code_version()}".encode()
     path = folder / f"{hashlib.sha256(weights.read_bytes() + made_by).hexdigest()[:16]}.onnx"
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_onnx(Graph(model, metadata), path)
-        return Converted(str(path.resolve()), metadata.cache_size)
+        return ConvertedNetwork(str(path.resolve()), metadata.cache_size)
     except UserError as error:
         log.warning("torch computes instead of onnxruntime: %s", error)
         return None
@@ -133,8 +125,8 @@ class Ensemble:
         return " + ".join(m.name for m in self.members)
 
     @property
-    def limits(self) -> str:
-        """The thresholds as text."""
+    def thresholds_text(self) -> str:
+        """The thresholds, as a reader sees them."""
         return ", ".join(f"{k} {t:.3f}" for k, t in self.thresholds.items())
 
     @property
@@ -142,7 +134,7 @@ class Ensemble:
         """The sides, pixels, in which its members need a slice."""
         return tuple(sorted({m.metadata.cache_size for m in self.members}))
 
-    def deciding(self, given: str | None) -> Ensemble:
+    def with_thresholds(self, given: str | None) -> Ensemble:
         """The same with other thresholds: one number for all labels, or `label=number,...`.
 
         Raises:
@@ -150,6 +142,7 @@ class Ensemble:
         """
         if given is None:
             return self
+        # From the right: a label may hold an equals sign, a number holds none.
         pairs = [part.rpartition("=") for part in given.split(",")]
         try:
             values = {label.strip(): float(number) for label, _, number in pairs}
@@ -172,18 +165,18 @@ class Ensemble:
         pairs = zip(self.labels, probability, strict=True)
         return ";".join(k for k, p in pairs if p >= self.thresholds[k])
 
-    def for_each_of(self, processes: int) -> tuple[Converted, ...]:
+    def converted_for(self, processes: int) -> tuple[ConvertedNetwork, ...]:
         """Its networks if each of so many processes can hold them; else, or if one of them is not
         converted, none."""
-        found = [m.network.converted for m in self.members]
-        networks = tuple(n for n in found if n)
+        networks = tuple(n for m in self.members if (n := m.network.converted))
         needed = processes * sum(n.size for n in networks)
-        return networks if all(found) and needed < _MEMORY_SHARE * available_memory() else ()
+        complete = len(networks) == len(self.members)
+        return networks if complete and needed < _MEMORY_SHARE * available_memory() else ()
 
     def logits(self, hu: dict[int, np.ndarray], tta: str = "none") -> np.ndarray:
         """int16 HU [B, S, S] of each side S -> float32 [B, M, L], one of each member."""
-        found = [m.network.logits(hu[m.metadata.cache_size], tta) for m in self.members]
-        return np.stack(found, 1)
+        each = [m.network.logits(hu[m.metadata.cache_size], tta) for m in self.members]
+        return np.stack(each, 1)
 
 
 def load_ensemble(
@@ -203,11 +196,11 @@ def load_ensemble(
     Raises:
         UserError: there is no such model, or they have different labels.
     """
-    found = [_locate(name, tracking or TrackingConfig(mlflow=True)) for name in names]
-    titles = _titles([_title(weights, run) for weights, run in found])
+    files = [_locate(name, tracking or TrackingConfig(mlflow=True)) for name in names]
+    titles = _numbered([_title(weights, run) for weights, run in files])
     members = [
         Member(title, weights, run, Network(weights, device, converted))
-        for title, (weights, run) in zip(titles, found, strict=True)
+        for title, (weights, run) in zip(titles, files, strict=True)
     ]
     first = members[0]
     for member in members:
@@ -232,6 +225,7 @@ def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]
     if path.is_dir() and RunPaths(path).best.is_file():
         return RunPaths(path).best, RunPaths(path)
     if path.is_file() and path.suffix == ".safetensors":
+        # A run's own weights bring their run with them; a copy elsewhere stands for itself.
         beside = RunPaths(path.parent)
         return path, beside if beside.best == path else None
     if done := sorted(p.parent.name for p in path.glob(f"*/{RunPaths(path).best.name}")):
@@ -248,10 +242,10 @@ def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]
 
 def _title(weights: Path, run: RunPaths | None) -> str:
     """The name of a run's job, or of a lone file."""
-    return str(said_in_config(run, "job") or weights.stem)
+    return str(config_value(run, "job") or weights.stem)
 
 
-def said_in_config(run: RunPaths | None, key: str) -> object:
+def config_value(run: RunPaths | None, key: str) -> object:
     """A setting of a run, of whatever version of ich; None if nothing tells."""
     try:
         return OmegaConf.select(OmegaConf.load(run.config), key) if run else None
@@ -259,20 +253,21 @@ def said_in_config(run: RunPaths | None, key: str) -> object:
         return None
 
 
-def _titles(names: Sequence[str]) -> list[str]:
+def _numbered(names: Sequence[str]) -> list[str]:
     """The names, numbered where one stands twice."""
-    counted = [names[: n + 1].count(name) for n, name in enumerate(names)]
-    return [f"{name} ({c})" if names.count(name) > 1 else name
-            for name, c in zip(names, counted, strict=True)]  # fmt: skip
+    return [
+        f"{name} ({names[: n + 1].count(name)})" if names.count(name) > 1 else name
+        for n, name in enumerate(names)
+    ]
 
 
 def _check_run(member: Member) -> None:
     """A run's folder must hold the weights of its own network."""
-    said = said_in_config(member.run, "model.name")
-    if said is not None and said != member.metadata.model:
+    trained = config_value(member.run, "model.name")
+    if trained is not None and trained != member.metadata.model:
         raise UserError(
             f"{member.weights} holds weights of {member.metadata.model}, but the run beside it "
-            f"(config.yaml) trained {said}. Put the run's own weights back, or give "
+            f"(config.yaml) trained {trained}. Put the run's own weights back, or give "
             f"the file alone, from another folder."
         )
 
@@ -291,123 +286,19 @@ def _thresholds(
 ) -> tuple[dict[str, float], str]:
     labels = members[0].metadata.labels
     if len(members) == 1:
-        found = members[0].metadata.thresholds
+        thresholds = members[0].metadata.thresholds
         text = "the best F1 on the run's validation rows"
     elif validation is not None:
-        found = best_thresholds(*validation.validation_rows, labels)
+        thresholds = best_thresholds(*validation.validation_rows, labels)
         text = "the best F1 of the average on the members' common validation rows"
     else:
         each = {k: [m.metadata.thresholds[k] for m in members] for k in labels}
-        found = {
+        thresholds = {
             k: None if None in v else float(np.mean([t for t in v if t is not None]))
             for k, v in each.items()
         }
         text = "the mean of the members' thresholds, for their validation rows differ or are gone"
-    unknown = [k for k in labels if found[k] is None]
+    unknown = [k for k in labels if thresholds[k] is None]
     if unknown:
         text += f"; {_HALF} for {', '.join(unknown)}, which validation could not tell"
-    return {k: _HALF if (t := found[k]) is None else t for k in labels}, text
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """What became of N files.
-
-    logits: float32 [N, M, L], of M members; NaN for a file that was refused. reasons: of those.
-    study, series: keys, empty where a file names none. position: float64 [N], mm, NaN if unknown.
-    """
-
-    logits: np.ndarray
-    reasons: dict[int, str]
-    study: list[str]
-    series: list[str]
-    position: np.ndarray
-
-
-def predict_files(
-    ensemble: Ensemble,
-    inputs: Inputs,
-    key: Callable[[str, str], str],
-    progress: Progress,
-    tta: str = "none",
-    batch_size: int = 32,
-    workers: int | None = None,
-) -> Predicted:
-    """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time.
-
-    A converted network computes where its files are decoded. Batches are made of neighbouring
-    files, so that the result does not depend on who is faster.
-
-    Args:
-        ensemble: the networks.
-        inputs: the N files.
-        key: replaces an identifier: its kind ("study" or "series") and itself.
-        progress: told of files.
-        tta: one of `TTA`.
-        batch_size: files in a batch.
-        workers: decoding processes, this one included; None is up to one per core.
-
-    Raises:
-        UserError: the GPU's memory does not suffice.
-    """
-    count = len(inputs)
-    shape = (count, len(ensemble.members), len(ensemble.labels))
-    out = Predicted(np.full(shape, np.nan, np.float32), {}, [""] * count, [""] * count,
-                    np.full(count, np.nan))  # fmt: skip
-    crew = workers or min(available_cores(), -(-count // _PER_WORKER))
-    left, done = set(range(count)), 0
-    try:
-        for read in _read(ensemble, inputs.batches(batch_size, ensemble.sizes), crew, tta):
-            fill(out, read, ensemble, key, tta)
-            left.difference_update(one.number for one in read)
-            done += len(read)
-            progress(done, count)
-    except BrokenProcessPool:
-        out.reasons.update(dict.fromkeys(left, _KILLED))
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory at {batch_size} slices at a time: {str(error).splitlines()[0]} "
-            f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on "
-            f"the CPU (--device cpu, device=cpu)."
-        ) from None
-    finally:
-        session.cache_clear()
-    return out
-
-
-def _read(
-    ensemble: Ensemble, batches: Iterator[Asked], crew: int, tta: str
-) -> Iterator[list[Read]]:
-    """Reads files by so many processes, which predict them, too, if each can hold the networks."""
-    if not (networks := ensemble.for_each_of(crew)):
-        return run_parallel(read_chunk, batches, crew)
-    threads = max(1, available_cores() // crew)
-    tasks = (Task(asked, networks, threads, tta) for asked in batches)
-    return run_parallel(read_and_predict, tasks, crew)
-
-
-def fill(
-    out: Predicted, read: list[Read], ensemble: Ensemble, key: Callable[[str, str], str], tta: str
-) -> None:
-    """Puts one batch of files into its places, predicted if it is not yet."""
-    for one in read:
-        if one.reason:
-            out.reasons[one.number] = one.reason
-        else:
-            out.study[one.number] = key("study", one.study)
-            out.series[one.number] = key("series", one.series)
-            out.position[one.number] = one.position
-    good = [one for one in read if not one.reason]
-    if not good:
-        return
-    found = [one.logits for one in good if one.logits is not None]
-    if len(found) == len(good):
-        logits = np.stack(found)
-    else:
-        hu = {size: np.stack([one.hu[size] for one in good]) for size in ensemble.sizes}
-        logits = ensemble.logits(hu, tta)
-    numbers = [one.number for one in good]
-    out.logits[numbers] = logits
-    for n in itertools.compress(numbers, ~np.isfinite(logits).all((1, 2))):
-        out.logits[n] = np.nan
-        out.reasons[n] = "its logits are not finite: the weights are damaged"
+    return {k: _HALF if (t := thresholds[k]) is None else t for k in labels}, text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from PIL import Image
 
 from ich.base.config import UserError
 from ich.base.files import write_text
-from ich.data.decode import Read, read_chunk
+from ich.base.progress import ProgressCallback
+from ich.data.decode import ReadResult, read_slices
 from ich.data.inputs import Inputs
-from ich.inference.ensemble import Ensemble, Predicted
+from ich.inference.ensemble import Ensemble
 from ich.inference.gradcam import ensemble_cams, overlay
+from ich.inference.predicted_files import PredictedFiles
 from ich.pages.page import Cell, Curve, Frame, Link, Ranking, Row, Section, Stack, Text, to_html
 from ich.pages.slices import apply_windows
 from ich.scoring.metrics import sigmoid
@@ -68,10 +70,10 @@ def _clear(folder: Path) -> None:
 def explain(
     model: Ensemble,
     inputs: Inputs,
-    predicted: Predicted,
+    predicted: PredictedFiles,
     names: Sequence[str],
     folder: Path,
-    progress: Callable[[int, int], None],
+    progress: ProgressCallback,
 ) -> list[Path]:
     """Writes a page per study with a positive slice, `index.html`, and a PNG per finding.
 
@@ -123,7 +125,7 @@ class _Study:
     positive: np.ndarray
 
 
-def _by_study(predicted: Predicted, positive: np.ndarray) -> dict[str, list[int]]:
+def _by_study(predicted: PredictedFiles, positive: np.ndarray) -> dict[str, list[int]]:
     """The files of each study that has a finding, in the order of its series and their slices."""
     studies: dict[str, list[int]] = {}
     for n, key in enumerate(predicted.study):
@@ -147,7 +149,9 @@ def _frames(
     sizes = (*model.sizes, _SHOWN_SIZE)
     for start in range(0, len(study.members), _AT_ONCE):
         part = study.members[start : start + _AT_ONCE]
-        slices = {r.number: r for request in inputs.ask(part, sizes) for r in read_chunk(request)}
+        slices = {
+            r.number: r for request in inputs.requests(part, sizes) for r in read_slices(request)
+        }
         positive = study.positive[start : start + _AT_ONCE].any(0)
         maps = _maps(model, [slices[number] for number in part], np.flatnonzero(positive).tolist())
         for n, number in enumerate(part, start=start):
@@ -156,7 +160,7 @@ def _frames(
 
 
 def _maps(
-    model: Ensemble, slices: Sequence[Read], labels: Sequence[int]
+    model: Ensemble, slices: Sequence[ReadResult], labels: Sequence[int]
 ) -> dict[int, dict[int, np.ndarray]]:
     """Of each slice that can be read, by its number: the map of each label, [S, S]."""
     readable = [r for r in slices if not r.reason]
@@ -171,7 +175,7 @@ def _frame(
     model: Ensemble,
     study: _Study,
     n: int,
-    read: Read,
+    read: ReadResult,
     name: str,
     maps: dict[int, np.ndarray],
     folder: Path,
@@ -250,4 +254,4 @@ def _index(model: Ensemble, studies: Sequence[_Study]) -> str:
 
 
 def _facts(model: Ensemble, slices: int) -> dict[str, str]:
-    return {"model": model.name, "slices": f"{slices:,}", "thresholds": model.limits}
+    return {"model": model.name, "slices": f"{slices:,}", "thresholds": model.thresholds_text}

@@ -1,28 +1,27 @@
-"""A trained model as one file for other programs: `python -m ich.export --model RUN --format onnx`.
-
-HU in, probabilities out: averaging, windows and normalization are inside the graph. The file is
-compared with our own prediction before anything says it is there, and a model card lies beside it.
-"""
+"""What `python -m ich.export` does: a network as one file, checked against ours, and its card."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-from ich.base.config import UserError
+from ich.base.config import TrackingConfig, UserError
 from ich.base.files import write_text
 from ich.base.metadata import Metadata
+from ich.base.terminal import Terminal
 from ich.base.workers import available_cores
 from ich.data.decode import resize_area
 from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE
 from ich.inference.card import model_card
-from ich.inference.ensemble import Ensemble, Network
+from ich.inference.ensemble import Ensemble, Network, load_ensemble
 from ich.inference.graph import Graph, has_onnx, quiet, write_onnx
 from ich.inference.session import Session
 from ich.scoring.metrics import sigmoid
@@ -32,6 +31,39 @@ CARD = "model_card.md"
 _LARGEST_DIFFERENCE = 1e-3  # of a probability, above which an export is refused
 _CHECKED = 8  # slices
 Predict = Callable[[np.ndarray], np.ndarray]  # int16 HU [B, S, S] -> probabilities [B, L]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command's options, as its help has them. format: one of `FORMATS`. size: side of the
+    slices that the file takes, pixels. resamples: of the card's intervals, 0 for none."""
+
+    model: str
+    format: str
+    out: Path | None
+    size: int
+    resamples: int
+    tracking_uri: str | None
+
+
+def run(options: ExportOptions) -> int:
+    """Exports and says so; returns the exit status.
+
+    Raises:
+        UserError: see `export`; or a number is out of its range.
+    """
+    if options.resamples < 0:
+        raise UserError(f"--resamples is {options.resamples}; it must be 0 or more.")
+    tracking = TrackingConfig(mlflow=True, uri=options.tracking_uri)
+    model = load_ensemble([options.model], torch.device("cpu"), tracking)
+    check_size(options.size, model.members[0].metadata)
+    folder = options.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
+    difference = export(model, options.format, folder, options.size, options.resamples)
+    say = Terminal().say
+    say(f"{folder / FORMATS[options.format]}: {input_text(options.format, options.size)}")
+    say(f"Largest difference from ich's own probabilities: {difference:.2g}")
+    say(f"Model card: {folder / CARD}")
+    return 0
 
 
 def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) -> float:
@@ -65,8 +97,9 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         else:
             _write_graph(member.network, kind, part, side)
         hu = made_up_slices(side)
-        found = _reader(kind, part, side)(hu)
-        difference = float(np.abs(found - predict(member.network, hu)).max())
+        exported = _reader(kind, part, side)(hu)
+        difference = float(np.abs(exported - predict(member.network, hu)).max())
+        # Not `>`: of a NaN neither holds, and it must not pass.
         if not difference <= _LARGEST_DIFFERENCE:
             raise UserError(
                 f"the exported {part.name} gives probabilities that differ by {difference:.2g} "
@@ -89,22 +122,25 @@ def input_text(kind: str, side: int) -> str:
 
 def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
     graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
-    said = {"ich": network.metadata.to_json(), "input": input_text(kind, side),
-            "intended_use": "research and education only; not a medical device"}  # fmt: skip
+    metadata = {
+        "ich": network.metadata.to_json(),
+        "input": input_text(kind, side),
+        "intended_use": "research and education only; not a medical device",
+    }
     if kind == "onnx":
         if not has_onnx():
             raise UserError(
                 "--format onnx needs the packages onnx, onnxscript and onnxruntime, which are not "
                 "installed: pip install 'ich[onnx]'. --format torch_export needs none."
             )
-        write_onnx(graph, path, said)
+        write_onnx(graph, path, metadata)
         return
     example = torch.zeros(2, side, side, dtype=torch.int16)
     batch = torch.export.Dim("batch", min=1, max=4096)
     with quiet(), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         program.example_inputs = None  # it would be kept as a pickle
-        torch.export.save(program, path, extra_files={"ich.json": json.dumps(said)})
+        torch.export.save(program, path, extra_files={"ich.json": json.dumps(metadata)})
 
 
 def predict(network: Network, hu: np.ndarray) -> np.ndarray:

@@ -68,6 +68,7 @@ class Graph(nn.Module):
             self.register_buffer(name, values.view(-1, 1, 1))
 
     def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        # Our decoder clips; who else hands over slices may not.
         x = hu.to(torch.float32).clamp(HU_MIN, HU_MAX)
         if self.averages:
             x = torch.round(self.average @ x @ self.average.T)  # the cache holds whole HU
@@ -88,6 +89,7 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
     Raises:
         UserError: the network cannot be converted.
     """
+    # Two slices: of an example of one, the exporter takes the 1 for a constant.
     example = torch.zeros(2, graph.side, graph.side, dtype=torch.int16)
     try:
         with quiet():
@@ -107,6 +109,7 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
         ) from None
     assert program is not None
     program.model.metadata_props.update(metadata or {})
+    # With the process's number: two predictions may convert the same network at once.
     part = path.with_name(f".{path.name}.{os.getpid()}")
     program.save(part)
     part.rename(path)

@@ -2,61 +2,75 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.inference.ensemble import Ensemble, Predicted
+from ich.inference.ensemble import Ensemble
 from ich.inference.explain import check_folder
+from ich.inference.predicted_files import PredictedFiles
 from ich.scoring.metrics import sigmoid
 
 _WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
+# In the order of the competition's sample submission.
+RSNA_LABELS = (
+    "epidural",
+    "intraparenchymal",
+    "intraventricular",
+    "subarachnoid",
+    "subdural",
+    "any",
+)
 _TOP = 3  # slices of a study whose mean is its second score
 
 
-def studies_path(out: Path) -> Path:
-    """`out.csv` -> `out.studies.csv`."""
-    return out.with_name(f"{out.stem}.studies{out.suffix}")
+@dataclass(frozen=True)
+class OutputPaths:
+    """Where a prediction goes. slices: a table, `out.csv`; others lie beside it. explain: a folder.
+    submission: a CSV."""
 
+    slices: Path
+    explain: Path | None = None
+    submission: Path | None = None
 
-def left_out_path(out: Path) -> Path:
-    """`out.csv` -> `out.left_out.csv`."""
-    return out.with_name(f"{out.stem}.left_out.csv")
+    @property
+    def studies(self) -> Path:
+        """`out.csv` -> `out.studies.csv`."""
+        return self.slices.with_name(f"{self.slices.stem}.studies{self.slices.suffix}")
 
+    @property
+    def left_out(self) -> Path:
+        """`out.csv` -> `out.left_out.csv`."""
+        return self.slices.with_name(f"{self.slices.stem}.left_out.csv")
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Refuses, before anything is spent, what cannot be written.
+    def check(self, inputs: Sequence[str]) -> None:
+        """Refuses what cannot be written, or would write over an input or another output.
 
-    Raises:
-        UserError: an ending, a place, or two outputs in one file.
-    """
-    for path in (args.out, studies_path(args.out), left_out_path(args.out)):
-        check_writable("-o", path, tuple(_WRITERS))
-        if path.resolve() in [Path(name).resolve() for name in args.inputs]:
+        Raises:
+            UserError: naming the option.
+        """
+        tables = (self.slices, self.studies, self.left_out)
+        for path in tables:
+            check_writable("-o", path, tuple(_WRITERS))
+            if path.resolve() in [Path(name).resolve() for name in inputs]:
+                raise UserError(
+                    f"-o {self.slices} would write over the input {path}. Choose another file."
+                )
+        if self.explain:
+            check_folder(self.explain)
+        if not self.submission:
+            return
+        check_writable("--submission", self.submission, (".csv",))
+        if self.submission.resolve() in [path.resolve() for path in tables]:
             raise UserError(
-                f"-o {args.out} would write over the input {path}. Choose another file."
+                f"--submission is {str(self.submission)!r}, which is also where -o {self.slices} "
+                f"writes. Choose another file."
             )
-    if args.explain:
-        check_folder(args.explain)
-    if not args.submission:
-        return
-    check_writable("--submission", args.submission, (".csv",))
-    others = (args.out, studies_path(args.out), left_out_path(args.out))
-    if args.submission.resolve() in [p.resolve() for p in others]:
-        raise UserError(
-            f"--submission is {str(args.submission)!r}, which is also where -o {args.out} writes. "
-            f"Choose another file."
-        )
-    if args.names == "pseudonym":
-        raise UserError(
-            "--submission names images by their files, as the competition does, so it does not go "
-            "with --names pseudonym. Leave one of them out."
-        )
 
 
 def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
@@ -66,6 +80,7 @@ def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
             f"{option} is {str(path)!r}, but must end with {' or '.join(endings)}. Choose another "
             f"name."
         )
+    # Tried and not asked: permissions do not tell of a disk mounted read-only.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.part")
@@ -90,29 +105,38 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
 
 
 def write_left_out(
-    out: Path, found: Predicted, names: Sequence[str], archives: Sequence[tuple[str, str]]
+    path: Path,
+    predicted: PredictedFiles,
+    names: Sequence[str],
+    archives: Sequence[tuple[str, str]],
 ) -> pd.DataFrame:
-    """Writes `out.left_out.csv`, `file` and `reason`, if there is any; returns it."""
-    rows = [(names[n], reason) for n, reason in sorted(found.reasons.items())]
+    """Writes `file` and `reason` of what had no prediction, if there is any; returns it.
+
+    Args:
+        path: a CSV; an earlier one does not stay where there is nothing to list.
+        predicted: what became of N files.
+        names: the N files'.
+        archives: name and reason of those that could not be opened.
+    """
+    rows = [(names[n], reason) for n, reason in sorted(predicted.reasons.items())]
     table = pd.DataFrame([*archives, *rows], columns=["file", "reason"])
-    path = left_out_path(out)
     if len(table):
         write_table(table, path)
     else:
-        path.unlink(missing_ok=True)  # of an earlier time
+        path.unlink(missing_ok=True)
     return table
 
 
-def slice_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+def slice_table(model: Ensemble, predicted: PredictedFiles, names: Sequence[str]) -> pd.DataFrame:
     """One row per predicted slice: `file`, a probability per label, `study` (a key that names
     nobody, empty if unknown), `positive` (labels that reach their threshold, separated by `;`),
     and of several models `<label>@<model>`."""
-    good = [n for n in range(len(names)) if n not in found.reasons]
-    logits = found.logits[good]
+    numbers = predicted.numbers
+    logits = predicted.logits[numbers]
     mean = sigmoid(logits.mean(1))
-    table = pd.DataFrame({"file": [names[n] for n in good]})
+    table = pd.DataFrame({"file": [names[n] for n in numbers]})
     table[list(model.labels)] = mean
-    table["study"] = [found.study[n] for n in good]
+    table["study"] = [predicted.study[n] for n in numbers]
     table["positive"] = [model.positives(p) for p in mean]
     if len(model.members) > 1:
         each = sigmoid(logits)
@@ -121,27 +145,27 @@ def slice_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.D
     return table
 
 
-def study_table(model: Ensemble, found: Predicted, names: Sequence[str]) -> pd.DataFrame:
+def study_table(model: Ensemble, predicted: PredictedFiles, names: Sequence[str]) -> pd.DataFrame:
     """One row per study, in order of appearance: `study`, `slices`, per label the highest
     probability, as `<label>_top3` the mean of the highest three, as `<label>_slice` the file with
     the highest, and `positive`, the labels whose highest reaches its threshold.
 
     Slices whose file names no study are in none.
     """
-    of_study: dict[str, list[int]] = {}
-    for n, key in enumerate(found.study):
-        if key and n not in found.reasons:
-            of_study.setdefault(key, []).append(n)
+    studies: dict[str, list[int]] = {}
+    for n in predicted.numbers:
+        if key := predicted.study[n]:
+            studies.setdefault(key, []).append(n)
     rows = []
-    for key, members in of_study.items():
-        probability = sigmoid(found.logits[members].mean(1))
+    for key, members in studies.items():
+        probability = sigmoid(predicted.logits[members].mean(1))
         ranked = np.sort(probability, axis=0)[::-1]
-        decides = probability.argmax(0)
+        highest = probability.argmax(0)
         row: dict[str, object] = {"study": key, "slices": len(members)}
         row |= dict(zip(model.labels, ranked[0], strict=True))
         for i, k in enumerate(model.labels):
             row[f"{k}_top3"] = ranked[:_TOP, i].mean()
-            row[f"{k}_slice"] = names[members[decides[i]]]
+            row[f"{k}_slice"] = names[members[highest[i]]]
         row["positive"] = model.positives(ranked[0])
         rows.append(row)
     columns = ["study", "slices", *model.labels]
@@ -182,14 +206,3 @@ def write_submission(slices: pd.DataFrame, stems: Sequence[str], path: Path) -> 
     ids = [f"{stem}_{k}" for stem in stems for k in RSNA_LABELS]
     values = slices[list(RSNA_LABELS)].to_numpy().ravel()
     write_table(pd.DataFrame({"ID": ids, "Label": values}), path)
-
-
-# In the order of the competition's sample submission.
-RSNA_LABELS = (
-    "epidural",
-    "intraparenchymal",
-    "intraventricular",
-    "subarachnoid",
-    "subdural",
-    "any",
-)

@@ -1,7 +1,5 @@
-"""A trained model on other labelled scans: `python -m ich.evaluate models=RUN data=folder ...`.
+"""What `python -m ich.evaluate` does: which rows, their predictions, and what a reader must know.
 
-External validation: every metric of the comparison, with intervals over patients, and the decisions
-at the thresholds that the model brings, beside the same on the validation rows it was chosen on.
 Slices are decoded and windowed as the model's weights file says, whatever the config's sizes.
 """
 
@@ -10,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,23 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from ich.base.config import EvaluateConfig, Rows, UserError
+from ich.base.progress import ProgressCallback, StageCallback
 from ich.base.terminal import Terminal
 from ich.base.validation import validate as validate_ranges
 from ich.data.cache import check_quarantine
-from ich.data.dataset import Report, cohort_rows, labelled_images, load_cohort, numbers, open_store
-from ich.data.inputs import Group, Inputs
+from ich.data.cohorts import cohort_rows, labelled_images, load_cohort, open_store
+from ich.data.dataset import number_keys
+from ich.data.inputs import Inputs, SourceFiles
 from ich.data.patients import KEYS, Pseudonyms
 from ich.data.protocol import TRAIN, VAL
 from ich.data.store import SliceStore
 from ich.inference.ensemble import (
     Ensemble,
     Member,
-    Progress,
+    config_value,
     load_ensemble,
-    predict_files,
-    said_in_config,
 )
+from ich.inference.predicted_files import predict_files
 from ich.inference.session import TTA
 from ich.pages.evaluation_page import shown_table, write_evaluation
 from ich.pages.page import format_cells
@@ -74,16 +75,14 @@ def evaluate(config: EvaluateConfig) -> Path:
     terminal = Terminal()
     names = [config.models] if isinstance(config.models, str) else [str(m) for m in config.models]
     model = load_ensemble(names, pick_device(config.device), config.tracking)
-    model = model.deciding(config.threshold)
-    folder = Path(config.output) / (config.name or _folder(config, model))
-    _check_folder(folder)
+    model = model.with_thresholds(config.threshold)
+    folder = Path(config.output) / (config.name or _folder_name(config, model))
+    _make_folder(folder)
     with terminal.preparing() as report:
         store = open_store(config.data, report)
-        assert store is not None
-        rows, known = wanted_rows(config, model, store, report)
-        labels = common_labels(model, known)
-        evaluation = score(config, model, store, rows, labels,
-                           lambda done, total: report("predicting", done, total))  # fmt: skip
+        rows, available = wanted_rows(config, model, store, report)
+        labels = common_labels(model, available)
+        evaluation = score(config, model, store, rows, labels, partial(report, "predicting"))
     table = metrics_table(evaluation, config.resamples)
     page = write_evaluation(evaluation, table, folder)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -98,8 +97,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     return page
 
 
-def _check_folder(folder: Path) -> None:
-    """Makes it before anything is spent; raises UserError if it cannot be."""
+def _make_folder(folder: Path) -> None:
+    """Before anything is spent; raises UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,13 +108,14 @@ def _check_folder(folder: Path) -> None:
         ) from None
 
 
-def _folder(config: EvaluateConfig, model: Ensemble) -> str:
+def _folder_name(config: EvaluateConfig, model: Ensemble) -> str:
     """The model and the data, and a hash of all that tells two evaluations apart: the weights too,
     for an alias moves."""
     values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(values, dict)
-    told = {k: v for k, v in values.items() if k not in ("name", "output", "tracking", "device")}
-    digest = hashlib.sha256(repr(told).encode())
+    for key in ("name", "output", "tracking", "device"):  # of these no number depends
+        del values[key]
+    digest = hashlib.sha256(repr(values).encode())
     for member in model.members:
         digest.update(member.weights.read_bytes())
     stem = re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.members[0].name).strip(".-")[:60] or "model"
@@ -123,7 +123,7 @@ def _folder(config: EvaluateConfig, model: Ensemble) -> str:
 
 
 def wanted_rows(
-    config: EvaluateConfig, model: Ensemble, store: SliceStore, report: Report
+    config: EvaluateConfig, model: Ensemble, store: SliceStore, report: StageCallback
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """`image_id`, `path`, labels and keys of the rows to score; and the labels' names.
 
@@ -156,18 +156,18 @@ def _cohort_of(member: Member) -> str:
     return member.run.read_origin().cohort if member.run else ""
 
 
-def common_labels(model: Ensemble, known: tuple[str, ...]) -> list[str]:
+def common_labels(model: Ensemble, available: tuple[str, ...]) -> list[str]:
     """The model's labels that the data have too, in the model's order.
 
     Raises:
         UserError: there is none.
     """
-    common = [k for k in model.labels if k in known]
+    common = [k for k in model.labels if k in available]
     if not common:
         raise UserError(
             f"the model's labels are {', '.join(model.labels)}, and the data's "
-            f"{', '.join(known)}: none is the same. Name the columns of the label CSV as the model "
-            f"names its labels, and say with data.label_columns which to use."
+            f"{', '.join(available)}: none is the same. Name the columns of the label CSV as the "
+            f"model names its labels, and say with data.label_columns which to use."
         )
     return common
 
@@ -178,39 +178,69 @@ def score(
     store: SliceStore,
     rows: pd.DataFrame,
     labels: list[str],
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> Evaluation:
     """Predicts each distinct image once, and scores every row.
 
     Raises:
-        UserError: more files than data.max_quarantine cannot be used.
+        UserError: more files than data.max_quarantine cannot be used, or none can.
     """
-    images = rows.drop_duplicates("image_id")
-    present = images[images["path"] != ""]
-    inputs = Inputs([Group(store, "", present["path"].tolist())])
-    pseudonyms = Pseudonyms.beside(Path(config.data.cache_dir))
-    found = predict_files(model, inputs, pseudonyms.key, progress, config.tta,
-                          config.batch_size, config.data.workers)  # fmt: skip
-    reasons = {present["image_id"].iloc[n]: why for n, why in found.reasons.items()}
-    reasons |= dict.fromkeys(images.loc[images["path"] == "", "image_id"], "the file is missing")
-    check_quarantine(list(reasons.values()), len(images), 0, config.data.max_quarantine)
-    place = pd.Series(np.arange(len(present)), present["image_id"].to_numpy())
-    rows = rows[~rows["image_id"].isin(reasons)].reset_index(drop=True)
+    # Under `report` an image stands up to eight times: it is decoded and predicted once.
+    images = predict_images(config, model, store, rows.drop_duplicates("image_id"), progress)
+    rows = rows[rows["image_id"].isin(images.logits.index)].reset_index(drop=True)
     if not len(rows):
         raise UserError("no labelled slice is left to score. Mend data.root or data.labels.")
-    at = [model.labels.index(k) for k in labels]
-    logits = found.logits.mean(1)[place[rows["image_id"]].to_numpy()][:, at]
+    logits = images.logits.loc[rows["image_id"], labels].to_numpy()
     target = rows[labels].to_numpy(np.float32)
-    patient, image_id = numbers(rows["patient"]), rows["image_id"].to_numpy(str)
-    group, drawn = group_rows(patient, image_id)
+    patient, image_id = number_keys(rows["patient"]), rows["image_id"].to_numpy(str)
+    group, unit = group_rows(patient, image_id)
     scored = ScoredRows(tuple(labels), target, logits, group)
-    here = Predictions(scored, drawn, image_id, numbers(rows["study"]), (logits, target))
+    here = Predictions(scored, unit, image_id, number_keys(rows["study"]), (logits, target))
     validation = model.validation.select_labels(labels) if model.validation else None
-    left_out = pd.DataFrame(sorted(reasons.items()), columns=["image_id", "reason"])
-    notes = list(_notes(config, model, here, validation, left_out, labels))
-    notes += [text for m in model.members for text in _overlap(config, m, rows)]
-    limits = {k: model.thresholds[k] for k in labels}
-    return Evaluation(model.name, here, validation, limits, notes, left_out)
+    notes = list(_notes(config, model, here, validation, len(images.left_out)))
+    notes += [text for member in model.members for text in _overlap(config, member, rows)]
+    thresholds = {k: model.thresholds[k] for k in labels}
+    return Evaluation(model.name, here, validation, thresholds, notes, images.left_out)
+
+
+@dataclass(frozen=True)
+class PredictedImages:
+    """What became of distinct images.
+
+    logits: float32, the members' mean: a row per predicted image, by its id, and a column per
+    label. left_out: `image_id` and `reason` of the others, by id.
+    """
+
+    logits: pd.DataFrame
+    left_out: pd.DataFrame
+
+
+def predict_images(
+    config: EvaluateConfig,
+    model: Ensemble,
+    store: SliceStore,
+    images: pd.DataFrame,
+    progress: ProgressCallback,
+) -> PredictedImages:
+    """Predicts images (columns `image_id`, and `path` in the store, empty without a file).
+
+    Raises:
+        UserError: more of them than data.max_quarantine cannot be used.
+    """
+    present = images[images["path"] != ""]
+    inputs = Inputs([SourceFiles(store, "", present["path"].tolist())])
+    key = Pseudonyms.beside(Path(config.data.cache_dir)).key
+    predicted = predict_files(
+        model, inputs, key, progress, config.tta, config.batch_size, config.data.workers
+    )
+    missing = images.loc[images["path"] == "", ["image_id"]].assign(reason="the file is missing")
+    reasons = [predicted.reasons.get(n, "") for n in range(len(present))]
+    refused = present[["image_id"]].assign(reason=reasons).query("reason != ''")
+    left_out = pd.concat([missing, refused]).sort_values("image_id", ignore_index=True)
+    check_quarantine(left_out["reason"].tolist(), len(images), 0, config.data.max_quarantine)
+    ids, mean = present["image_id"].to_numpy(), predicted.logits.mean(1)
+    good = predicted.numbers
+    return PredictedImages(pd.DataFrame(mean[good], ids[good], list(model.labels)), left_out)
 
 
 def _notes(
@@ -218,49 +248,48 @@ def _notes(
     model: Ensemble,
     here: Predictions,
     validation: Predictions | None,
-    left_out: pd.DataFrame,
-    labels: list[str],
-) -> list[str]:
-    count = here.scored.group_count
-    data, images = config.data.source.value, len(set(here.image_id.tolist()))
+    left_out: int,
+) -> Iterator[str]:
+    """What was scored and how; of the rows' overlap with the training see `_overlap`."""
+    labels, count = here.scored.labels, here.scored.group_count
+    flips = ", averaged over flips; its validation and thresholds are of slices as they are"
+    yield f"Model: {model.name}" + (flips if config.tta != "none" else "")
     which = "every labelled image once" if config.rows is Rows.all else f"its {config.rows.value}"
-    notes = [
-        f"Model: {model.name}"
-        + (
-            ", averaged over flips; its validation and thresholds are of slices as they are"
-            if config.tta != "none"
-            else ""
-        ),
-        f"Rows: data={data}, {which}: {len(here.image_id):,} rows of {images:,} images, of "
-        f"{count:,} {here.unit}; {len(left_out):,} files left out.",
-        f"Thresholds: {model.chosen_by}.",
-    ]
+    yield (
+        f"Rows: data={config.data.source.value}, {which}: {len(here.image_id):,} rows of "
+        f"{len(set(here.image_id.tolist())):,} images, of {count:,} {here.unit}; {left_out:,} "
+        f"files left out."
+    )
+    yield f"Thresholds: {model.chosen_by}."
     if config.resamples and count >= MIN_GROUPS:
-        notes.append(f"Intervals: 95 %, {config.resamples:,} bootstrap resamples of {here.unit}.")
+        yield f"Intervals: 95 %, {config.resamples:,} bootstrap resamples of {here.unit}."
     else:
-        notes.append(f"No intervals: {count:,} {here.unit}, {config.resamples} resamples.")
+        yield f"No intervals: {count:,} {here.unit}, {config.resamples} resamples."
     if validation is None:
-        notes.append("The model's validation is not at hand (a lone weights file, or members that "
-                     "were validated on different rows): nothing is compared with it.")  # fmt: skip
+        yield (
+            "The model's validation is not at hand (a lone weights file, or members that were "
+            "validated on different rows): nothing is compared with it."
+        )
     if missing := [k for k in model.labels if k not in labels]:
-        notes.append(f"Not evaluated, since the data do not have it: {', '.join(missing)}. AUC and "
-                     f"accuracy are over {', '.join(labels)} on both sides.")  # fmt: skip
-    return notes
+        yield (
+            f"Not evaluated, since the data do not have it: {', '.join(missing)}. AUC and accuracy "
+            f"are over {', '.join(labels)} on both sides."
+        )
 
 
 def _overlap(config: EvaluateConfig, member: Member, rows: pd.DataFrame) -> Iterator[str]:
     """How many of the rows a member was trained on, or chosen by, as far as this machine tells."""
-    folder, here = said_in_config(member.run, "data.cache_dir"), Path(config.data.cache_dir)
+    folder, here = config_value(member.run, "data.cache_dir"), Path(config.data.cache_dir)
     cohort = cohort_rows(Path(str(folder)), _cohort_of(member), here) if folder else None
     if cohort is None:
         yield f"Whether {member.name} was trained on any of them is unknown: no file of its cohort."
         return
     for split, what in ((TRAIN, "was trained on"), (VAL, "was chosen by")):
-        known = cohort[cohort["split"] == split]
-        shares = [f"{rows['image_id'].isin(known['image_id']).mean():.1%} the image"]
-        for kind in reversed(KEYS):
-            keys = set(known[kind]) - {""}
-            told = keys and (rows[kind] != "").any()
-            share = f"{rows[kind].isin(keys).mean():.1%}" if told else "unknown how many"
+        seen = cohort[cohort["split"] == split]
+        shares = [f"{rows['image_id'].isin(seen['image_id']).mean():.1%} the image"]
+        for kind in reversed(KEYS):  # as every table of leaks: image, study, patient
+            keys = set(seen[kind]) - {""}
+            is_known = keys and (rows[kind] != "").any()
+            share = f"{rows[kind].isin(keys).mean():.1%}" if is_known else "unknown how many"
             shares.append(f"{share} the {kind}")
         yield f"Of the rows, these share with what {member.name} {what}: {', '.join(shares)}."

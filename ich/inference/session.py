@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ich.data.decode import Asked, Read, read_chunk
+from ich.data.decode import ReadRequest, ReadResult, read_slices
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -26,7 +26,7 @@ TTA = tuple(FLIPS)
 _AT_ONCE = 8
 
 
-class Converted(NamedTuple):
+class ConvertedNetwork(NamedTuple):
     """An ONNX file from int16 HU [B, side, side] to float32 [B, L]."""
 
     path: str
@@ -67,36 +67,70 @@ class Session:
 
 
 @lru_cache
-def session(path: str, threads: int) -> Session:
-    """The session of a file, opened once in a process, or again after `session.cache_clear()`."""
+def open_session(path: str, threads: int) -> Session:
+    """The session of a file, opened once in a process, or again after
+    `open_session.cache_clear()`."""
     return Session(Path(path), threads)
 
 
-def averaged(network: Callable[[np.ndarray], np.ndarray], hu: np.ndarray, tta: str) -> np.ndarray:
+def average_flips(
+    network: Callable[[np.ndarray], np.ndarray], hu: np.ndarray, tta: str
+) -> np.ndarray:
     """Logits [B, L] of int16 HU [B, S, S]; with `flips` the mean over the four of each slice."""
+    # Copied below: a flip is a view with negative strides, which torch does not take.
     flipped = [np.flip(hu, axes) if axes else hu for axes in FLIPS[tta]]
     logits = np.stack([network(np.ascontiguousarray(h)) for h in flipped])
     return np.asarray(logits.mean(0))
 
 
-class Task(NamedTuple):
-    """Files to decode and to predict by M networks, each on so many threads."""
+class PredictRequest(NamedTuple):
+    """Files to read, and M networks to predict them by, each on so many threads."""
 
-    asked: Asked
-    networks: tuple[Converted, ...]
+    files: ReadRequest
+    networks: tuple[ConvertedNetwork, ...]
     threads: int
     tta: str
 
+    def logits(self, hu: dict[int, np.ndarray]) -> np.ndarray:
+        """int16 HU [B, S, S] of each side S -> float32 [B, M, L]."""
+        return np.stack(
+            [
+                average_flips(open_session(n.path, self.threads), hu[n.side], self.tta)
+                for n in self.networks
+            ],
+            axis=1,
+        )
 
-def read_and_predict(task: Task) -> list[Read]:
-    """As `read_chunk`, but what comes back are logits, and no slices."""
-    read = read_chunk(task.asked)
-    good = [one for one in read if not one.reason]
-    if not good:
-        return read
-    hu = {side: np.stack([one.hu[side] for one in good]) for side in task.asked.sizes}
-    logits = [averaged(session(n.path, task.threads), hu[n.side], task.tta) for n in task.networks]
-    done = (
-        one._replace(hu={}, logits=of) for one, of in zip(good, np.stack(logits, 1), strict=True)
-    )
-    return [*done, *(one for one in read if one.reason)]
+
+class PredictResult(NamedTuple):
+    """One file that was to be predicted.
+
+    file: what was read of it, its slices dropped. logits: float32 [M, L] of M networks, None if it
+    could not be read.
+    """
+
+    file: ReadResult
+    logits: np.ndarray | None
+
+
+def read_and_predict(request: PredictRequest) -> list[PredictResult]:
+    """Decodes and predicts in one process: what goes back to the caller is logits, no slices."""
+    return predict_batch(read_slices(request.files), request.logits)
+
+
+def predict_batch(
+    files: list[ReadResult], logits: Callable[[dict[int, np.ndarray]], np.ndarray]
+) -> list[PredictResult]:
+    """Predicts the files of a batch that could be read, as one batch of the networks.
+
+    Args:
+        files: what was read, each file in the same sides S.
+        logits: int16 HU [B, S, S] of each side S -> float32 [B, M, L].
+    """
+    results = [PredictResult(file, None) for file in files if file.reason]
+    readable = [file for file in files if not file.reason]
+    if readable:
+        hu = {side: np.stack([file.hu[side] for file in readable]) for side in readable[0].hu}
+        for file, of_file in zip(readable, logits(hu), strict=True):
+            results.append(PredictResult(file._replace(hu={}), of_file))
+    return results

@@ -6,7 +6,7 @@ estimate says what it rests on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ich.base.config import Config, image_size, load_config
+from ich.base.progress import StageCallback
 from ich.base.results import RunPaths, State
 from ich.base.terminal import format_duration
-from ich.data import dataset
-from ich.data.dataset import Sizes
+from ich.data.cohorts import Sizes, cohort_sizes
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
 from ich.launch.preflight import Job, check_jobs, data_key, inspect_jobs
 from ich.training.devices import device_name, pick_device
@@ -33,8 +33,6 @@ _START_SECONDS = 10.0  # of a job before its first step: imports, weights, openi
 _PROCESS_BYTES = 0.8e9
 _MEMORY_FACTOR = 1.25
 _THREADS = torch.get_num_threads()
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Plan:
     device: str
 
 
-def make_plan(configs: Sequence[Config], report: Report) -> Plan:
+def make_plan(configs: Sequence[Config], report: StageCallback) -> Plan:
     """Looks at everything that a launch of these jobs would need.
 
     Args:
@@ -81,7 +79,7 @@ def make_plan(configs: Sequence[Config], report: Report) -> Plan:
         channels = len(config.windows.channels)
         check_architecture(config.model, channels, image_size(config))
     configs_of_data = {data_key(config): config for config in configs}
-    sizes = {key: dataset.cohort_sizes(config) for key, config in configs_of_data.items()}
+    sizes = {key: cohort_sizes(config) for key, config in configs_of_data.items()}
     speeds = SpeedEstimates(jobs, report)
     plans = [_plan_job(job, sizes[data_key(job.config)], speeds) for job in jobs]
     return Plan(plans, list(sizes.values()), speeds.device)
@@ -141,7 +139,7 @@ def _equivalent_rows(config: Config, rows: dict[str, int], epochs: int) -> float
 class SpeedEstimates:
     """Seconds per training row, from earlier runs under the same output folder or timed now."""
 
-    def __init__(self, jobs: Sequence[Job], report: Report) -> None:
+    def __init__(self, jobs: Sequence[Job], report: StageCallback) -> None:
         self.device = _device(jobs[0].config)
         self._earlier = dict(_earlier_runs(Path(jobs[0].config.sweep.output)))
         self._report = report

@@ -20,10 +20,12 @@ from typing import IO
 
 from ich.base import provenance
 from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, to_dict
+from ich.base.progress import StageCallback
 from ich.base.records import Origin, SweepRecord
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.validation import validate
 from ich.data import dataset
+from ich.data.cohorts import cohort_key
 from ich.pages.data_page import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
@@ -75,7 +77,7 @@ def inspect_jobs(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
         UserError: the data set is not there.
     """
     cohorts = {data_key(c): c for c in configs}
-    keys = {key: dataset.cohort_key(config) for key, config in cohorts.items()}
+    keys = {key: cohort_key(config) for key, config in cohorts.items()}
     code, jobs = provenance.code_version(), []
     for config in configs:
         origin = Origin(keys[data_key(config)], weights_digest(config.model), code)
@@ -116,7 +118,7 @@ def check_weights(configs: Sequence[Config]) -> None:
 
 
 def open_sweep(
-    configs: Sequence[Config], report: dataset.Report | None = None
+    configs: Sequence[Config], report: StageCallback | None = None
 ) -> tuple[SweepPaths, list[Job]]:
     """Checks the jobs, prepares their data, and records the launch.
 
@@ -152,7 +154,7 @@ def open_sweep(
 
 
 def assign_modes(
-    jobs: Sequence[Job], sweep: SweepPaths, report: dataset.Report | None = None
+    jobs: Sequence[Job], sweep: SweepPaths, report: StageCallback | None = None
 ) -> list[Job]:
     """Chooses what each kind of network computes in, and notes it with its jobs.
 

@@ -36,7 +36,8 @@ from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenanc
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
 from ich.base.validation import validate
-from ich.data.dataset import cohort_key, prepare
+from ich.data.cohorts import cohort_key
+from ich.data.dataset import prepare
 from ich.launch.jobs import run_job
 from ich.launch.preflight import check_weights, weights_digest
 from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ich.base.config import Config, UserError, WindowConfig, load_config
-from ich.data.dataset import is_prepared, load_dataset
+from ich.data.cohorts import is_prepared
+from ich.data.dataset import load_dataset
 from ich.pages.figures import STYLE, subplots
 from ich.pages.page import Picture, Text, draw_picture
 from ich.scoring.comparison import Run

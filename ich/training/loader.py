@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ich.base.config import Feed
-from ich.base.workers import available_memory
+from ich.base.memory import available_memory
 from ich.data.dataset import Dataset, Split
 from ich.training.transforms import stream_seed
 

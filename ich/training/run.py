@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 
 from ich.base.config import Config, UserError, load_config
+from ich.base.memory import keep_memory
 from ich.base.processes import lock_run, watch_supervisor
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, JobProgress, RunResult
 from ich.base.results import RunPaths
-from ich.base.workers import keep_memory
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror
 from ich.training.checkpoint import drop_checkpoints

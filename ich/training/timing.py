@@ -19,9 +19,9 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from ich.base.config import Config, Device, Precision, to_dataclass, to_dict
+from ich.base.memory import keep_memory
 from ich.base.provenance import processor
 from ich.base.records import CohortSummary, ComputeMode
-from ich.base.workers import keep_memory
 from ich.data.dataset import Dataset, Split
 from ich.training.mode import CHANNELS_LAST, pick_fastest, workload_key
 

@@ -23,9 +23,11 @@ from sweeps import alive, wait_for
 from ich.base.config import UserError
 from ich.base.workers import run_parallel
 from ich.data import cache as cache_module
+from ich.data import cache_folder
 from ich.data import store as store_module
-from ich.data.cache import Cache, build_cache, cache_folder, read_cache, verify_cache
-from ich.data.decode import Chunk, checksum, decode_chunk, resize_area, square
+from ich.data.cache import Cache, build_cache, read_cache, verify_cache
+from ich.data.cache_folder import CacheFolder
+from ich.data.decode import DecodeRequest, checksum, decode_to_cache, resize_area, square
 from ich.data.dicom import DicomError, read_hu
 from ich.data.store import Location, SliceStore, read_bytes, read_directory
 
@@ -192,9 +194,9 @@ BUILD = """
 import sys, time
 from pathlib import Path
 import pandas as pd
-from ich.data import cache
+from ich.data import cache, cache_folder
 from ich.data.store import SliceStore
-cache._SYNC_SECONDS, cache._CHUNK = 0.0, 4
+cache_folder._SYNC_SECONDS, cache._CHUNK = 0.0, 4
 root, folder, out, workers, wait = sys.argv[1:]
 store = SliceStore.open(root)
 paths = [p for p in store.paths if p.endswith(".dcm")]
@@ -248,7 +250,7 @@ def test_a_process_whose_build_is_gone_writes_nothing(phantom: Path, tmp_path: P
     target.write_bytes(b"")
     (location,) = SliceStore(phantom).locate([images_of(SliceStore(phantom))["path"].iloc[0]])
     with pytest.raises(RuntimeError, match="the build was ended"):
-        decode_chunk(Chunk(phantom, [location], [0], str(target), SIZE, builder=1))
+        decode_to_cache(DecodeRequest(phantom, [location], [0], str(target), SIZE, builder=1))
     assert target.read_bytes() == b""
 
 
@@ -319,11 +321,11 @@ def test_a_killed_worker_process_is_said(
         build(phantom, tmp_path)
 
 
-def _kill(chunk: Chunk) -> list:
+def _kill(chunk: DecodeRequest) -> list:
     if os.getpid() != chunk.builder:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.05)
-    return decode_chunk(chunk)
+    return decode_to_cache(chunk)
 
 
 # The journal
@@ -534,7 +536,7 @@ def test_a_new_decoder_is_tried_on_what_failed(
     files_of(copy)[0].write_text("needs a codec")
     count = Count()
     build(copy, tmp_path / "cache", max_quarantine=1.0)
-    monkeypatch.setattr(cache_module, "_importable", lambda names: ["another"])
+    monkeypatch.setattr(cache_folder, "_importable", lambda names: ["another"])
     build(copy, tmp_path / "cache", max_quarantine=1.0, progress=count)
     assert count.total == 1
 
@@ -767,5 +769,6 @@ def test_decoding_processes_import_little() -> None:
 
 
 def test_the_folder_tells_root_and_size_apart(tmp_path: Path) -> None:
-    folders = {cache_folder(SliceStore(tmp_path / r), tmp_path, s) for r in "ab" for s in (16, 32)}
+    stores = [SliceStore(tmp_path / root) for root in "ab"]
+    folders = {CacheFolder.of(store, tmp_path, size).path for store in stores for size in (16, 32)}
     assert len(folders) == 4

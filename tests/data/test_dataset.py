@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ich.base.config import Config, UserError
+from ich.data import cohorts
 from ich.data import dataset as data_module
 from ich.data.dataset import load_dataset
 
@@ -82,7 +83,7 @@ def test_a_job_looks_up_nothing_in_the_data_set(
         load_dataset(config, build=False)
     built = load_dataset(config)
     monkeypatch.setattr(data_module, "build_cache", None)
-    monkeypatch.setattr(data_module, "make_cohort", None)
+    monkeypatch.setattr(cohorts, "make_cohort", None)
     again = load_dataset(config, build=False)
     assert (again.train.row == built.train.row).all()
     assert again.summary == built.summary

@@ -241,7 +241,7 @@ def test_a_folder_of_other_labels_is_read_by_name_and_by_path(
 def test_the_patients_of_the_label_file_are_audited_under_the_reports_protocol(
     composed: Compose, hospital: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ich.data.dataset.scan_headers", None)  # the file has told them
+    monkeypatch.setattr("ich.data.cohorts.scan_headers", None)  # the file has told them
     root, labels = hospital / "scans of a hospital", hospital / "by_name.csv"
     own = ["data=folder", "data.cache_size=32", "data.workers=1", "protocol.oversample=null"]
     found = load_dataset(composed(*own, f'data.root="{root}"', f"data.labels={labels}"))

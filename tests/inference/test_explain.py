@@ -16,10 +16,11 @@ from ich.base.results import SweepPaths
 from ich.data.dicom import read_hu, read_slice
 from ich.data.inputs import Inputs
 from ich.data.phantom.spec import LABELS
-from ich.inference.ensemble import Ensemble, Predicted, load_ensemble, predict_files
+from ich.inference.ensemble import Ensemble, load_ensemble
 from ich.inference.explain import check_folder, explain
 from ich.inference.gradcam import ensemble_cams, grad_cams
 from ich.inference.outputs import slice_table
+from ich.inference.predicted_files import PredictedFiles, predict_files
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def one_study(phantom: Path) -> list[Path]:
     return [f for f, s in zip(files, slices, strict=True) if s.study == study]
 
 
-def predicted(model: Ensemble, files: list[Path]) -> tuple[Inputs, Predicted]:
+def predicted(model: Ensemble, files: list[Path]) -> tuple[Inputs, PredictedFiles]:
     inputs = Inputs.find([str(f) for f in files])
     key = {"study": "aaaa", "series": "bbbb"}
     return inputs, predict_files(model, inputs, lambda kind, _: key[kind], lambda *_: None)
@@ -79,7 +80,7 @@ def test_a_study_gets_a_page_and_every_finding_a_picture(
     names = [f.name for f in one_study]
     table = slice_table(model, found, names)
     limit = table["any"].quantile(0.7)
-    deciding = model.deciding(f"{limit}").deciding(f"any={limit},epidural=1")
+    deciding = model.with_thresholds(f"{limit}").with_thresholds(f"any={limit},epidural=1")
     table = slice_table(deciding, found, names)
     steps: list[tuple[int, int]] = []
     pages = explain(deciding, inputs, found, names, tmp_path, lambda *s: steps.append(s))
@@ -110,14 +111,14 @@ def test_another_time_leaves_nothing_of_the_one_before(
     model: Ensemble, one_study: list[Path], tmp_path: Path
 ) -> None:
     inputs, found = predicted(model, one_study[:3])
-    explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    explain(model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
     assert len(list((tmp_path / "aaaa").iterdir())) == 3 * len(LABELS)
     (tmp_path / "notes.txt").touch()
     check_folder(tmp_path)
-    few = model.deciding(",".join(f"{k}={int(k != 'any')}" for k in LABELS))
+    few = model.with_thresholds(",".join(f"{k}={int(k != 'any')}" for k in LABELS))
     explain(few, inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
     assert len(list((tmp_path / "aaaa").iterdir())) == 3
-    explain(model.deciding("1"), inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
+    explain(model.with_thresholds("1"), inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["index.html", "notes.txt"]
 
 
@@ -127,7 +128,9 @@ def test_many_slices_without_a_study_are_split(
     monkeypatch.setattr("ich.inference.explain._MOST_WITHOUT", 2)
     inputs, found = predicted(model, one_study[:3])
     found.study[:] = [""] * 3
-    pages = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    pages = explain(
+        model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None
+    )
     assert [p.name for p in pages] == ["no-study-1.html", "no-study-2.html"]
 
 
@@ -136,7 +139,9 @@ def test_a_slice_of_unknown_place_comes_last(
 ) -> None:
     inputs, found = predicted(model, one_study[:3])
     found.position[:] = [np.nan, 30, -20]
-    (page,) = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    (page,) = explain(
+        model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None
+    )
     shown = re.findall(r"<h3>\d+ of \d+: ([^<]+)</h3>", page.read_text())
     assert shown == ["c", "b", "a"]
 
@@ -145,7 +150,7 @@ def test_without_a_finding_the_index_says_so(
     model: Ensemble, one_study: list[Path], tmp_path: Path
 ) -> None:
     inputs, found = predicted(model, one_study[:2])
-    none = model.deciding("1")
+    none = model.with_thresholds("1")
     assert explain(none, inputs, found, ["a", "b"], tmp_path, lambda *_: None) == []
     assert "No slice reaches the threshold" in (tmp_path / "index.html").read_text()
 
@@ -158,7 +163,9 @@ def test_a_file_that_is_gone_since_is_said(
         copy.write_bytes(file.read_bytes())
     inputs, found = predicted(model, copies)
     copies[1].unlink()
-    (page,) = explain(model.deciding("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
+    (page,) = explain(
+        model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None
+    )
     assert "the file is missing" in page.read_text()
     assert page.read_text().count("<figure>") == 2 * (3 + len(LABELS))
 
@@ -168,7 +175,9 @@ def test_slices_without_a_study_share_a_page(
 ) -> None:
     inputs, found = predicted(model, one_study[:2])
     found.study[:] = ["", ""]
-    (page,) = explain(model.deciding("0"), inputs, found, ["a", "b"], tmp_path, lambda *_: None)
+    (page,) = explain(
+        model.with_thresholds("0"), inputs, found, ["a", "b"], tmp_path, lambda *_: None
+    )
     assert page.name == "no-study.html"
 
 

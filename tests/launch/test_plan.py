@@ -13,7 +13,8 @@ from sweeps import SMALL
 
 from ich.base.config import Config, ModelConfig, to_yaml
 from ich.base.results import State, SweepPaths
-from ich.data.dataset import cohort_sizes, load_dataset
+from ich.data.cohorts import cohort_sizes
+from ich.data.dataset import load_dataset
 from ich.launch.jobs import run_job
 from ich.launch.plan import Plan, describe_plan, make_plan, total_seconds
 from ich.launch.preflight import inspect_jobs

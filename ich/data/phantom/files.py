@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pydicom.config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from ich.base.progress import ProgressCallback
 from ich.base.workers import available_cores, run_parallel
 from ich.data.phantom.anatomy import Scanner
 from ich.data.phantom.rendering import draw_patient, identifier, inside_fov, simulate_study
@@ -82,7 +82,7 @@ def _write_study(job: tuple[PhantomSpec, int, Path]) -> list[tuple[str, dict[str
 
 
 def _write_studies(
-    spec: PhantomSpec, folder: Path, workers: int, progress: Callable[[int, int], None] | None
+    spec: PhantomSpec, folder: Path, workers: int, progress: ProgressCallback | None
 ) -> dict[str, dict[str, int]]:
     """Write all patients; labels by image id."""
     rows: dict[str, dict[str, int]] = {}
@@ -140,7 +140,7 @@ def write_phantom(
     out: Path,
     spec: PhantomSpec,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write the phantom in the RSNA layout: all of it or nothing. Returns `out`.
 
@@ -172,9 +172,7 @@ def write_phantom(
     return out
 
 
-def ensure_phantom(
-    out: Path, spec: PhantomSpec, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def ensure_phantom(out: Path, spec: PhantomSpec, progress: ProgressCallback | None = None) -> Path:
     """The phantom at `out`, made at first use; of two processes one builds, the other waits."""
     out = Path(out)
     if _is_built(out, spec):

@@ -1,0 +1,225 @@
+"""The folder of a cache, and its journal: which row of the slices is whose, and what failed.
+
+`index.csv` is only appended to, and the last line of a path counts. So whatever ends a build, what
+stands there is true, and nothing has to be put right but a last line that was cut.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from ich.base.config import UserError
+from ich.base.files import cut_unfinished_line
+from ich.data.decode import DECODER_VERSION, DecodeResult
+from ich.data.store import SliceStore
+
+FAILED = -1  # row of a file that cannot be decoded
+UNKNOWN = -2  # row of a file of which the journal says nothing, or whose slice was found damaged
+
+_COLUMNS = ("row", "path", "signature", "checksum", "reason")
+_BLOCK = 4096  # files looked at together
+_SYNC_SECONDS = 0.5  # a killed build loses what it decoded in about this time
+_CODECS = ("pylibjpeg", "libjpeg", "openjpeg", "jpeg_ls", "gdcm", "PIL")
+_AGAIN = "again"  # signature of a file that could not be read: the next build tries it again
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """Where the slices of one store lie at one size.
+
+    path: the folder. size: S, the side of a slice, pixels.
+    """
+
+    path: Path
+    size: int
+
+    @staticmethod
+    def of(store: SliceStore, folder: Path, size: int) -> CacheFolder:
+        """Among all caches in `folder`. Changes with the decoder's version."""
+        key = f"{store.root.resolve()}|{size}|{DECODER_VERSION}"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        return CacheFolder(folder / f"hu{size}-{digest}", size)
+
+    @property
+    def slices(self) -> Path:
+        return self.path / "hu.i16"
+
+    @property
+    def index(self) -> Path:
+        return self.path / "index.csv"
+
+    @property
+    def lock(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.lock")
+
+    @property
+    def slice_bytes(self) -> int:
+        return self.size * self.size * 2  # int16
+
+    def count_rows(self) -> int:
+        """How many slices the file has room for; 0 for a cache that is not there."""
+        return self.slices.stat().st_size // self.slice_bytes if self.slices.exists() else 0
+
+    def mend_index(self) -> None:
+        """Drops a last line that a killed build has left unfinished; writes the heading."""
+        with self.index.open("a+b") as file:
+            if cut_unfinished_line(file) == 0:
+                file.write((",".join(_COLUMNS) + "\n").encode())
+
+    def append(self, lines: Iterable[Sequence[object]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        with self.index.open("ab") as file:
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def lines(self) -> Iterator[tuple[int, str, str, int, str]]:
+        """Row, path, signature, checksum and reason of every whole line, in order."""
+        try:
+            with self.index.open(newline="", encoding="utf-8") as file:
+                # A build that goes on meanwhile, or was killed, may leave the last line unfinished.
+                reader = csv.reader(line for line in file if line.endswith("\n"))
+                next(reader, None)
+                for row, path, signature, value, reason in reader:
+                    yield int(row), path, signature, int(value), reason
+        except FileNotFoundError:
+            return
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"the index of the decoded slices, {self.index}, is damaged ({error}). Remove the "
+                f"folder {self.path} and prepare again."
+            ) from None
+
+    def entries(self, paths: list[str]) -> Entries:
+        """What the journal says of these paths."""
+        # Machine words and codes, not Python objects: a cohort may have 750,000 paths.
+        position = {path: i for i, path in enumerate(paths)}
+        rows, signatures = array("q", [UNKNOWN]) * len(paths), array("q", [0]) * len(paths)
+        codes, used = array("i", [0]) * len(paths), array("q")
+        reasons = {"": 0}
+        for row, path, signature, _, reason in self.lines():
+            used.append(row)
+            if (i := position.get(path)) is not None:
+                rows[i], signatures[i] = row, hash(signature)
+                codes[i] = reasons.setdefault(reason, len(reasons))
+        for i, path in enumerate(paths):
+            if reason := _unusable(path):
+                rows[i], codes[i] = FAILED, reasons.setdefault(reason, len(reasons))
+        row_of = np.frombuffer(rows, np.int64).copy()
+        row_of[row_of >= self.count_rows()] = UNKNOWN  # the file of slices was cut
+        return Entries(
+            row=row_of,
+            signature=np.frombuffer(signatures, np.int64),
+            reason=np.frombuffer(codes, np.int32),
+            reasons=list(reasons),
+            used=np.frombuffer(used, np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What the journal says of N paths, in their order.
+
+    row: int64 [N]; `FAILED` if quarantined, `UNKNOWN` if nothing is known or it was found damaged.
+    signature: int64 [N], hashes of the files' signatures. reason: int32 [N], indices of `reasons`.
+    used: int64, every row that stands in the journal, whatever became of it.
+    """
+
+    row: np.ndarray
+    signature: np.ndarray
+    reason: np.ndarray
+    reasons: list[str]
+    used: np.ndarray
+
+    def outdated(self, paths: list[str], store: SliceStore) -> list[int]:
+        """Which of the paths are not in the journal, or have had another file since."""
+        todo = []
+        for start in range(0, len(paths), _BLOCK):
+            block = range(start, min(start + _BLOCK, len(paths)))
+            for i, location in zip(block, store.locate([paths[i] for i in block]), strict=True):
+                row, signature = self.row[i], location.signature
+                now = hash(signature if row >= 0 else _failed_signature(signature))
+                if (row == UNKNOWN or self.signature[i] != now) and not _unusable(paths[i]):
+                    todo.append(i)
+        return todo
+
+    def free_rows(self, count: int) -> np.ndarray:
+        """`count` rows, ascending, that never stood in the journal: nobody reads them."""
+        return np.setdiff1d(np.arange(self.used.max(initial=-1) + 1 + count), self.used)[:count]
+
+
+class JournalWriter:
+    """Writes what has been decoded into the journal once it is safe on disk: in the background
+    while decoding goes on, and at the end, however it comes about."""
+
+    def __init__(self, folder: CacheFolder) -> None:
+        self._folder = folder
+        self._slices = folder.slices.open("rb")
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self._lines: list[tuple[object, ...]] = []
+        self._due = time.monotonic() + _SYNC_SECONDS
+
+    def __enter__(self) -> JournalWriter:
+        return self
+
+    def add(self, results: list[DecodeResult]) -> None:
+        for s in results:
+            failed = _AGAIN if s.again else _failed_signature(s.signature)
+            signature = s.signature if s.row >= 0 else failed
+            self._lines.append((s.row, s.path, signature, s.checksum, s.reason))
+        if time.monotonic() >= self._due and (self._writing is None or self._writing.done()):
+            self._wait()
+            self._writing = self._thread.submit(self._write, self._lines)
+            self._lines = []
+            self._due = time.monotonic() + _SYNC_SECONDS
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._wait()
+            self._write(self._lines)
+        finally:
+            self._thread.shutdown()
+            self._slices.close()
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
+
+    def _write(self, lines: list[tuple[object, ...]]) -> None:
+        # In this order: a line in the journal says that its slice is on the disk.
+        os.fdatasync(self._slices.fileno())
+        self._folder.append(lines)
+
+
+def _unusable(path: str) -> str:
+    """Why there is nothing to decode under this path; empty if there may be."""
+    if not path:
+        return "the file is missing"
+    if "\n" in path or "\r" in path:  # a line of the journal would be two
+        return "the file's name holds a line break"
+    return ""
+
+
+def _failed_signature(signature: str) -> str:
+    """The signature of what could not be decoded: with other decoders it is tried again."""
+    return f"{signature}+{' '.join(_importable(_CODECS))}"
+
+
+@cache
+def _importable(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if find_spec(name)]

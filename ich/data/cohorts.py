@@ -1,0 +1,342 @@
+"""From a data config to its cohort: files, labels, manifest, protocol; made once and kept on disk.
+
+Nothing here decodes a slice. What a cohort depends on makes its fingerprint, by which every job of
+a sweep, and every later command, finds it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+
+from ich.base.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    ProtocolName,
+    Source,
+    UserError,
+)
+from ich.base.files import lock, write_text
+from ich.base.memory import return_memory
+from ich.base.progress import StageCallback, stage
+from ich.data.cache_folder import CacheFolder
+from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
+from ich.data.patients import KEYS, Pseudonyms, read_metadata, scan_headers
+from ich.data.phantom.files import ensure_phantom
+from ich.data.phantom.rendering import count_slices
+from ich.data.phantom.spec import PhantomSpec
+from ich.data.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
+from ich.data.store import SliceStore
+
+CohortConfig = Config | PrepareConfig | EvaluateConfig  # whatever has data and a protocol
+
+
+def open_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceStore:
+    """The data set's files; the phantom's are made here on first use.
+
+    Args:
+        cfg: where they are.
+        report: progress of making the phantom.
+
+    Raises:
+        UserError: there are none where there should be, or the phantom cannot be made.
+    """
+    store = find_store(cfg, report)
+    if store is None:
+        raise UserError(
+            "data.root is not set. Give the folder or the zip that holds the slices with "
+            "data.root=PATH, or use data=phantom, which needs no files."
+        )
+    return store
+
+
+def find_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceStore | None:
+    """As `open_store`, and None where `data.root` is not set: labels can be had without a slice."""
+    if cfg.root is not None:
+        return SliceStore.open(cfg.root)
+    if cfg.source is not Source.phantom:
+        return None
+    folder, progress = phantom_folder(cfg), stage(report, "simulating patients")
+    try:
+        return SliceStore(ensure_phantom(folder, _phantom_spec(cfg), progress=progress))
+    except (FileExistsError, PermissionError) as error:
+        raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
+
+
+@dataclass(frozen=True)
+class CohortFiles:
+    """Where a cache folder keeps the cohort of a fingerprint: its rows, and what else is known of
+    it, which is written last: a cohort without it has not been made."""
+
+    folder: Path
+    key: str
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / f"cohort-{self.key}.csv.gz"
+
+    @property
+    def facts(self) -> Path:
+        return self.folder / f"cohort-{self.key}.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / f"cohort-{self.key}.lock"
+
+    def write(self, cohort: Cohort) -> None:
+        # Without a time in the archive, the same cohort is the same file.
+        cohort.rows.to_csv(self.rows, index=False, compression={"method": "gzip", "mtime": 1})
+        names = [f.name for f in fields(cohort) if f.name != "rows"]
+        write_text(self.facts, json.dumps({name: getattr(cohort, name) for name in names}))
+
+    def read(self) -> Cohort:
+        # As text: an id of digits alone, or a patient's, would lose its zeros as a number.
+        text = dict.fromkeys(["image_id", "path", *KEYS, "split"], str)
+        with pd.read_csv(self.rows, keep_default_na=False, dtype=text, chunksize=BLOCK) as blocks:
+            rows = pd.concat(blocks, ignore_index=True)
+        facts = json.loads(self.facts.read_text())
+        return Cohort(rows, tuple(facts.pop("labels")), **facts)
+
+    def read_columns(self, *columns: str) -> pd.DataFrame:
+        """Some columns of the rows, as text."""
+        return pd.read_csv(self.rows, usecols=list(columns), dtype=str, keep_default_na=False)
+
+
+def load_cohort(
+    cfg: CohortConfig, store: SliceStore | None, report: StageCallback | None = None
+) -> tuple[Cohort, str]:
+    """The cohort and its fingerprint, kept on disk once made: eight jobs would each split again.
+
+    Raises:
+        UserError: see `ich.data.manifest`, `ich.data.patients` and `ich.data.protocol`.
+    """
+    files = CohortFiles(Path(cfg.data.cache_dir), _fingerprint(cfg, store))
+    files.folder.mkdir(parents=True, exist_ok=True)
+    with lock(files.lock):
+        if not files.facts.exists():
+            files.write(make_cohort(cfg, store, report))
+            return_memory()
+        cohort = files.read()
+    return_memory()
+    return cohort, files.key
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a cohort holds: rows of each split, distinct images, bytes still to be written.
+
+    is_exact: False where the cohort cannot be known before headers are read or a phantom is made.
+    """
+
+    rows: dict[str, int]
+    images: int
+    new_bytes: int
+    is_exact: bool
+
+
+def cohort_sizes(cfg: CohortConfig) -> Sizes:
+    """The sizes of the config's cohort, which need not have been made. Reads labels, but neither
+    header nor slice, and writes nothing.
+
+    Raises:
+        UserError: the data set is not there, or its labels or the protocol are wrong.
+    """
+    data, store = cfg.data, _existing_store(cfg.data)
+    if store is None:
+        return _guess(cfg, count_slices(_phantom_spec(data)))
+    files = CohortFiles(Path(data.cache_dir), _fingerprint(cfg, store))
+    if files.facts.exists():
+        rows = files.read_columns("image_id", "split")
+    else:
+        with TemporaryDirectory() as scratch:  # for the secret of pseudonyms, which nobody needs
+            elsewhere = replace(cfg, data=replace(data, cache_dir=scratch))
+            manifest, names, _ = _labelled(elsewhere, store)
+            manifest = _with_keys(elsewhere.data, manifest, None, None)
+        has_patients = (manifest["patient"] != "").any()
+        if cfg.protocol.name is ProtocolName.sound and not has_patients:
+            return _guess(cfg, len(manifest), store)
+        rows = apply_protocol(manifest, names, cfg.protocol, data.subset).rows
+    images = rows["image_id"].nunique()
+    counts = {name: int((rows["split"] == name).sum()) for name in SPLITS}
+    return Sizes(counts, images, _missing_bytes(cfg, images, store), True)
+
+
+def _guess(cfg: CohortConfig, images: int, store: SliceStore | None = None) -> Sizes:
+    """Sizes by the protocol's fractions, without oversampling and undersampling."""
+    p, images = cfg.protocol, round(images * cfg.data.subset)
+    val, test = round(images * p.val_fraction), round(images * p.test_fraction)
+    if p.folds:  # one fold is the test set, another validation
+        val = test = round(images / p.folds)
+    counts = {TRAIN: images - val - test, VAL: val, TEST: test}
+    return Sizes(counts, images, _missing_bytes(cfg, images, store), False)
+
+
+def _missing_bytes(cfg: CohortConfig, images: int, store: SliceStore | None) -> int:
+    size, folder = cfg.data.cache_size, Path(cfg.data.cache_dir)
+    decoded = CacheFolder.of(store, folder, size).count_rows() if store else 0
+    phantom = 0 if store else count_slices(_phantom_spec(cfg.data)) * cfg.data.phantom.size**2
+    return 2 * (max(0, images - decoded) * size * size + phantom)  # int16
+
+
+def _labelled(
+    cfg: CohortConfig, store: SliceStore | None
+) -> tuple[pd.DataFrame, tuple[str, ...], int]:
+    """The manifest without keys, the names of the labels, and how many ids were repeated."""
+    labels = load_labels(cfg.data, store)
+    return_memory()
+    manifest = build_manifest(labels, store, cfg.data.source)
+    return manifest, labels.names, labels.repeated
+
+
+def labelled_images(
+    cfg: CohortConfig, store: SliceStore, report: StageCallback | None = None
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Every labelled image once, without protocol: `image_id`, `path`, the labels, and the keys
+    `patient` and `study`; and the labels' names. With data.subset below 1, a random part of it."""
+    manifest, names, _ = _labelled(cfg, store)
+    if cfg.data.subset < 1:
+        manifest = manifest.sample(frac=cfg.data.subset, random_state=cfg.protocol.seed)
+    manifest = manifest.sort_index().reset_index(drop=True)
+    return _with_keys(cfg.data, manifest, store, report), names
+
+
+def cohort_rows(folder: Path, key: str, here: Path) -> pd.DataFrame | None:
+    """The rows of a cohort that was made before: `image_id`, `split`, and the keys `patient` and
+    `study`, empty where they were made with another secret than the one here and tell nothing.
+
+    Args:
+        folder: the cache folder that it was made in.
+        key: its fingerprint.
+        here: the cache folder of now.
+
+    Returns:
+        None if its file is not on this machine.
+    """
+    files = CohortFiles(folder, key)
+    if not files.rows.is_file():
+        return None
+    rows = files.read_columns("image_id", *KEYS, "split")
+    if Pseudonyms.existing(folder) != Pseudonyms.existing(here):
+        # Hashes of another secret match nothing: "nobody is shared" would be a plausible lie.
+        rows[KEYS] = ""
+    return rows
+
+
+def make_cohort(
+    cfg: CohortConfig, store: SliceStore | None, report: StageCallback | None = None
+) -> Cohort:
+    """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
+    manifest, names, repeated = _labelled(cfg, store)
+    return_memory()
+    sound = cfg.protocol.name is ProtocolName.sound
+    manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
+    cohort = apply_protocol(manifest, names, cfg.protocol, cfg.data.subset)
+    del manifest
+    return_memory()
+    rows = cohort.rows
+    if not sound and (rows["patient"] == "").all():
+        # Only the audit needs them: headers of the cohort's files, not of the whole data set.
+        rows = _with_keys(cfg.data, rows, store, report)
+    return replace(cohort, rows=rows, steps={"repeated_ids": repeated, **cohort.steps})
+
+
+def load_labels(cfg: DataConfig, store: SliceStore | None) -> Labels:
+    """The label CSV that the config names, or the one in the store."""
+    path, name = label_source(cfg, store)
+    source: Path | io.BytesIO
+    if path is None:
+        assert store is not None
+        source = io.BytesIO(store.read(name))
+    else:
+        source = path
+    return read_labels(source, name, cfg.label_columns, cfg.any_label)
+
+
+def _with_keys(
+    cfg: DataConfig, rows: pd.DataFrame, store: SliceStore | None, report: StageCallback | None
+) -> pd.DataFrame:
+    """Adds the keys `patient` and `study`, empty where nothing tells them."""
+    pseudonyms = Pseudonyms.beside(Path(cfg.cache_dir))
+    own = [c if c in rows else None for c in ("patient_id", "study_id")]
+    rows = rows.drop(columns=KEYS, errors="ignore")
+    if cfg.metadata is not None:
+        keys = read_metadata(Path(cfg.metadata), pseudonyms).reindex(rows["image_id"]).fillna("")
+    elif own[0] is not None:
+        keys = pseudonyms.keys(rows, own)
+    elif store is not None:
+        progress, folder = stage(report, "reading headers"), Path(cfg.cache_dir)
+        paths = rows["path"].tolist()
+        keys = scan_headers(paths, store, folder, pseudonyms, cfg.workers, progress)
+        del paths
+        return_memory()
+        # A file that cannot be read is its own patient: it is quarantined when it is decoded.
+        unreadable = ~keys.pop("readable").to_numpy()
+        keys.loc[unreadable, "patient"] = "unreadable:" + rows["image_id"].to_numpy()[unreadable]
+    else:
+        keys = pd.DataFrame("", index=rows.index, columns=KEYS)
+    rows = rows.drop(columns=[c for c in own if c])
+    return rows.assign(**{k: keys[k].to_numpy() for k in KEYS})
+
+
+def cohort_key(cfg: CohortConfig) -> str:
+    """The fingerprint of the config's cohort, which need not have been made; writes nothing.
+
+    Raises:
+        UserError: the data set is not there.
+    """
+    store = _existing_store(cfg.data)
+    return "not made yet" if store is None else _fingerprint(cfg, store)
+
+
+def is_prepared(cfg: CohortConfig) -> bool:
+    """Whether the config's cohort has been made and is still that of the data set; makes nothing.
+
+    Raises:
+        UserError: the data set is not there.
+    """
+    return CohortFiles(Path(cfg.data.cache_dir), cohort_key(cfg)).facts.exists()
+
+
+def _existing_store(cfg: DataConfig) -> SliceStore | None:
+    """As `open_store`, and None for a phantom that has not been made; it is not made here."""
+    if cfg.root is None and cfg.source is Source.phantom:
+        root = phantom_folder(cfg)
+        return SliceStore(root) if root.is_dir() else None
+    return open_store(cfg)
+
+
+def _phantom_spec(cfg: DataConfig) -> PhantomSpec:
+    p = cfg.phantom
+    try:
+        return PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
+    except ValueError as error:
+        raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
+
+
+def phantom_folder(cfg: DataConfig) -> Path:
+    """Where the phantom of these settings is, or will be."""
+    p = cfg.phantom
+    return Path(cfg.cache_dir) / f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
+
+
+def _fingerprint(cfg: CohortConfig, store: SliceStore | None) -> str:
+    """Fingerprint of what the cohort depends on: files, labels, metadata, protocol, subset."""
+    data = cfg.data
+    parts = [store.identity() if store else "", data.source.value, repr(cfg.protocol)]
+    parts += [repr((data.label_columns, data.any_label, data.subset))]
+    for named in (data.labels, data.metadata):
+        if named is not None and (path := Path(named)).is_file():
+            # Not the content: every job of a sweep asks, and a label CSV has millions of lines.
+            stat = path.stat()
+            parts.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}")
+        else:
+            parts.append(repr(named))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -1,0 +1,142 @@
+"""Files through networks: each is decoded and predicted where it is cheapest, and takes its place.
+
+The way of a slice goes down once: files (`ich.data.inputs`), processes (`ich.base.workers`), and in
+each process decoding (`ich.data.decode`) and, if it can hold the networks, predicting
+(`ich.inference.session`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from ich.base.config import UserError
+from ich.base.progress import ProgressCallback
+from ich.base.workers import available_cores, run_parallel, worker_count
+from ich.data.decode import ReadRequest, read_slices
+from ich.data.inputs import Inputs
+from ich.inference.ensemble import Ensemble
+from ich.inference.session import (
+    PredictRequest,
+    PredictResult,
+    open_session,
+    predict_batch,
+    read_and_predict,
+)
+
+_SLICES_PER_START = 200  # a process takes about as long to start as this many to decode
+_KILLED = (
+    "not read: a decoding process was killed, for want of memory or by a file that crashes its "
+    "decoder; --workers 1 shows which"
+)
+_NOT_FINITE = "its logits are not finite: the weights are damaged"
+
+
+@dataclass(frozen=True)
+class PredictedFiles:
+    """What became of N files, each by its number in `Inputs`.
+
+    logits: float32 [N, M, L], of M members; NaN for a file that was refused. reasons: of those.
+    study, series: keys, empty where a file names none. position: float64 [N], mm, NaN if unknown.
+    """
+
+    logits: np.ndarray
+    reasons: dict[int, str]
+    study: list[str]
+    series: list[str]
+    position: np.ndarray
+
+    @staticmethod
+    def of_none(count: int, members: int, labels: int) -> PredictedFiles:
+        """N files of which nothing is known yet."""
+        logits = np.full((count, members, labels), np.nan, np.float32)
+        return PredictedFiles(logits, {}, [""] * count, [""] * count, np.full(count, np.nan))
+
+    @property
+    def numbers(self) -> list[int]:
+        """The files that were predicted, ascending."""
+        return [n for n in range(len(self.logits)) if n not in self.reasons]
+
+    def add(self, batch: list[PredictResult], key: Callable[[str, str], str]) -> None:
+        """Notes a batch; `key` replaces its identifiers, which name a person, before they are."""
+        for file, logits in batch:
+            if logits is None:
+                self.reasons[file.number] = file.reason
+                continue
+            self.study[file.number] = key("study", file.study)
+            self.series[file.number] = key("series", file.series)
+            self.position[file.number] = file.position
+            if np.isfinite(logits).all():
+                self.logits[file.number] = logits
+            else:
+                self.reasons[file.number] = _NOT_FINITE
+
+
+def predict_files(
+    ensemble: Ensemble,
+    inputs: Inputs,
+    key: Callable[[str, str], str],
+    progress: ProgressCallback,
+    tta: str = "none",
+    batch_size: int = 32,
+    workers: int | None = None,
+) -> PredictedFiles:
+    """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time.
+
+    A converted network computes where its files are decoded. Batches are made of neighbouring
+    files, so that the result does not depend on who is faster.
+
+    Args:
+        ensemble: the networks.
+        inputs: the N files.
+        key: replaces an identifier: its kind ("study" or "series") and itself.
+        progress: called with (files done, files in all).
+        tta: one of `TTA`.
+        batch_size: files in a batch.
+        workers: decoding processes, this one included; None is up to one per core.
+
+    Raises:
+        UserError: the GPU's memory does not suffice.
+    """
+    count = len(inputs)
+    predicted = PredictedFiles.of_none(count, len(ensemble.members), len(ensemble.labels))
+    processes = worker_count(workers, count, _SLICES_PER_START)
+    unread, done = set(range(count)), 0
+    try:
+        batches = inputs.batches(batch_size, ensemble.sizes)
+        for batch in _predict_batches(ensemble, batches, processes, tta):
+            predicted.add(batch, key)
+            unread.difference_update(result.file.number for result in batch)
+            done += len(batch)
+            progress(done, count)
+    except BrokenProcessPool:
+        # What came back stands. Which file of the others killed the process is not known here.
+        predicted.reasons.update(dict.fromkeys(unread, _KILLED))
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory at {batch_size} slices at a time: {str(error).splitlines()[0]} "
+            f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on "
+            f"the CPU (--device cpu, device=cpu)."
+        ) from None
+    finally:
+        open_session.cache_clear()  # who goes on needs the networks no longer
+    return predicted
+
+
+def _predict_batches(
+    ensemble: Ensemble, batches: Iterator[ReadRequest], processes: int, tta: str
+) -> Iterator[list[PredictResult]]:
+    """Batches in the order of completion. So many processes read files, and predict them, too, if
+    each can hold the networks; else this one predicts what they send."""
+    if networks := ensemble.converted_for(processes):
+        threads = max(1, available_cores() // processes)
+        requests = (PredictRequest(files, networks, threads, tta) for files in batches)
+        yield from run_parallel(read_and_predict, requests, processes)
+    else:
+        for files in run_parallel(read_slices, batches, processes):
+            yield predict_batch(files, partial(ensemble.logits, tta=tta))
