@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -11,17 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import run_module
-from made_up import FIT
 from mlflow import MlflowClient
 from sweeps import SMALL
 
 from ich.base.config import UserError
-from ich.base.records import FAILED, FINISHED, RunResult
-from ich.base.results import RunPaths, SweepPaths
+from ich.base.records import FAILED, RunResult
+from ich.base.results import SweepPaths
 from ich.data.phantom.spec import LABELS
-from ich.pages.columns import best_cells, build_table
 from ich.pages.tables import compare
-from ich.scoring.comparison import Comparison, Run
 
 # What other people's scripts rely on, in this order.
 COLUMNS = [
@@ -194,26 +190,6 @@ def test_mistakes_are_said_before_any_job_starts(
 
 
 # The table itself
-
-
-def run_of(job: str, status: str = FINISHED, accuracy: float = 0.9, params: int = 10) -> Run:
-    """A run of which nothing but its result is left."""
-    fit = replace(FIT, scores={"accuracy": accuracy, "auc": 0.8}, params=params)
-    return Run(job, RunPaths(Path(job)), RunResult(status, "", job, job, fit), None, None)
-
-
-def test_the_best_of_each_column_is_marked_and_ties_are_all_best() -> None:
-    runs = [
-        run_of("vgg16"),
-        run_of("xception", accuracy=0.95, params=5),
-        run_of("mobilenet_v2", status=FAILED, params=1),
-    ]
-    table = build_table(Comparison("three", runs, [], 0, []))
-    assert {(1, "accuracy"), (0, "auc"), (1, "auc"), (1, "params")} <= best_cells(table)
-    assert (2, "params") not in best_cells(table)
-    assert table.loc[0, "report_auc"] == 0.9619
-    assert table["model"].iloc[-1] == "always negative"
-    assert table["accuracy"].iloc[-1] == 0.88
 
 
 def test_the_heading_speaks_for_every_job(phantom: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ich.tracking.registry import AliasMove, VersionTags, decide_alias
+from ich.tracking.registry import AliasMove, VersionTags, alias_for, decide_alias
 
 PRESENT = VersionTags("demo", "vgg16", "a1b2", 0.9)
 
@@ -32,3 +32,10 @@ def test_a_version_without_tags_is_not_taken_for_a_worse_one() -> None:
     unknown = VersionTags.read({})
     assert decide_alias(PRESENT, unknown, promote=False) is AliasMove.incomparable
     assert VersionTags.read(PRESENT.write()) == PRESENT
+
+
+def test_names_of_sweeps_become_aliases_that_mlflow_takes() -> None:
+    assert alias_for("demo-1a2b") == "demo-1a2b"
+    assert alias_for("my sweep.2") == "my-sweep-2"
+    assert alias_for("v3") == "sweep-v3"
+    assert alias_for("best") == "sweep-best"
