@@ -95,6 +95,7 @@ def _prediction_sides(
 
 
 def write_random_weights(config: Config, path: Path) -> None:
+    """Of a network that nobody trained, which predicts as fast as one that somebody did."""
     spec = input_spec(config.model)
     labels = tuple("abcdef")
     metadata = Metadata(

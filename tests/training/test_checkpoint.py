@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import start_module
 
 from ich.base.config import Config, to_yaml
 from ich.base.records import FitResult, Origin
@@ -236,13 +235,13 @@ def test_a_job_process_that_is_ended_resumes_on_the_next_start(
     run.config.write_text(to_yaml(config))
     origin = Origin(cohort="c", weights="w", code="x")
     run.write_origin(origin)
-    child = subprocess.Popen([sys.executable, "-m", "ich.train", str(run.root)])
+    child = start_module("train", run.root, cwd=tmp_path)
     while not list(run.root.glob("checkpoint-*.ich")):
         time.sleep(0.05)
         assert child.poll() is None
     time.sleep(0.3)
     child.send_signal(how)
-    child.wait()
+    child.communicate()
     if how is signal.SIGTERM:
         assert run.read_result().status == "killed"
     result = run_job(config, run, origin, None, quiet)

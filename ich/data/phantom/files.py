@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import pydicom.config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from ich.base.files import lock
 from ich.base.progress import ProgressCallback
 from ich.base.workers import available_cores, run_parallel
 from ich.data.phantom.anatomy import Scanner
@@ -178,6 +178,5 @@ def ensure_phantom(out: Path, spec: PhantomSpec, progress: ProgressCallback | No
     if _is_built(out, spec):
         return out
     _make_parent(out)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a crash
+    with lock(out.parent / f".{out.name}.lock"):
         return write_phantom(out, spec, progress=progress)
