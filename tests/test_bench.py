@@ -12,7 +12,7 @@ from ich.bench import main
 from ich.benchmarks.measure import PartResult, compare_rates, geometric_mean
 from ich.benchmarks.report import write_report
 
-SMALL = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--seconds", "0.05")
+OPTIONS = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--seconds", "0.05")
 NAMES = {
     "prepare": [
         f"prepare, {store}, {size} px: cache build / {other}"
@@ -61,7 +61,7 @@ def test_a_part_saves_its_ratios(
     monkeypatch.setattr(
         "ich.benchmarks.parts.write_phantom", lambda out, _: shutil.copytree(phantom, out)
     )
-    assert main(["--parts", part, *SMALL, "--images", "70", "--out", str(tmp_path)]) == 0
+    assert main(["--parts", part, *OPTIONS, "--images", "70", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     (path,) = tmp_path.glob("*.json")
     saved = json.loads(path.read_text())
