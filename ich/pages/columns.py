@@ -259,6 +259,7 @@ def _job_row(columns: Sequence[Column], run: Run, setting: SettingResult | None)
 
 def _mean_row(columns: Sequence[Column], seeds: Sequence[RowValues]) -> RowValues:
     """Of a setting, whose runs have these rows."""
+    # A seed without a value leaves the setting without one: the others are not its mean.
     means = pd.DataFrame(seeds).select_dtypes("number").mean(skipna=False)
     row: dict[str, object] = {"reason": f"mean of {len(seeds)} seeds"}
     for column in columns:
@@ -285,6 +286,7 @@ def _baseline_rows(comparison: Comparison) -> list[RowValues]:
 def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
     """(row, column) of the best value of each column over the finished jobs; ties are all best."""
     jobs = table[table["status"] == FINISHED]
+    # Runs whose predictions are gone have no rows: they are compared among themselves.
     on_same_rows = [part for _, part in jobs.groupby("rows", dropna=False)]
     best = set()
     for column in columns_in(table):
@@ -292,6 +294,7 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
             continue
         for part in [jobs] if column.is_cost else on_same_rows:
             values = pd.to_numeric(part[column.name])
+            # Alone, everything would be the best.
             if len(part) > 1 and values.notna().any():
                 target = values.max() if column.better == "higher" else values.min()
                 best |= {(int(i), column.name) for i in part.index[values == target]}

@@ -234,6 +234,7 @@ def _fitting_table(table: pd.DataFrame) -> Table:
     shown = [s for _, s in shown_columns(table)]
     # Rich would squeeze a table into the terminal; its own width is what it has without one.
     unbounded = console.options.update(width=1000)
+    # One column after the other, until it fits or none is left that could go.
     for dropped in range(1 + max(s.dropped or 0 for s in shown)):
         fitting = _terminal_table(cells, shown, dropped)
         if Measurement.get(console, unbounded, fitting).maximum <= console.width:

@@ -149,6 +149,7 @@ class EvaluationSet:
     def baseline(self, study: bool = False) -> dict[str, float]:
         """The metrics of answering "no bleed" to everything, that have an honest value."""
         scored = self.predictions.scored
+        # Any constant below zero: every decision is "no", and all scores tie.
         constant = replace(scored, logits=np.full(scored.target.shape, -1.0))
         negative = replace(self.predictions, scored=constant)
         metrics = negative.study_metrics if study else negative.metrics

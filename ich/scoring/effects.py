@@ -61,6 +61,7 @@ def _split_setting(setting: SettingResult, factor: str) -> tuple[str, str]:
     """A setting's level of a factor (empty if it has none), and the setting without it."""
     model, *parts = setting.name.split(",")
     if factor == "model":
+        # A name begins with its model, and with its sweep before that where several are compared.
         sweep = model.rpartition("/")[0]
         return setting.runs[0].model, ",".join([sweep, *parts])
     varied = [p for p in parts if p.startswith(f"{factor}=")]

@@ -53,6 +53,8 @@ def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
         scored = replace(validation.scored, group=here.scored.group) if same else validation.scored
         sides[VALIDATION] = replace(validation, scored=scored)
     values = {k: _values(p, evaluation.thresholds) for k, p in sides.items()}
+    # Of two sets of rows each side has its own seed: with one seed, patient 3 of one would be drawn
+    # whenever patient 3 of the other is, as if they had something in common.
     resampled = {
         k: _resample(p, evaluation.thresholds, resamples, 0 if evaluation.is_paired else seed)
         for seed, (k, p) in enumerate(sides.items())

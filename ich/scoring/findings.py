@@ -132,6 +132,7 @@ def judge(metric: str, replicates: Mapping[str, np.ndarray]) -> list[FindingResu
     printed = {name: values[column] for name, values in REPORT_TABLE_2.items()}
     results = []
     for finding in FINDINGS:
+        # The report prints single numbers, without intervals: they are taken as they are.
         theirs = [_holds_for(c, printed, SIMILAR[metric]) for c in finding.claims]
         missing = sorted(finding.networks - set(replicates))
         if missing:

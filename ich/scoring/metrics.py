@@ -209,6 +209,7 @@ def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tup
     if _is_undefined(score, target):
         return float("nan"), float("nan")
     _, hits, misses = _thresholds(score, target)
+    # From the threshold above every score on, at which nothing is positive.
     sensitivity = np.append(0, hits) / hits[-1]
     specificity = 1 - np.append(0, misses) / misses[-1]
     rounding = 1e-12  # 1 - 0.05 is not 0.95

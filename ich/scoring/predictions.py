@@ -67,6 +67,7 @@ class Predictions:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:12]
 
+    # Kept, here and below: tables, pages and figures all ask for them.
     @cached_property
     def metrics(self) -> dict[str, float]:
         """Of `ich.scoring.metrics.all_metrics`, per slice."""

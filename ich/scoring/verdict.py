@@ -112,6 +112,7 @@ def compare_runs(a: RunPaths, b: RunPaths, tolerance: float) -> RerunComparison:
     largest = [part.largest for part in with_units if part.largest]
     if not largest and not weights.differing:
         outcome = Outcome.identical
+    # A difference that has no size is never within a tolerance.
     elif all(d.size is not None and d.size <= tolerance for d in largest) and _same_shapes(weights):
         outcome = Outcome.within
     else:
@@ -255,6 +256,7 @@ def _compare_logits(
     unequal = np.argwhere(x != y)
     if not len(unequal):
         return 0, []
+    # As probabilities, since a tolerance has a unit: logits of 30 and of 40 are the same answer.
     p, q = _sigmoid(x), _sigmoid(y)
     largest = np.unravel_index(np.abs(p - q).argmax(), p.shape)
 
@@ -276,6 +278,7 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 def _weights(a: RunPaths, b: RunPaths) -> FileComparison:
     names, others = (_read(r.best, _tensor_names) for r in (a, b))
     count = len(names | others)
+    # What a repeated training should come to: then no tensor has to be compared.
     if a.best.read_bytes() == b.best.read_bytes():
         return FileComparison(a.best.name, count)
     differences = []
@@ -298,6 +301,7 @@ def _compare_tensors(name: str, x: np.ndarray | None, y: np.ndarray | None) -> l
     """Where a tensor differs most, if it does."""
     if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
         return [Difference(f"tensor {name}", _kind(x), _kind(y), None)]
+    # Bytes, not values: 0.0 is not -0.0 here, and NaN is equal to itself.
     if x.tobytes() == y.tobytes():
         return []
     x, y = x.ravel().astype(np.float64), y.ravel().astype(np.float64)

@@ -33,6 +33,7 @@ class Journal:
         """Drops the lines after a step: a resumed training writes them again."""
         kept = [line for line in RunPaths(self._path.parent).read_metrics() if line.step <= step]
         if self._path.exists():
+            # Whole or not at all: a process that is killed here must not cost the epochs before.
             part = self._path.with_suffix(".part")
             part.write_text("".join(json.dumps(line.to_json()) + "\n" for line in kept))
             part.replace(self._path)

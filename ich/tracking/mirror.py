@@ -77,9 +77,11 @@ class RunMirror:
             cohort = {"ich.cohort": self._run.read_origin().cohort or "unearlier"}
             tags = run_tags(self._config) | cohort
             run_id = store.open_run(self._config.job, tags, self._parent)
+            # Noted before anything is sent: whoever comes next goes on with this run.
             self._run.write_tracking(replace(earlier, mlflow_run=run_id))
             store.log_params(run_id, flatten(self._config))
             store.log_artifact(run_id, self._run.config)
+        # A job that goes on has more to copy, however complete its copy was.
         self._run.write_tracking(replace(earlier, mlflow_run=run_id, complete=False))
         if self._parent:
             store.tag(run_id, "mlflow.parentRunId", self._parent)
@@ -119,6 +121,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
         if config.tracking.mlflow:
             self._news.set()  # MLflow shows a run as soon as it starts
+            # A daemon: a server that hangs must not keep a finished training from ending.
             self._thread = threading.Thread(target=self._follow, daemon=True, name="mlflow")
             self._thread.start()
 
@@ -133,6 +136,7 @@ class Mirror:
         """
         if self._thread is None:
             return True
+        # In this order: the thread looks at it once it is woken.
         self._last = True
         self._news.set()
         self._thread.join(seconds)
@@ -144,6 +148,7 @@ class Mirror:
         trouble = ""
         while True:
             self._news.wait(_RETRY_SECONDS if trouble else None)
+            # Before the push: what comes in meanwhile asks for another.
             self._news.clear()
             last = self._last
             try:

@@ -70,6 +70,7 @@ def best_run(comparison: Comparison) -> Candidate | None:
     rows = max(comparison.evaluation_sets, key=lambda s: len(s.settings), default=None)
     if rows is None or rows.best is None:
         return None
+    # Undefined (None) where validation has one class only: such a run is the last choice.
     run = max(rows.best.runs, key=lambda r: r.fit.val_scores[RANKING_METRIC] or 0.0)
     assert run.predictions is not None  # settings consist of runs that have some
     metrics = run.predictions.metrics
