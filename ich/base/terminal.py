@@ -29,6 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ich.base.config import Config
+from ich.base.progress import StageCallback
 from ich.base.records import FAILED, FINISHED, KILLED, EpochMetrics, JobProgress, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
 
@@ -45,7 +46,7 @@ class Terminal:
         self.out = out
 
     @contextmanager
-    def preparing(self) -> Iterator[Callable[[str, int, int], None]]:
+    def preparing(self) -> Iterator[StageCallback]:
         """Yields `report(what, done, total)`; a line when each kind of work is complete."""
         tasks: dict[str, TaskID] = {}
         with self._bar(MofNCompleteColumn()) as bar:
