@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 from ich.base.config import CONF_DIR, register_schemas, to_dataclass
 from ich.base.entry import end_on_signals
-from ich.launch import launcher
+from ich.launch import steps
+from ich.launch.composing import register_resolvers
 from ich.pages.tables import compare
 from ich.scoring.uncertainty import RESAMPLES
 from ich.tracking.sweep_run import close_sweep_run
@@ -32,21 +33,21 @@ _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def train_one(cfg: DictConfig) -> float | None:
     """One job of the sweep; returns the monitored metric, for sweepers that optimize it."""
-    launcher.enter()
+    steps.enter()
     config = to_dataclass(cfg)
     if config.sweep.plan:
-        launcher.plan([config])
+        steps.plan([config])
         return None
     if HydraConfig.get().mode == RunMode.RUN:
-        launcher.prepare([config])
-    with launcher.board_for(config) as board:
-        return launcher.train(config, board)
+        steps.prepare([config])
+    with steps.board_for(config) as board:
+        return steps.train(config, board)
 
 
 def close(interrupted: bool) -> bool:
     """Writes the tables of what this process launched; True if every job finished."""
     all_ok = True
-    for sweep in launcher.launched:
+    for sweep in steps.launched:
         ok = all(r.is_finished for r in sweep.read_results())
         compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
@@ -58,7 +59,7 @@ def close(interrupted: bool) -> bool:
 def main() -> None:
     """Exit status 0 if every job finished, 1 if one failed, 130 or 143 after Ctrl-C or SIGTERM."""
     register_schemas()
-    launcher.register_resolvers()
+    register_resolvers()
     end_on_signals()  # so that `except` is reached
     try:
         train_one()

@@ -20,7 +20,7 @@ from sweeps import SMALL, Folder
 from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import PhantomSpec
-from ich.launch.launcher import register_resolvers
+from ich.launch.composing import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ICH_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -25,7 +25,7 @@ from sweeps import SMALL
 
 from ich.base.config import CONF_DIR, register_schemas
 from ich.data.dicom import read_hu
-from ich.launch.launcher import register_resolvers
+from ich.launch.composing import register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "ich"
@@ -111,7 +111,7 @@ def test_packages_are_rooms_and_no_corridors() -> None:
     ("module", "absent"),
     [
         ("base.config", "torch pandas numpy"),
-        ("launch.launcher", "torch mlflow"),  # composing
+        ("launch.clusters", "torch mlflow ray submitit"),  # composing
         ("data.decode", "torch pandas hydra"),  # a decoding process
         ("data.phantom.files", "torch pandas"),
         ("inference.session", "torch pandas hydra"),

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
 from ich.benchmarks.peers import Rate
-from ich.launch.launcher import register_resolvers
+from ich.launch.composing import register_resolvers
 
 MODELS = (
     "vgg16",

@@ -1,9 +1,10 @@
-"""Jobs that Ray or submitit (Slurm) place in other processes, perhaps on other machines.
+"""Launchers for a cluster: `ich_ray` and `ich_slurm`, on the public interfaces of Ray and submitit.
 
-What the launching process and such a job have in common is the sweep's folder. There the jobs'
-progress is followed, and there an interrupt is written down for jobs that no signal of this process
-reaches. A job whose process or machine was lost ends as a row of the table; Hydra's launchers
-for both would raise at the first such job, and forget the others.
+Each job is called in a process of the cluster's engine and trains in a child of that process. A job
+whose process or machine is lost becomes a row of the table, as everything else that can happen to
+a job; Hydra's plug-ins for both engines raise at the first such job, and forget the others.
+
+Neither library is imported before its launcher is used: they are extras, and take a second or more.
 """
 
 from __future__ import annotations
@@ -11,226 +12,298 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
-import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from ich.base.config import Config, UserError
-from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
-from ich.base.results import RunPaths, SweepPaths
+from ich.base.entry import without_traceback
+from ich.base.results import SweepPaths
 from ich.base.terminal import Board
-
-# Hydra plug-in -> the config of ours that uses it, and the extra of this package that installs it.
-_PLUGINS = {
-    "hydra_plugins.hydra_ray_launcher": ("hydra/launcher=ich_ray", "ray"),
-    "hydra_plugins.hydra_submitit_launcher": ("hydra/launcher=ich_slurm", "slurm"),
-    "hydra_plugins.hydra_optuna_sweeper": ("hydra/sweeper=ich_optuna", "optuna"),
-}
-_POLL_SECONDS = 0.5
-T = TypeVar("T")
+from ich.launch.composing import ComposedJob
+from ich.launch.jobs import VISIBLE, Slot, thread_limit, write_lost
+from ich.launch.launcher import SweepLauncher, check_range
+from ich.launch.remote import Follower, ending_jobs
+from ich.launch.steps import prepare, train
 
 
-def _plugin(target: str) -> str:
-    return ".".join(target.split(".")[:2])
-
-
-def missing_extra(target: str) -> str | None:
-    """What to say if the plug-in of a `_target_` is one of the optional ones and not installed."""
-    plugin = _plugin(target)
-    if plugin not in _PLUGINS or find_spec(plugin):
-        return None
-    option, extra = _PLUGINS[plugin]
-    return f"{option} needs a package that is not installed: pip install 'ich[{extra}]'"
-
-
-def is_elsewhere(target: str) -> bool:
-    """Whether a launcher's jobs run in processes that do not print to this terminal."""
-    return _PLUGINS.get(_plugin(target), ("", ""))[1] in ("ray", "slurm")
-
-
-def share_of_cores() -> dict[str, str]:
-    """Threads of a job to which Slurm gave some of a machine's cores; Ray sets this itself."""
-    cores = os.environ.get("SLURM_CPUS_PER_TASK")
-    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), cores) if cores else {}
-
-
-class Interruption(threading.Event):
-    """Set when the launch was interrupted, which a job elsewhere learns from the sweep's folder."""
-
-    def __init__(self, sweep: SweepPaths):
-        super().__init__()
-        self._sweep = sweep
-
-    def is_set(self) -> bool:
-        return self._sweep.is_interrupted()
-
-
-@contextlib.contextmanager
-def ending_jobs(runs: Sequence[RunPaths], sweep: SweepPaths) -> Iterator[None]:
-    """Ends the jobs of a launch, wherever they run, when an exception ends the launch."""
-    try:
-        yield
-    except BaseException:
-        sweep.interrupt()
-        end = time.monotonic() + 2 * GRACE_SECONDS
-        with signals_ignored():
-            for run in (run for run in runs if run.lock.exists()):
-                # Held by its training until that has ended.
-                with contextlib.suppress(BlockingIOError), lock_run(run, end - time.monotonic()):
-                    pass
-        raise
-
-
-@contextlib.contextmanager
-def collecting(target: str, lost: Callable[[str], T]) -> Iterator[None]:
-    """While Hydra's launcher for Ray or submitit works: a job that raises, or whose process is
-    lost, has a result like any other.
+@dataclass(frozen=True)
+class PlacedJob:
+    """One job, to be called in a process of the cluster; it is pickled on its way there.
 
     Args:
-        target: the launcher.
-        lost: from a reason, what the launcher returns for such a job.
+        config: the job.
+        folder: where the sweep was launched; relative paths of the config start there.
+        environment: what the training is given beside the environment of the engine's process.
     """
-    name = _PLUGINS.get(_plugin(target), ("", ""))[1]
-    if name == "ray":
-        with _collecting_from_ray(lost):
-            yield
-    elif name == "slurm":
-        with _collecting_from_submitit(lost):
-            yield
-    else:
-        yield
+
+    config: Config
+    folder: str
+    environment: dict[str, str]
+
+    def __call__(self) -> float | None:
+        """Trains; returns the monitored metric, None if the job did not finish."""
+        os.chdir(self.folder)
+        # Silent: the launching terminal follows what the training writes into the sweep's folder.
+        with Board([], Console(quiet=True)) as board:
+            return train(self.config, board, Slot(environment=self.environment))
+
+    def checkpoint(self) -> object:
+        """submitit's hook: what a Slurm job that is preempted or out of time does when it is
+        queued again, which is the same, from the training's own checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
 
 
-@contextlib.contextmanager
-def _collecting_from_ray(lost: Callable[[str], T]) -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+class LostJobError(Exception):
+    """The process of a job ended without a word from the job."""
 
-    get, on_sigterm = ray.get, signal.getsignal(signal.SIGTERM)
 
-    def get_or_lose(job: Any) -> Any:
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init has put its own in place
-        try:
-            return get(job)
-        except SystemExit:  # of that handler, but Ray forgets the status
-            if callable(on_sigterm):
-                on_sigterm(signal.SIGTERM, None)
-            raise
-        except ray.exceptions.RayError as error:
-            return lost(f"its process was lost ({type(error).__name__} of Ray)")
+Wait = Callable[[], float | None]
 
-    ray.get = get_or_lose
+
+class ClusterLauncher(SweepLauncher):
+    """Checks all jobs, prepares their data, and has a cluster's engine place them.
+
+    A subclass for an engine says how its settings are checked and how jobs are submitted.
+    """
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuses settings, before anything is prepared.
+
+        Raises:
+            CompactHydraException: a setting is out of range.
+            UserError: the engine does not know a setting.
+        """
+
+    @property
+    @abstractmethod
+    def environment(self) -> dict[str, str]:
+        """What a training is given beside the environment of the engine's process."""
+
+    @abstractmethod
+    def submitted(self, calls: Sequence[PlacedJob]) -> AbstractContextManager[list[Wait]]:
+        """Gives jobs to the engine, and takes back those still waiting if an exception leaves.
+
+        Returns:
+            For each job what waits for its score, and raises LostJobError if it is lost.
+
+        Raises:
+            UserError: the engine is not there, or does not take them.
+        """
+
+    def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
+        configs, folder = [job.config for job in jobs], str(Path.cwd())
+        calls = [
+            PlacedJob(job.config, folder, self.environment | dict(job.composed.hydra.job.env_set))
+            for job in jobs
+        ]
+        with without_traceback():
+            self.check()
+        sweep = prepare(configs)
+        with without_traceback(), ExitStack() as stack:
+            board = stack.enter_context(Board(sweep.read_record().jobs))
+            follower = Follower(configs, sweep, board)
+            stack.enter_context(follower.following())
+            stack.enter_context(ending_jobs([sweep.run(c.job) for c in configs], sweep))
+            waits = stack.enter_context(self.submitted(calls))
+            for job in jobs:
+                self.on_start(job)
+            return [
+                self.on_end(job, _score_of(job.config, wait, sweep, follower))
+                for job, wait in zip(jobs, waits, strict=True)
+            ]
+
+
+def _score_of(config: Config, wait: Wait, sweep: SweepPaths, follower: Follower) -> float | None:
+    """Waits for a job; a lost one gets its row in the table."""
     try:
-        yield
-    finally:
-        ray.get = get
+        return wait()
+    except LostJobError as error:
+        if not follower.has_result(config):
+            record, run = sweep.read_record(), sweep.run(config.job)
+            origin = record.origins[config.job]
+            write_lost(config, run, origin, record.mlflow_run, str(error))
+        return None
 
 
-@contextlib.contextmanager
-def _collecting_from_submitit(lost: Callable[[str], T]) -> Iterator[None]:
-    import submitit
+class RayLauncher(ClusterLauncher):
+    """Places each job as a task of Ray.
 
-    map_array = submitit.AutoExecutor.map_array
-    jobs: list[Any] = []
+    Args:
+        ray: `init`, which goes to `ray.init`, and `remote`, what each job gets, to `ray.remote`.
+    """
 
-    def submit(executor: Any, *args: Any) -> list[_Submitted]:
-        jobs.extend(map_array(executor, *args))
-        return [_Submitted(job, lost) for job in jobs]
+    def __init__(self, ray: DictConfig) -> None:
+        settings: Any = OmegaConf.to_container(ray, resolve=True)
+        self.init, self.remote = settings["init"] or {}, settings["remote"] or {}
 
-    submitit.AutoExecutor.map_array = submit
-    try:
-        yield
-    except BaseException as error:
-        for job in jobs:
-            if isinstance(job, submitit.SlurmJob):  # it may wait in the queue
-                job.cancel(check=False)
-        if isinstance(error, RuntimeError):  # of submitit, since its jobs' results raise nothing
-            raise UserError(f"Slurm did not take the jobs: {_in_a_line(error)}") from None
-        raise
-    finally:
-        submitit.AutoExecutor.map_array = map_array
+    @property
+    def environment(self) -> dict[str, str]:
+        # Ray sets the threads to a job's cores. It hides GPUs from a job that asked for none only
+        # in earlier versions.
+        return {} if self.remote.get("num_gpus") else {VISIBLE: ""}
 
-
-class _Submitted:
-    """A job of submitit whose results never raise."""
-
-    def __init__(self, job: Any, lost: Callable[[str], object]):
-        self._job, self._lost = job, lost
-
-    def results(self) -> list[object]:
-        from submitit.core.utils import FailedJobError, UncompletedJobError
+    def check(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
 
         try:
-            return list(self._job.results())
-        except (FailedJobError, UncompletedJobError):
-            log = self._job.paths.stderr
-            return [self._lost(f"its process was lost (state {self._job.state}); see {log}")]
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-class Follower:
-    """Shows at the launching terminal what jobs elsewhere write into the sweep's folder."""
-
-    def __init__(self, configs: Sequence[Config], sweep: SweepPaths, board: Board):
-        self._configs, self._sweep, self._board = configs, sweep, board
-        self._known = {c.job: self._files(c) for c in configs}
-        self._first = dict(self._known)
-        self._watches: dict[str, Callable[[], None]] = {}
-
-    def _files(self, config: Config) -> tuple[object, object]:
-        run = self._sweep.run(config.job)
-        return _version(run.progress), _version(run.result)
-
-    def has_result(self, config: Config) -> bool:
-        """Whether a job's result is one of this launch."""
-        result = self._files(config)[1]
-        return result not in (None, self._first[config.job][1])
-
-    def look(self) -> None:
-        """Shows the news since the last look."""
-        for config in self._configs:
-            run, job = self._sweep.run(config.job), config.job
-            before, now = self._known[job], self._files(config)
-            self._known[job] = now
-            if now[0] not in (None, before[0]) and job not in self._watches:
-                self._watches[job] = self._board.started(config, run, "")
-            if job in self._watches:
-                self._watches[job]()
-            if now[1] not in (None, before[1]):
-                self._watches.pop(job, None)
-                self._board.ended(config, run.read_result(), before=False)
+            decorate = ray.remote(**self.remote) if self.remote else ray.remote
+            self.function = decorate(_call)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"hydra.launcher.ray.remote: {_in_a_line(error)}") from None
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
-        """Looks again and again, in a thread."""
-        over = threading.Event()
+    def submitted(self, calls: Sequence[PlacedJob]) -> Iterator[list[Wait]]:
+        self._start()
+        # Futures, not `ray.get`: that forgets the exit status of a signal that arrives while it
+        # waits. Nothing is to be taken back from Ray: jobs that wait return at once when the
+        # launch was interrupted, and Ray drops what is left with this process.
+        futures = [self.function.remote(call).future() for call in calls]
+        yield [partial(_wait_for_ray, future) for future in futures]
 
-        def follow() -> None:
-            while not over.wait(_POLL_SECONDS):
-                with contextlib.suppress(OSError):  # a network file system's bad moment
-                    self.look()
+    def _start(self) -> None:
+        import ray
 
-        thread = threading.Thread(target=follow, daemon=True, name="follow jobs")
-        thread.start()
+        if ray.is_initialized():  # an earlier batch of this process
+            return
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            yield
+            ray.init(**self.init)
+        except SystemExit as end:  # ray.init's own handler exits with the signal's bare number
+            code = 128 + signal.SIGTERM if end.code == signal.SIGTERM else end.code
+            raise SystemExit(code) from None
+        except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
+            raise UserError(f"Ray did not start: {_in_a_line(error)}") from None
         finally:
-            over.set()
-            thread.join()
-            with contextlib.suppress(OSError):
-                self.look()
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _version(path: Path) -> tuple[int, int] | None:
-    """Changes whenever a file is written anew; None if there is none."""
+def _call(job: PlacedJob) -> float | None:
+    return job()
+
+
+def _wait_for_ray(future: Any) -> float | None:
+    from ray.exceptions import RayError, RayTaskError
+
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino
+        score: float | None = future.result()
+    except RayTaskError as error:
+        cause = f"{type(error.cause).__name__}: {_in_a_line(error.cause)}"
+        raise LostJobError(f"its process failed ({cause})") from error
+    except RayError as error:
+        raise LostJobError(f"its process was lost ({type(error).__name__} of Ray)") from error
+    return score
+
+
+_AT_LEAST = {
+    "timeout_min": 1,
+    "gpus_per_node": 0,
+    "cpus_per_task": 1,
+    "mem_gb": 0,
+    "signal_delay_s": 0,
+    "max_num_timeout": 0,
+    "array_parallelism": 1,
+}
+# Names that submitit has for every cluster; sbatch's others have `slurm_` in front.
+_GENERIC = (
+    *("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node"),
+    *("tasks_per_node", "stderr_to_stdout"),
+)
+
+
+class SlurmLauncher(ClusterLauncher):
+    """Places each job as a Slurm job of submitit's, or as a process on this machine.
+
+    Args:
+        submitit_folder: where submitit keeps what goes to a Slurm job and what it printed.
+        cluster: `slurm`, or `local` for processes of this machine.
+        settings: submitit's, most of which become sbatch's; null leaves one out.
+    """
+
+    def __init__(self, submitit_folder: str, cluster: str = "slurm", **settings: Any) -> None:
+        self.folder, self.cluster = submitit_folder, cluster
+        plain: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
+        self.settings: dict[str, Any] = {k: v for k, v in plain.items() if v is not None}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        # Of what Slurm gives, and where there is no Slurm to give it.
+        return thread_limit(self.settings.get("cpus_per_task"))
+
+    def check(self) -> None:
+        if self.cluster not in ("slurm", "local"):
+            raise UserError(
+                f"hydra.launcher.cluster is {self.cluster!r}, but must be slurm or local."
+            )
+        for key, low in _AT_LEAST.items():
+            check_range(key, self.settings.get(key, low), low)
+        for key in ("nodes", "tasks_per_node"):  # each task would train the same job
+            check_range(key, self.settings.get(key, 1), 1, 1)
+        # Names and types are submitit's to check. It does so for whatever cluster; this one needs
+        # neither Slurm nor a folder.
+        self._executor("debug")
+
+    def _executor(self, cluster: str, **options: Any) -> Any:
+        """submitit's executor with our settings.
+
+        Raises:
+            UserError: a setting has a name or a type that sbatch does not take.
+        """
+        import submitit
+
+        settings = {k: v for k, v in self.settings.items() if k != "max_num_timeout"}
+        executor = submitit.AutoExecutor(self.folder, cluster, **options)
+        try:
+            executor.update_parameters(
+                **{k if k in _GENERIC else f"slurm_{k}": v for k, v in settings.items()}
+            )
+        except (AssertionError, NameError) as error:
+            raise UserError(f"hydra.launcher: {_in_a_line(error)}") from None
+        return executor
+
+    def _submit(self, calls: Sequence[PlacedJob]) -> list[Any]:
+        """submitit's jobs, as one array: sbatch is called once, and array_parallelism holds."""
+        times = {f"{self.cluster}_max_num_timeout": self.settings.get("max_num_timeout", 0)}
+        try:
+            return list(self._executor(self.cluster, **times).submit_array(calls))
+        except RuntimeError as error:
+            engine = "Slurm" if self.cluster == "slurm" else "submitit"
+            raise UserError(f"{engine} did not take the jobs: {_in_a_line(error)}") from None
+
+    @contextlib.contextmanager
+    def submitted(self, calls: Sequence[PlacedJob]) -> Iterator[list[Wait]]:
+        from submitit import SlurmJob
+
+        jobs = self._submit(calls)
+        try:
+            yield [partial(_wait_for_submitit, job) for job in jobs]
+        except BaseException:
+            # A Slurm job may wait in the queue. A process of this machine is not to be ended so:
+            # that would leave its training no time for a checkpoint.
+            for job in (job for job in jobs if isinstance(job, SlurmJob)):
+                job.cancel(check=False)
+            raise
+
+
+def _wait_for_submitit(job: Any) -> float | None:
+    if job.exception():
+        state, log = job.state, job.paths.stderr
+        raise LostJobError(f"its process was lost (state {state}); see {log}")
+    score: float | None = job.result()
+    return score
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

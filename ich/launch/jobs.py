@@ -61,9 +61,13 @@ def cpu_slots(jobs: int) -> list[Slot]:
     if jobs == 1:
         return [Slot()]
     # Each training would take all cores: with more threads than cores both are slower than alone.
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    share = {k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    share = thread_limit(max(1, len(os.sched_getaffinity(0)) // jobs))
     return [Slot(f"CPU {n}", share) for n in range(1, jobs + 1)]
+
+
+def thread_limit(threads: int | str | None) -> dict[str, str]:
+    """The environment of a child that computes in so many threads; empty for no limit."""
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
 
 
 def visible_gpus() -> list[str]:
@@ -285,6 +289,8 @@ def write_lost(
     # all that still holds the folder, and will write a result of its own.
     with contextlib.suppress(BlockingIOError), lock_run(run, 2 * GRACE_SECONDS):
         state = run.state(config, origin)
+        if state is State.done:  # before this launch, or by a training that outlived its supervisor
+            return
         if state is State.new and run.result.exists():  # of another run: the job never began
             _prepare_folder(config, run, origin, state)
         _write_failure(config, run, parent, reason)

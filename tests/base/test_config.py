@@ -28,7 +28,7 @@ from ich.base.config import (
 from ich.base.naming import identity, job_name, sweep_name
 from ich.base.validation import validate
 from ich.data.phantom.spec import LABELS
-from ich.launch.launcher import register_resolvers
+from ich.launch.composing import register_resolvers
 from ich.training.losses import build_loss
 from ich.training.model import build_model
 from ich.training.optimizer import build_optimizer, build_scheduler

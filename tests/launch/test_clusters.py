@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 LAUNCHERS = {
     "ray": ["hydra/launcher=ich_ray", "hydra.launcher.ray.init.num_cpus=2"],
-    "submitit": ["hydra/launcher=submitit_local", "train.threads=1"],
+    "submitit": [
+        *("hydra/launcher=ich_slurm", "hydra.launcher.cluster=local"),
+        "hydra.launcher.cpus_per_task=1",
+    ],
 }
 
 
@@ -189,19 +192,19 @@ ABSENT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ich.sweep import
 
 
 @pytest.mark.parametrize(
-    ("option", "extra", "plugin"),
+    ("option", "extra", "package"),
     [
-        ("hydra/launcher=ich_ray", "ray", "hydra_ray_launcher"),
-        ("hydra/launcher=ich_slurm", "slurm", "hydra_submitit_launcher"),
-        ("hydra/sweeper=ich_optuna", "optuna", "hydra_optuna_sweeper"),
+        ("hydra/launcher=ich_ray", "ray", "ray"),
+        ("hydra/launcher=ich_slurm", "slurm", "submitit"),
+        ("hydra/sweeper=ich_optuna", "optuna", "hydra_plugins.hydra_optuna_sweeper"),
     ],
 )
-def test_a_missing_extra_is_named(tmp_path: Path, option: str, extra: str, plugin: str) -> None:
-    command = [sys.executable, "-c", ABSENT, f"hydra_plugins.{plugin}", "-m", option]
+def test_a_missing_extra_is_named(tmp_path: Path, option: str, extra: str, package: str) -> None:
+    command = [sys.executable, "-c", ABSENT, package, "-m", option]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    said = f"ich: {option} needs a package that is not installed: pip install 'ich[{extra}]'"
-    assert said in done.stderr.splitlines()
+    message = f"ich: {option} needs a package that is not installed: pip install 'ich[{extra}]'"
+    assert message in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "multirun_reports").exists()
 

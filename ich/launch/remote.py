@@ -1,0 +1,109 @@
+"""What a launching process and its jobs in other processes, perhaps on other machines, share.
+
+That is the sweep's folder. There the jobs' progress is followed, and there an interrupt is written
+down for jobs that no signal of the launching process reaches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ich.base.config import Config
+from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
+from ich.base.results import RunPaths, SweepPaths
+from ich.base.terminal import Board
+
+_POLL_SECONDS = 0.5
+
+
+class Interruption(threading.Event):
+    """Set when the launch was interrupted, which a job elsewhere learns from the sweep's folder."""
+
+    def __init__(self, sweep: SweepPaths):
+        super().__init__()
+        self._sweep = sweep
+
+    def is_set(self) -> bool:
+        return self._sweep.is_interrupted()
+
+
+@contextlib.contextmanager
+def ending_jobs(runs: Sequence[RunPaths], sweep: SweepPaths) -> Iterator[None]:
+    """Ends the jobs of a launch, wherever they run, when an exception ends the launch."""
+    try:
+        yield
+    except BaseException:
+        sweep.interrupt()
+        end = time.monotonic() + 2 * GRACE_SECONDS
+        with signals_ignored():
+            for run in (run for run in runs if run.lock.exists()):
+                # Held by its training until that has ended.
+                with contextlib.suppress(BlockingIOError), lock_run(run, end - time.monotonic()):
+                    pass
+        raise
+
+
+class Follower:
+    """Shows at the launching terminal what jobs elsewhere write into the sweep's folder."""
+
+    def __init__(self, configs: Sequence[Config], sweep: SweepPaths, board: Board):
+        self._configs, self._sweep, self._board = configs, sweep, board
+        self._known = {c.job: self._files(c) for c in configs}
+        self._first = dict(self._known)
+        self._watches: dict[str, Callable[[], None]] = {}
+
+    def _files(self, config: Config) -> tuple[object, object]:
+        run = self._sweep.run(config.job)
+        return _version(run.progress), _version(run.result)
+
+    def has_result(self, config: Config) -> bool:
+        """Whether a job's result is one of this launch."""
+        result = self._files(config)[1]
+        return result not in (None, self._first[config.job][1])
+
+    def look(self) -> None:
+        """Shows the news since the last look."""
+        for config in self._configs:
+            run, job = self._sweep.run(config.job), config.job
+            before, now = self._known[job], self._files(config)
+            self._known[job] = now
+            if now[0] not in (None, before[0]) and job not in self._watches:
+                self._watches[job] = self._board.started(config, run, "")
+            if job in self._watches:
+                self._watches[job]()
+            if now[1] not in (None, before[1]):
+                self._watches.pop(job, None)
+                self._board.ended(config, run.read_result(), before=False)
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Looks again and again, in a thread."""
+        over = threading.Event()
+
+        def follow() -> None:
+            while not over.wait(_POLL_SECONDS):
+                with contextlib.suppress(OSError):  # a network file system's bad moment
+                    self.look()
+
+        thread = threading.Thread(target=follow, daemon=True, name="follow jobs")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                self.look()
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Changes whenever a file is written anew; None if there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino

@@ -1,0 +1,108 @@
+"""The steps of a launch, whichever launcher places its jobs: plan, or prepare once and train each.
+
+A job is supervised as a child process (`ich.launch.jobs`), so that none can end the sweep.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+
+from ich.base.config import Config
+from ich.base.entry import without_traceback
+from ich.base.records import FAILED, RunResult
+from ich.base.results import State, SweepPaths
+from ich.base.terminal import Board, Terminal
+from ich.launch.composing import register_resolvers
+from ich.launch.jobs import Slot, run_job, thread_limit
+from ich.launch.preflight import open_sweep
+from ich.launch.remote import Interruption
+
+# The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
+launched: list[SweepPaths] = []
+
+
+def prepare(configs: Sequence[Config]) -> SweepPaths:
+    """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
+    with without_traceback(), Terminal().preparing() as report:
+        sweep, jobs = open_sweep(configs, report)
+    if sweep not in launched:
+        launched.append(sweep)
+    other = [job.config.job for job in jobs if job.is_of_other_code]
+    Terminal().opened(sweep, [job.state for job in jobs], other)
+    return sweep
+
+
+def plan(configs: Sequence[Config], at_once: int = 1) -> None:
+    """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
+    with without_traceback():
+        # Imported here: it counts operations with torch, which takes seconds to import.
+        from ich.launch.plan import describe_plan, make_plan
+
+        with Terminal().preparing() as report:
+            made = make_plan(configs, report)
+    headings, rows, sentences = describe_plan(made, at_once)
+    folder = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).root
+    Terminal().tables(f"Plan of {folder} (nothing is started)", [(headings, rows)], sentences)
+
+
+def train(
+    config: Config, board: Board, slot: Slot | None = None, stop: threading.Event | None = None
+) -> float | None:
+    """Runs one job of an opened sweep, in this process's own child.
+
+    Args:
+        config: the job.
+        board: shows what it does.
+        slot: where it runs; by default on what Slurm gave to this process, if it did.
+        stop: ends it when set; by default when the launch was interrupted, wherever that runs.
+
+    Returns:
+        The monitored metric, None if the job did not finish.
+
+    Raises:
+        CompactHydraException: the sweep's folder is not to be seen from here.
+    """
+    sweep = SweepPaths(Path(config.sweep.output) / config.name)
+    record, run = sweep.read_record(), sweep.run(config.job)
+    if config.job not in record.origins:
+        raise CompactHydraException(
+            f"ich: {sweep.root} does not know the job {config.job!r}. A job on another machine "
+            f"needs the launching folder at the same place, on a file system that both share."
+        )
+    # Jobs that waited while another failed or Ctrl-C was pressed return at once.
+    if sweep.stopped.exists():
+        return None
+    slot = slot or Slot(environment=thread_limit(os.environ.get("SLURM_CPUS_PER_TASK")))
+    stop = stop or Interruption(sweep)
+    origin = record.origins[config.job]
+    before = run.state(config, origin) is State.done
+    watch = board.started(config, run, slot.name) if not before else lambda: None
+    try:
+        result = run_job(config, run, origin, record.mlflow_run, watch, slot, stop)
+    except OSError as error:  # a full disk, mostly; the other jobs may have better luck
+        result = RunResult(FAILED, f"its folder cannot be used: {error}")
+    board.ended(config, result, before)
+    if result.status == FAILED and config.sweep.on_failure.value == "stop":
+        sweep.stop_after(config.job)
+    return result.fit.val_scores[config.train.monitor.value] if result.fit else None
+
+
+def board_for(config: Config) -> Board:
+    """What shows a job that Hydra, or a launcher not of ours, runs by our task function."""
+    jobs = SweepPaths(Path(config.sweep.output) / config.name).read_record().jobs
+    return Board(jobs)
+
+
+def enter() -> None:
+    """Called by a job that a launcher has started, maybe in another process on another machine:
+    goes to the folder where the sweep was launched, so that relative paths mean the same."""
+    register_resolvers()
+    launched_in = HydraConfig.get().runtime.cwd
+    if Path(launched_in) != Path.cwd():
+        os.chdir(launched_in)
