@@ -4,6 +4,9 @@
 type in the last job of a sweep is refused while the first one is still waiting. Which values a
 setting may have stands beside it and is checked by `ich.base.validation`. Nothing heavy is imported
 here: composing a config takes no torch.
+
+Enumerations come first, then a dataclass per group of `conf/`, then the three that commands compose
+(`Config`, `PrepareConfig`, `EvaluateConfig`), and last how a config is read, written and flattened.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from ich.base.ranges import (
 
 _PACKAGE = Path(ich.__file__).resolve().parent
 # The wheel carries conf/ as ich/conf; a checkout or an editable install has it beside the package.
+# Absolute: one relative to the entry point, as in Hydra's examples, is lost once ich is installed.
 CONF_DIR = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
 
 
@@ -39,6 +43,7 @@ class UserError(ValueError):
     """A mistake the user can mend. Its text is one paragraph: what, value, allowed, how to mend."""
 
 
+# Enumerations, for OmegaConf knows no `Literal`; YAML has the names of their members.
 class Source(Enum):
     """Where slices come from: `phantom` and `rsna` in the RSNA layout, `folder` in any."""
 
@@ -115,6 +120,8 @@ class Feed(Enum):
 OnFailure = Enum("OnFailure", {"continue": "continue", "stop": "stop"})
 
 
+# Dataclasses, and not frozen: OmegaConf makes a frozen one read-only, and every override of it
+# fails. MISSING is a value that conf/ must give.
 @dataclass
 class PhantomConfig:
     """Settings of the synthetic set made on first use by `data=phantom` (`ich.phantom`)."""
@@ -157,7 +164,9 @@ class ProtocolConfig:
 
     name: ProtocolName = MISSING
     seed: int = field(
-        default=MISSING, metadata=number("from 0 to 4294967295", at_least=0, below=2**32)
+        # numpy's RandomState, by which iterative-stratification and pandas draw, takes 32 bits.
+        default=MISSING,
+        metadata=number("from 0 to 4294967295", at_least=0, below=2**32),
     )
     oversample: str | None = None
     oversample_times: int = field(
@@ -189,7 +198,9 @@ class WindowsConfig:
     """The windows that become the channels of the network's input, in order."""
 
     channels: list[WindowConfig] = field(
-        default=MISSING, metadata=allowed("a list of at least one window", bool)
+        # Of the list alone; `ich.base.validation` looks at each window.
+        default=MISSING,
+        metadata=allowed("a list of at least one window", bool),
     )
 
 
@@ -210,6 +221,7 @@ class ModelConfig:
     name: str = MISSING
     timm: str = MISSING
     image_size: int = MISSING
+    # Five halvings leave one pixel of 32; a network that needs more says so in its YAML.
     min_size: int = 32
     pretrained: bool = True
     weights: str | None = None
@@ -309,6 +321,8 @@ class SweepConfig:
 # Folders of a sweep that are no job's.
 RESERVED_JOB_NAMES = ("superseded", "figures", "reruns")
 _RESERVED = ", ".join(RESERVED_JOB_NAMES)
+# No separator, and no dot or dash at the start: such a name leads out of no folder, is not hidden,
+# and is taken for no option. A job also has the `,` and `=` of its overrides.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*")
 
@@ -368,6 +382,7 @@ class EvaluateConfig:
     """What `python -m ich.evaluate` composes. `models` is one model or a list, whose logits are
     averaged. Of `data`, sizes are not used: those of the model are."""
 
+    # A text or a list of texts: OmegaConf's unions are of primitive types alone.
     models: Any = MISSING
     rows: Rows = MISSING
     tta: str = MISSING
@@ -395,6 +410,7 @@ Schema = TypeVar("Schema", Config, PrepareConfig, EvaluateConfig)
 
 def to_dataclass(cfg: DictConfig | dict[str, Any], schema: type[Schema] = Config) -> Schema:  # type: ignore[assignment]
     """A composed or saved config as typed dataclasses, every interpolation resolved."""
+    # Into the schema: an unknown key or a wrong type then raises.
     node = OmegaConf.merge(OmegaConf.structured(schema), cfg)
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema)
@@ -413,6 +429,7 @@ def to_yaml(config: Config) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The whole job as what JSON can hold."""
+    # Enumerations by their names: JSON has none, and a name is what tables of settings show.
     values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(values, dict)
     return {str(k): v for k, v in values.items()}
@@ -432,6 +449,7 @@ def flatten_values(values: Any) -> dict[str, str]:
             for key, child in value.items():
                 walk(f"{prefix}.{key}" if prefix else str(key), child)
         else:
+            # A list too, as one value: windows that differ in one number are other windows.
             flat[prefix] = str(value)
 
     walk("", values)

@@ -21,6 +21,7 @@ def end_on_signals() -> None:
 
     def end(number: int, _: object) -> None:
         _received.append(number)
+        # As a shell has it: 128 and the signal.
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -39,6 +40,7 @@ def without_traceback() -> Iterator[None]:
         if not isinstance(error, UserError | OSError):
             raise
         what = "" if isinstance(error, UserError) else "a folder or file cannot be used: "
+        # The one error that Hydra prints as its text alone; the exit status is then 1.
         raise CompactHydraException(printable(f"ich: {what}{error}")) from None
 
 
@@ -57,6 +59,7 @@ def exit_status(command: Callable[[], int]) -> int:
     """The exit status of a command without Hydra: its own, else as `run_hydra` has it."""
     end_on_signals()
     try:
+        # Commands without Hydra share its error, so that a mistake looks the same everywhere.
         with without_traceback():
             return command()
     except CompactHydraException as error:

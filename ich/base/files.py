@@ -14,6 +14,7 @@ from typing import IO, Any
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text in UTF-8, whole or not at all."""
+    # In the same folder: a rename is atomic within one file system only.
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     part.rename(path)
@@ -33,6 +34,7 @@ def write_json(path: Path, value: Any, sync: bool = True) -> None:
     part.rename(path)
 
 
+# Python would write NaN and Infinity, which are no JSON: other readers refuse the whole file.
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
@@ -51,6 +53,7 @@ def cut_unfinished_line(file: IO[bytes]) -> int:
     """
     start = max(0, file.seek(0, os.SEEK_END) - (1 << 16))
     file.seek(start)
+    # Without a line break `rfind` is -1, and nothing of what was read is kept.
     whole = start + file.read().rfind(b"\n") + 1
     file.truncate(whole)
     return whole
@@ -59,6 +62,9 @@ def cut_unfinished_line(file: IO[bytes]) -> int:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file; whoever comes second waits."""
+    # The file stays: were it removed, one process could hold the lock on the old file and another
+    # that on a new one of its name. flock, since a POSIX lock is lost as soon as the process closes
+    # any handle of the file.
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)  # until the file is closed, or its process is dead
         yield

@@ -24,6 +24,7 @@ def available_memory() -> int:
     try:
         with open("/proc/meminfo") as file:  # noqa: PTH123
             lines = dict(line.split(":", 1) for line in file)
+        # Not MemFree, which counts what the page cache would give back as taken.
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -46,6 +46,7 @@ class Metadata:
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("format") != _FORMAT:
             raise ValueError("another format")
+        # JSON has no tuples, and a list would not equal what was written.
         values |= {k: tuple(values[k]) for k in ("labels", "mean", "std")}
         windows = tuple(WindowConfig(**w) for w in values.pop("windows"))
         metadata = Metadata(**values, windows=windows)
@@ -65,6 +66,7 @@ class Metadata:
             all(isinstance(s, int) and 1 <= s <= _LARGEST_SIDE for s in sizes)
             and labels
             and len(set(labels)) == len(labels)
+            # Tables separate the positive labels of a slice by `;`.
             and not any(set(k) & set(";\n") for k in labels)
             and set(self.thresholds) == set(labels)
             and all(0 <= t <= 1 for t in limits)
@@ -72,6 +74,7 @@ class Metadata:
             and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
             and all(w.width > 0 for w in self.windows)
             and len(self.mean) == len(self.std)
+            # One per window, or ImageNet's three, whose average another number of windows gets.
             and len(self.mean) in (3, len(self.windows))
             and all(s > 0 for s in self.std)
         ):
@@ -94,6 +97,7 @@ def read_metadata(path: Path) -> Metadata:
         ) from None
     try:
         return Metadata.from_json(entries[METADATA_KEY])
+    # RecursionError: JSON may be nested deeper than Python's parser goes.
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"the weights {path} do not say how their input is made (windows, sizes, labels), or "

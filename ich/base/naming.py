@@ -1,4 +1,4 @@
-"""What tells trainings apart: the settings that its outcome depends on, and its folder."""
+"""What tells trainings apart: the settings their outcome depends on, and the names of folders."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ich.base.config import Config, flatten
 
 # What a training's outcome does not depend on: changing these repeats nothing.
+# (When it was decided by the whole config, a new time limit trained finished jobs again.)
 _INCIDENTAL = (
     "sweep",
     "tracking",
@@ -37,10 +38,13 @@ def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) ->
     exact text keeps two jobs apart.
     """
     keys = set(swept) - {"model"}
+    # Hydra's prefixes of overrides: + adds a key, ~ takes one away.
     rest = [o.lstrip("+~") for o in task_overrides if o.split("=", 1)[0].lstrip("+~") in keys]
     text = ",".join([model, *rest])
     short = re.sub(r"=[^,]*/", "=", text)
+    # Without dots at the ends: no hidden folder, and no `..`.
     safe = re.sub(r"[^A-Za-z0-9_.,=+-]", "_", short).strip(".")
+    # A file's name has at most 255 bytes, and superseded runs add a number.
     if safe != text or len(safe) > 120:
         safe = f"{safe[:120]}-{_short_hash([text])}"
     return safe
@@ -52,12 +56,14 @@ def sweep_name(task_overrides: Iterable[str], swept: Iterable[str], base: str) -
     Adding a model, or another value to what is swept over, therefore stays in the same folder.
     `base` is the experiment, or the data where there is no experiment.
     """
+    # What stands in the name already, or tells jobs of one sweep apart.
     ignored = {"model", "experiment", "name", f"data={base}", *swept}
     shared = []
     for override in task_overrides:
         key = override.split("=", 1)[0].lstrip("+~")
         if not ignored & {key, override} and not _is_incidental(key):
             shared.append(override)
+    # Sorted: the order of overrides on the command line makes no other sweep.
     return f"{base}-{_short_hash(sorted(shared))}" if shared else base
 
 

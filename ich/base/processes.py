@@ -36,6 +36,7 @@ def watch_supervisor(pid: int) -> None:
     def follow() -> None:
         while os.getppid() == pid:  # an orphan is given another parent
             time.sleep(_POLL_SECONDS)
+        # As a sweep would: a training writes its checkpoint first.
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -54,6 +55,7 @@ def lock_run(run: RunPaths, seconds: float) -> Iterator[None]:
     """
     deadline = time.monotonic() + seconds
     with run.lock.open("w") as handle:
+        # Asked again and again, for flock itself waits without a limit.
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

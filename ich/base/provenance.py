@@ -35,6 +35,7 @@ def code_version(package: Path = _PACKAGE) -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package).as_posix()
+        # Separated, so that no other names and contents run together to the same bytes.
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -101,6 +102,7 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter."""
     installed = {"python": platform.python_version()}
     for name in _PACKAGES:
+        # ich itself is not installed where it runs from a checkout on the path.
         with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed

@@ -38,6 +38,7 @@ def number(text: str, **limits: float) -> dict[str, Allowed]:
 
     NaN is within none, and `below=inf` asks for a finite number.
     """
+    # Each says what must hold, none what must not: of NaN no comparison holds, so it is refused.
     tests = [(_COMPARE[name], limit) for name, limit in limits.items()]
     return allowed(text, lambda value: all(test(value, limit) for test, limit in tests))
 

@@ -106,6 +106,7 @@ class Hardware:
 
     @classmethod
     def from_json(cls, values: Json) -> Hardware:
+        # JSON has no tuples.
         return cls(**_known(cls, values) | {"gpus": tuple(values.get("gpus", ()))})
 
 
@@ -168,6 +169,7 @@ class SweepRecord:
             **_texts(values, "name", "mlflow_run", "started", "command"),
             jobs=tuple(values.get("jobs", ())),
             cohorts=tuple(values.get("cohorts", ())),
+            # One that cannot be read is as one that has not been timed.
             modes={k: mode for k, mode in modes.items() if mode},
             origins={k: Origin.from_json(v) for k, v in values.get("origins", {}).items()},
             configs=values.get("configs", {}),
@@ -175,6 +177,7 @@ class SweepRecord:
         )
 
     def to_json(self) -> Json:
+        # `asdict` reaches into these too, and would write what they leave out.
         return asdict(self) | {
             "origins": {k: origin.to_json() for k, origin in self.origins.items()},
             "provenance": self.provenance.to_json(),
@@ -204,6 +207,7 @@ class CohortSummary:
 
     @classmethod
     def from_json(cls, values: Json) -> CohortSummary:
+        # Steps lie flat beside the fields, as the first version wrote them.
         own = _known(cls, values)
         # The first version had no test set, and audited images alone.
         earlier: Json = {"scored": "val", "leak": {"image": values.get("leak_images")}}
@@ -275,6 +279,7 @@ class FitResult:
 
     def to_json(self) -> Json:
         own = {k: v for k, v in asdict(self).items() if k not in ("scores", "val_scores")}
+        # Flat, as other people's scripts read the file; the prefix keeps the two kinds apart.
         validation = {f"val_{k}": v for k, v in self.val_scores.items()}
         return {**self.scores, **validation, **own, "cohort": self.cohort.to_json()}
 

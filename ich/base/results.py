@@ -123,6 +123,7 @@ class RunPaths:
         """The journal, a line per epoch."""
         if not self.metrics.exists():
             return []
+        # Read again at each look, while its process writes: a line may be half there.
         lines = self.metrics.read_text().splitlines()
         return [EpochMetrics.from_json(values) for values in _parsed(lines)]
 
@@ -147,6 +148,7 @@ class RunPaths:
             return State.done
         if result.status == FAILED:  # maybe for the machine's sake: a full disk, others' memory
             return State.retry
+        # Killed, or without a result because its machine went down.
         return State.resume if self.has_checkpoint() else State.new
 
     def has_checkpoint(self) -> bool:
@@ -199,6 +201,7 @@ class RunPaths:
         n = 1
         while (folder / f"{self.root.name}.{n}").exists():
             n += 1
+        # The whole folder, so that no file of one run is ever taken for one of another.
         shutil.move(self.root, folder / f"{self.root.name}.{n}")
         self.root.mkdir()
         if mlflow_run:
@@ -263,6 +266,7 @@ class SweepPaths:
 
     def stop_after(self, job: str) -> None:
         """Keeps the launch's other jobs from starting, since this one failed."""
+        # On disk, for jobs may wait in other processes, or on other machines.
         write_json(self.stopped, {"job": job})
 
     def interrupt(self) -> None:
@@ -298,6 +302,7 @@ class SweepPaths:
         """The latest launch, empty for a folder that holds none."""
         if not self.record.exists():
             return SweepRecord()
+        # Not by `_read_json`: a damaged record, read as empty, would be a sweep without jobs.
         return SweepRecord.from_json(json.loads(self.record.read_text()))
 
 

@@ -1,6 +1,7 @@
 """What a person at the terminal sees: jobs with a time estimate, one line per epoch.
 
-In a pipe or a log file there are no bars, only the lines.
+`Terminal` says what a command does, `Board` shows the jobs of a sweep while they run. In a pipe
+or a log file there are no bars, only the lines.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ich.base.results import RunPaths, State, SweepPaths
 _TEXTS = ("what", "state", "weights", "time from")  # columns that are not numbers
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
 
+# Without colours of its own for numbers and paths. Rich takes a pipe to be 80 wide.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
 
 
@@ -56,6 +58,7 @@ class Terminal:
                     tasks[what] = bar.add_task(what, total=total)
                 bar.update(tasks[what], completed=done)
                 if done == total:
+                    # A finished kind of work is a line above the bars: it stays when they are gone.
                     bar.remove_task(tasks.pop(what))
                     self._line(f"{what}: {total:,} done")
 
@@ -70,6 +73,7 @@ class Terminal:
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.out,
+            # Bars are no news afterwards, and would stand between the lines.
             transient=True,
             disable=not self.out.is_terminal,  # or a log would have a line for every step
         )
@@ -162,6 +166,7 @@ class Board:
 
     def started(self, config: Config, run: RunPaths, slot: str) -> Callable[[], None]:
         """A job starts; returns what shows the news its process has written."""
+        # A job that was not announced, as an optimizing sweeper makes one after the other.
         row = self._rows.setdefault(config.job, _Row(config.job))
         row.status, row.began = "running", time.monotonic()
         number = list(self._rows).index(config.job) + 1
@@ -184,6 +189,7 @@ class Board:
         row = self._rows.setdefault(config.job, _Row(config.job))
         row.status, fit = result.status, result.fit
         if fit is None:
+            # In one line, as a row of the board is.
             row.note = " ".join(result.reason.split())
             self._line(f"[red]{config.job} {row.status}[/red]: {escape(row.note)}")
             return
@@ -255,6 +261,7 @@ class _Row:
 
 def printable(text: str) -> str:
     """Text that moves no cursor and sets no colour, whatever a file is called."""
+    # The escape character is not printable, so nothing of a name acts on the terminal.
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 

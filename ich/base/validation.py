@@ -32,6 +32,8 @@ def validate(config: AnyConfig) -> None:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
+    # First, for the rules below compare values that are in range. Of several mistakes the first in
+    # the config's order is named.
     _check_ranges(config)
     _check_labels(config.data)
     _check_protocol(config.protocol)
@@ -46,6 +48,7 @@ def _check_ranges(node: Any, prefix: str = "") -> None:
     """Walks nested dataclasses, and refuses the first value that its field does not allow."""
     for field in fields(node):
         key, value = f"{prefix}{field.name}", getattr(node, field.name)
+        # A list is one value here: windows are looked at by `_check_windows`.
         if is_dataclass(value):
             _check_ranges(value, f"{key}.")
         elif value is not None and (allowed := field.metadata.get("allowed")):
@@ -54,6 +57,7 @@ def _check_ranges(node: Any, prefix: str = "") -> None:
 
 def _require(holds: object, key: str, value: Any, allowed: str) -> None:
     if not holds:
+        # As it would be written on the command line.
         shown = value.value if isinstance(value, Enum) else value
         raise UserError(
             f"{key} is {shown!r}, but must be {allowed}. Set it with {key}=VALUE on the "
@@ -95,12 +99,14 @@ def _check_protocol(p: ProtocolConfig) -> None:
     if p.folds is None:
         _require(p.fold is None, "protocol.fold", p.fold, "null without protocol.folds")
     else:
+        # Cross-validation is a sweep over `fold`, so each job must name its own.
         within = p.fold is not None and 0 <= p.fold < p.folds
         _require(within, "protocol.fold", p.fold, f"from 0 to {p.folds - 1}")
 
 
 def _check_windows(windows: WindowsConfig) -> None:
     for window in windows.channels:
+        # A width of 0 divides by 0. All comparisons with NaN fail, and so refuse it.
         if not (math.isfinite(window.center) and 0 < window.width < math.inf):
             raise UserError(
                 f"window {window.name!r} has center {window.center} and width {window.width}, but "
@@ -115,6 +121,8 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
             f"optimizer._target_ is {optimizer._target_!r}, but must be one of "
             f"{', '.join(OPTIMIZER_SETTINGS)}. Choose with optimizer=adam, adamw or sgd."
         )
+    # Null is torch's own default; what is set must be a setting of this very optimizer, or it would
+    # be dropped in silence.
     given = {k for k, v in vars(optimizer).items() if k != "_target_" and v is not None}
     if extra := sorted(given - allowed):
         raise UserError(

@@ -1,4 +1,8 @@
-"""Worker processes for decoding and simulating: results as they come, nothing left on an error."""
+"""Worker processes for decoding and simulating: results as they come, nothing left on an error.
+
+`run_parallel` is what callers use. `WorkerPool` starts the processes and says what it guarantees of
+them; below it stands what these guarantees take.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +43,7 @@ def worker_count(wanted: int | None, units: int, units_per_start: int) -> int:
         units: of work, in all.
         units_per_start: done by a process in the time that another takes to start.
     """
+    # Rounded up: work that is less than a start costs is done by this process alone.
     return wanted or min(available_cores(), -(-units // units_per_start))
 
 
@@ -61,11 +66,14 @@ def run_parallel(
         return
     due, others = iter(jobs), min(workers, _MOST) - 1
     with WorkerPool(others) as pool:
+        # One each at first: the executor starts a process for each job that finds none idle.
         running = pool.submit(function, islice(due, others))
         while running:
             own = [function(job) for job in islice(due, 1)]
+            # With a result of its own to give it only looks; without one it has to wait.
             done, running = wait(running, 0 if own else None, FIRST_COMPLETED)
             running |= pool.submit(function, islice(due, _AHEAD * others - len(running)))
+            # After the others have work again: the caller may take its time with a result.
             yield from own
             for future in done:
                 yield future.result()
@@ -108,6 +116,7 @@ class WorkerPool:
 
 def _begin() -> None:
     """What a worker process does before its first job, and before it imports numpy for that."""
+    # Read once, when the libraries are loaded; set later, it changes nothing.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     parent = multiprocessing.parent_process()
@@ -117,6 +126,7 @@ def _begin() -> None:
     def watch() -> None:
         # A killed parent closes no queue: its workers would wait for jobs for ever.
         wait_for([parent.sentinel])
+        # Not sys.exit, which would end this thread alone.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -126,6 +136,7 @@ def _begin() -> None:
 def _signals_held() -> Iterator[None]:
     """SIGINT and SIGTERM wait until this is left, in the main thread, where Python handles them."""
     if threading.current_thread() is not threading.main_thread():
+        # Python lets only the main thread set handlers, and runs them nowhere else.
         yield
         return
     # Handlers and no signal mask: the kernel hands a masked signal to another thread, and Python

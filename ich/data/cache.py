@@ -89,12 +89,14 @@ def build_cache(
     target = CacheFolder.of(store, folder, size)
     with _disk_errors(target.path):
         target.path.mkdir(parents=True, exist_ok=True)
+        # One build at a time: which rows are free is read from the journal.
         with lock(target.lock):
             target.mend_index()
             paths = images["path"].tolist()
             entries = target.entries(paths)
             outdated = entries.outdated(paths, store)
             rows = entries.free_rows(len(outdated))
+            # Files that failed before, and have not changed, count against the limit as well.
             failed = int((np.delete(entries.row, outdated) < 0).sum())
             # Sorted: which row a file gets does not depend on the order of the cohort.
             todo = sorted(paths[i] for i in outdated)
@@ -107,6 +109,7 @@ def build_cache(
             return_memory()
             cache, absent = _open(images, target)
             _publish(cache, store, size)
+    # Last, when what was decoded stands in the journal and every reason in quarantine.csv.
     check_quarantine(cache.quarantine["reason"].tolist(), len(images), absent, max_quarantine)
     return cache
 
@@ -145,6 +148,7 @@ def verify_cache(
         )
     with _disk_errors(target.path), lock(target.lock):
         target.mend_index()
+        # The last line of a path counts: the rows of replaced files are not checked.
         latest = {path: (row, value) for row, path, _, value, _ in target.lines()}
         # By row: the disk is read once from end to end.
         entries = sorted((row, value, path) for path, (row, value) in latest.items() if row >= 0)
@@ -158,6 +162,7 @@ def verify_cache(
                     damaged.append(path)
                 if progress and (done % _CHUNK == 0 or done == len(entries)):
                     progress(done, len(entries))
+        # The row stays as it is: a training may have it mapped. The next build takes another.
         target.append([(UNKNOWN, path, "", 0, "") for path in damaged])
     return damaged
 
@@ -172,10 +177,14 @@ def _decode(
     progress: ProgressCallback | None,
 ) -> None:
     """Decodes `todo` into `rows`; stops when more than `allowed` of them failed."""
+    # Before the first slice: a disk that fills up midway fails whatever else writes there, too.
     _require_space(target.path, len(todo) * target.slice_bytes)
     with target.slices.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # waits for processes that a killed build left behind
+        # Room for all at once, as a hole, for processes fill the rows in any order. Never shorter:
+        # rows of other images may follow.
         file.truncate(max(file.tell(), (int(rows[-1]) + 1) * target.slice_bytes))
+    # Located when due: all locations of a large cohort at once would take too much memory.
     requests = (
         DecodeRequest(
             store.root,
@@ -200,6 +209,7 @@ def _decode(
             failed += sum(result.row < 0 for result in results)
             if progress:
                 progress(done, len(todo))
+            # At once, not at the end: with a wrong data.root every one of its files would be tried.
             if failed > allowed:
                 break
 
@@ -209,8 +219,10 @@ def _open(images: pd.DataFrame, target: CacheFolder) -> tuple[Cache, int]:
     entries, size = target.entries(images["path"].tolist()), target.size
     return_memory()
     ids, good, bad = images["image_id"], entries.row >= 0, entries.row == FAILED
+    # An empty file cannot be mapped, and a cohort may be all in quarantine.
     hu = np.zeros((0, size, size), np.int16)
     if count := target.count_rows():
+        # Read-only and shared: all jobs of a sweep have the same pages in the system's cache.
         hu = np.memmap(target.slices, np.int16, "r", shape=(count, size, size))
     reasons = [entries.reasons[code] for code in entries.reason[bad]]
     cache = Cache(
@@ -275,12 +287,14 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        # A used-up quota, or a file system that takes no file so large, is a full disk here.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise UserError(
             f"the decoded slices cannot be written to {folder} ({error.strerror or error}). "
             + ("Free space there, or set" if full else "Set")
             + f" data.cache_dir to a folder on another disk. {kept}"
         ) from error
+    # Raised when a process ends without a word, as by the kernel where memory runs out.
     except BrokenProcessPool:
         raise UserError(
             f"a decoding process was killed, probably for want of memory. Set data.workers to a "

@@ -49,6 +49,7 @@ class CacheFolder:
     @staticmethod
     def of(store: SliceStore, folder: Path, size: int) -> CacheFolder:
         """Among all caches in `folder`. Changes with the decoder's version."""
+        # By where the files lie, not by what is in them: a data set that grows keeps its cache.
         key = f"{store.root.resolve()}|{size}|{DECODER_VERSION}"
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return CacheFolder(folder / f"hu{size}-{digest}", size)
@@ -63,6 +64,7 @@ class CacheFolder:
 
     @property
     def lock(self) -> Path:
+        # Beside the folder, so that removing a damaged one takes no lock away.
         return self.path.with_name(f"{self.path.name}.lock")
 
     @property
@@ -114,6 +116,7 @@ class CacheFolder:
         for row, path, signature, _, reason in self.lines():
             used.append(row)
             if (i := position.get(path)) is not None:
+                # `hash` has another salt in every process: compared here, and never written down.
                 rows[i], signatures[i] = row, hash(signature)
                 codes[i] = reasons.setdefault(reason, len(reasons))
         for i, path in enumerate(paths):
@@ -159,6 +162,7 @@ class Entries:
 
     def free_rows(self, count: int) -> np.ndarray:
         """`count` rows, ascending, that never stood in the journal: nobody reads them."""
+        # Not those of replaced slices either: a training that began before may have them mapped.
         return np.setdiff1d(np.arange(self.used.max(initial=-1) + 1 + count), self.used)[:count]
 
 
@@ -168,7 +172,9 @@ class JournalWriter:
 
     def __init__(self, folder: CacheFolder) -> None:
         self._folder = folder
+        # For reading: syncing a file's data flushes what any process has written to it.
         self._slices = folder.slices.open("rb")
+        # One, so that journal lines keep their order and the disk has one sync at a time.
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
         self._lines: list[tuple[object, ...]] = []
@@ -182,6 +188,7 @@ class JournalWriter:
             failed = _AGAIN if s.again else _failed_signature(s.signature)
             signature = s.signature if s.row >= 0 else failed
             self._lines.append((s.row, s.path, signature, s.checksum, s.reason))
+        # While a sync is under way lines are gathered for the next: decoding never waits for it.
         if time.monotonic() >= self._due and (self._writing is None or self._writing.done()):
             self._wait()
             self._writing = self._thread.submit(self._write, self._lines)
@@ -198,6 +205,7 @@ class JournalWriter:
 
     def _wait(self) -> None:
         if self._writing:
+            # Raises what the thread met, such as a full disk.
             self._writing.result()
 
     def _write(self, lines: list[tuple[object, ...]]) -> None:
@@ -222,4 +230,5 @@ def _failed_signature(signature: str) -> str:
 
 @cache
 def _importable(names: tuple[str, ...]) -> list[str]:
+    # Looked up, not imported: that would load every codec into the building process.
     return [name for name in names if find_spec(name)]

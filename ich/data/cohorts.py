@@ -1,6 +1,8 @@
 """From a data config to its cohort: files, labels, manifest, protocol; made once and kept on disk.
 
-Nothing here decodes a slice. What a cohort depends on makes its fingerprint, by which every job of
+`find_store` and `open_store` give its files, `load_cohort` gives the cohort; `cohort_sizes`,
+`cohort_key` and `is_prepared` tell of one that need not have been made. Nothing here decodes a
+slice. What a cohort depends on makes its fingerprint, by which every job of
 a sweep, and every later command, finds it again.
 """
 
@@ -67,6 +69,7 @@ def find_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceSto
     folder, progress = phantom_folder(cfg), stage(report, "simulating patients")
     try:
         return SliceStore(ensure_phantom(folder, _phantom_spec(cfg), progress=progress))
+    # FileExistsError: the folder holds something else, which is not cleared.
     except (FileExistsError, PermissionError) as error:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
@@ -124,6 +127,7 @@ def load_cohort(
         if not files.facts.exists():
             files.write(make_cohort(cfg, store, report))
             return_memory()
+        # From the file also where it has just been made: all jobs see the same.
         cohort = files.read()
     return_memory()
     return cohort, files.key
@@ -161,6 +165,7 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
             manifest, names, _ = _labelled(elsewhere, store)
             manifest = _with_keys(elsewhere.data, manifest, None, None)
         has_patients = (manifest["patient"] != "").any()
+        # Who is whose patient then stands in headers only, which are not read here.
         if cfg.protocol.name is ProtocolName.sound and not has_patients:
             return _guess(cfg, len(manifest), store)
         rows = apply_protocol(manifest, names, cfg.protocol, data.subset).rows
@@ -181,6 +186,7 @@ def _guess(cfg: CohortConfig, images: int, store: SliceStore | None = None) -> S
 
 def _missing_bytes(cfg: CohortConfig, images: int, store: SliceStore | None) -> int:
     size, folder = cfg.data.cache_size, Path(cfg.data.cache_dir)
+    # Rows of the same store's other images count as decoded: an estimate, and no journal is read.
     decoded = CacheFolder.of(store, folder, size).count_rows() if store else 0
     phantom = 0 if store else count_slices(_phantom_spec(cfg.data)) * cfg.data.phantom.size**2
     return 2 * (max(0, images - decoded) * size * size + phantom)  # int16
@@ -204,6 +210,7 @@ def labelled_images(
     manifest, names, _ = _labelled(cfg, store)
     if cfg.data.subset < 1:
         manifest = manifest.sample(frac=cfg.data.subset, random_state=cfg.protocol.seed)
+    # `sample` shuffles; rows go back into the label file's order.
     manifest = manifest.sort_index().reset_index(drop=True)
     return _with_keys(cfg.data, manifest, store, report), names
 
@@ -237,11 +244,13 @@ def make_cohort(
     manifest, names, repeated = _labelled(cfg, store)
     return_memory()
     sound = cfg.protocol.name is ProtocolName.sound
+    # The report splits images: for it no header has to be read before the cohort is known.
     manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
     cohort = apply_protocol(manifest, names, cfg.protocol, cfg.data.subset)
     del manifest
     return_memory()
     rows = cohort.rows
+    # Only where neither labels nor metadata name a patient: a scan would replace those they name.
     if not sound and (rows["patient"] == "").all():
         # Only the audit needs them: headers of the cohort's files, not of the whole data set.
         rows = _with_keys(cfg.data, rows, store, report)
@@ -265,9 +274,11 @@ def _with_keys(
 ) -> pd.DataFrame:
     """Adds the keys `patient` and `study`, empty where nothing tells them."""
     pseudonyms = Pseudonyms.beside(Path(cfg.cache_dir))
+    # From the most deliberate to the least: a metadata file, columns of the labels, headers.
     own = [c if c in rows else None for c in ("patient_id", "study_id")]
     rows = rows.drop(columns=KEYS, errors="ignore")
     if cfg.metadata is not None:
+        # An image that the file does not name has no key, and `sound` refuses it.
         keys = read_metadata(Path(cfg.metadata), pseudonyms).reindex(rows["image_id"]).fillna("")
     elif own[0] is not None:
         keys = pseudonyms.keys(rows, own)

@@ -71,6 +71,7 @@ class Prepared:
             UserError: the quarantine took every slice of a split.
         """
         for name in self.wanted.splits:
+            # Without its test set the cohort would be scored on validation (`Cohort.scored`).
             if name not in self.cohort.splits:
                 raise UserError(f"no slice is left in the {name} set after the quarantine.")
 
@@ -104,8 +105,10 @@ def load_dataset(cfg: Config, report: StageCallback | None = None, build: bool =
 
 def prepare(cfg: CohortConfig, report: StageCallback | None = None, build: bool = True) -> Prepared:
     """The cohort and its decoded slices; see `load_dataset`."""
+    # A job of a prepared sweep makes nothing: it has no progress to show.
     store = open_store(cfg.data, report if build else None)
     cohort, key = load_cohort(cfg, store, report)
+    # Repeats share one decoded slice.
     images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
     data, folder = cfg.data, Path(cfg.data.cache_dir)
     if build:
@@ -117,11 +120,13 @@ def prepare(cfg: CohortConfig, report: StageCallback | None = None, build: bool 
         cache = read_cache(images, store, folder, data.cache_size)
     del images
     return_memory()
+    # Split first, quarantined after: a bad file moves no other image to another side.
     return Prepared(cohort.without(set(cache.quarantine["image_id"])), cohort, cache, key)
 
 
 def number_keys(keys: pd.Series) -> np.ndarray:
     """Keys that name nobody -> numbers that mean nothing outside the cohort, -1 for no key."""
+    # In order of appearance, so that they tell nothing of the keys themselves.
     codes, _ = pd.factorize(keys)
     return np.where(keys == "", -1, codes)
 
@@ -129,6 +134,7 @@ def number_keys(keys: pd.Series) -> np.ndarray:
 def _split(rows: pd.DataFrame, labels: tuple[str, ...], cache: Cache) -> Split:
     return Split(
         image_id=rows["image_id"].to_numpy(dtype=str),
+        # Every image has one: those that have none left the cohort with the quarantine.
         row=rows["image_id"].map(cache.row).to_numpy(dtype=np.int64),
         target=rows[list(labels)].to_numpy(dtype=np.float32),
         patient=rows["patient"].to_numpy(dtype=np.int64),

@@ -136,6 +136,7 @@ def read_slice(data: bytes) -> Slice:
     if "LOCALIZER" in _text(elements, _IMAGE_TYPE):
         raise DicomError("ImageType says LOCALIZER: an overview, no axial slice")
     normal = _normal(_text(elements, _ORIENTATION))
+    # Of NaN, where the file does not say, this does not hold: such a slice is taken.
     if abs(normal[2]) < _MOSTLY_AXIAL:
         raise DicomError("ImageOrientationPatient is more than 45 degrees from axial: a reformat")
     with np.errstate(all="ignore"):  # a file may say "inf"
@@ -145,11 +146,13 @@ def read_slice(data: bytes) -> Slice:
 
 def _read(data: bytes) -> tuple[Elements, np.ndarray]:
     elements = find_elements(data, _WANTED)
+    # The short way needs both: a plain file, and a header that passed every check before.
     header = _seen.get(_key(elements)) if elements else None
     if elements and header:
         stored = _uncompressed(elements, header, data)
     else:
         elements, header, stored = _read_by_pydicom(data)
+    # With slope 1, as `_check` requires: otherwise the wrap would not be one of HU.
     if header.wrapped:
         return elements, unwrap_12bit(stored, round(header.intercept))
     return elements, _rescale(stored, header.slope, header.intercept)
@@ -204,6 +207,7 @@ def read_keys(data: bytes) -> tuple[str, str]:
         warnings.simplefilter("ignore")
         dataset = _parse(data, stop_before_pixels=True)
         with _damaged_header_refused():
+            # Inside, for pydicom converts a value when it is first asked for.
             patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
     return str(patient or ""), str(study or "")
 
@@ -281,6 +285,7 @@ def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
             header = _check(dataset)
             if len(_seen) >= _SEEN_LIMIT:
                 _seen.clear()
+            # So much in these elements is no scanner's; files made that way would fill the memory.
             if sum(len(value) for _, value in filter(None, key[1:])) <= _SEEN_BYTES:
                 _seen[key] = header
         return header
@@ -325,6 +330,8 @@ def _check(dataset: pydicom.Dataset) -> _Header:
             f"BitsStored"
         )
     slope, intercept = _finite(dataset, "RescaleSlope"), _finite(dataset, "RescaleIntercept")
+    # An ordinary file of these twelve bits has intercept -1024, and so reaches down to air. Near 0
+    # air could only have been stored by wrapping around.
     wrapped = dataset.BitsStored == 12 and dataset.PixelRepresentation == 0 and intercept > -100
     if slope == 0:
         raise DicomError("RescaleSlope is 0, so stored values carry no HU")

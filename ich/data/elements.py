@@ -49,6 +49,7 @@ def find_elements(data: bytes, wanted: Container[int]) -> Elements | None:
     if data[_PREFIX_END - 4 : _PREFIX_END] != b"DICM":
         return None
     try:
+        # In the file meta information lengths and VRs are explicit, whatever follows it.
         offset, syntax = _meta(data)
         if syntax not in (_EXPLICIT, _IMPLICIT):
             return None
@@ -76,6 +77,7 @@ def _meta(data: bytes) -> tuple[int, bytes]:
     """Where the file meta information (PS3.10 7.1) ends, and the transfer syntax it names; no
     syntax if anything is odd."""
     offset, syntax = _PREFIX_END, b""
+    # To the first element of another group: the group length, which names that place, can be wrong.
     while True:
         group, element, vr, length = _head(data, offset)
         if group != _META_GROUP:
@@ -90,6 +92,7 @@ def _meta(data: bytes) -> tuple[int, bytes]:
         if odd:
             return offset, b""
         if element == _SYNTAX:
+            # UIDs are padded to an even length by a zero, and by some writers with a blank.
             syntax = data[offset : offset + length].rstrip(b"\0 ")
         offset += length
 
@@ -110,12 +113,14 @@ def _walk(
         elif vr not in _SHORT:
             return None
         tag = group << 16 | element
+        # Out of order or twice, a sequence or compressed pixels, or an item: pydicom's business.
         if tag <= last or length == _UNDEFINED or group == _ITEM_GROUP:
             return None
         if tag == _PIXEL_DATA:
             return (
                 Elements(syntax, values, offset, length) if offset + length == len(data) else None
             )
+        # A value that is cut short leaves nothing behind it, and the next head raises.
         if tag in wanted:
             values[tag] = (vr.decode() if explicit else None, data[offset : offset + length])
         offset += length

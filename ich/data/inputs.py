@@ -1,4 +1,8 @@
-"""What `python -m ich.predict` is given: files, folders and zip archives, in any mixture."""
+"""What `python -m ich.predict` is given: files, folders and zip archives, in any mixture.
+
+`Inputs` numbers all files in the order given. A number is what a file is called from there on, in
+reading processes and in what comes back from them; its name is made of it for people alone.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +58,11 @@ class Inputs:
         for name in given:
             try:
                 source = _expand(name)
+            # One broken archive among many inputs costs its own row, not the rest.
             except BrokenArchive as error:
                 refused.append((name, str(error)))
                 continue
+            # By where it really lies: a file given by itself and in its folder is one.
             root = source.store.root.resolve()
             new = [p for p in source.paths if f"{root}/{p}" not in seen]
             seen.update(f"{root}/{p}" for p in new)
@@ -85,6 +91,7 @@ class Inputs:
 
     def requests(self, numbers: Sequence[int], sizes: tuple[int, ...]) -> Iterator[ReadRequest]:
         """What a reading process needs for these files; of each folder or archive in one piece."""
+        # Sorted first: groupby joins neighbours only.
         by_source = groupby(sorted(numbers), key=lambda n: bisect_right(self._ends, n))
         for _, members in by_source:
             chosen = list(members)
@@ -103,6 +110,7 @@ class Inputs:
 
     def _source_of(self, number: int) -> tuple[SourceFiles, int]:
         """The source of a file, and its position there."""
+        # To the right: an end is the number of the next source's first file.
         i = bisect_right(self._ends, number)
         source = self.sources[i]
         return source, number - self._ends[i] + len(source.paths)
@@ -150,6 +158,7 @@ def _existing(name: str) -> tuple[Path, str]:
     """The longest beginning of a path that exists, and what is left of it."""
     path = Path(name)
     below: list[str] = []
+    # A path into an archive exists as far as the archive; lexists, since a dangling link is there.
     while not os.path.lexists(path) and path != path.parent:
         below.insert(0, path.name)
         path = path.parent

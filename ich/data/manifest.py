@@ -3,6 +3,7 @@
 Two forms are read. The RSNA's is long: `ID_<image>_<label>,Label`, one row per image and label. The
 other is wide: `image_id` or `path`, then one column per label. What is wrong is named by line or id
 and refused; exact repetitions, which the RSNA's has four of, are dropped and counted.
+`read_labels` does all that; `build_manifest` finds the images' files.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from ich.base.config import DataConfig, Source, UserError
 from ich.data.store import SliceStore
 
 # An id becomes part of a path and of tables, so only harmless characters are accepted.
+# Ends are \Z: in Python $ also stands before a line break at the very end.
 _ROW_ID = r"^(ID_[0-9A-Za-z]+)_(\w+)\Z"
 _IMAGE_ID = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
+# Relative, with forward slashes and without `..`: it stays below data.root.
 _PATH = r"(?!/)(?!(?:.*/)?\.\.(?:/|\Z))[^\x00-\x1f\\]+"
 BLOCK = 100_000  # rows of a CSV read at a time: pandas needs far more memory while reading
 _BAD_CSV = (
@@ -98,6 +101,7 @@ def read_labels(
                 f"{', '.join(labels.names)}. Name one of them, or set data.any_label=null."
             )
         others = [k for k in labels.names if k != any_label]
+        # An `any` that is not their OR is a mistake somewhere, and it is not known in which column.
         either = labels.table[others].max(axis=1)
         _refuse_ids(
             name,
@@ -125,10 +129,12 @@ def read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
 def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) -> Labels:
     parts = frame["ID"].str.extract(_ROW_ID)
     _refuse_rows(name, frame["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
+    # dict.fromkeys keeps the order of appearance, which a set would not.
     names = tuple(columns or dict.fromkeys(parts[1]))
     _refuse_rows(name, frame["ID"], ~parts[1].isin(names), f"ends in none of {', '.join(names)}")
     value = _zero_or_one(name, frame["Label"])
     table = pd.DataFrame({"image_id": parts[0], "label": parts[1], "value": value})
+    # Exact repetitions go first; what still stands twice contradicts itself.
     distinct = table.drop_duplicates()
     twice = distinct.duplicated(["image_id", "label"], keep=False)
     _refuse_ids(name, distinct.loc[twice, "image_id"], "have labels that contradict each other")
@@ -139,6 +145,7 @@ def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
         counts.index[counts != len(names)],
         f"lack some of the {len(names)} labels {', '.join(names)}",
     )
+    # `pivot` sorts its rows; a split by the report's protocol depends on their order in the file.
     order = distinct["image_id"].unique()
     wide = distinct.pivot(index="image_id", columns="label", values="value").loc[order]
     wide.columns.name = None
@@ -153,6 +160,7 @@ def _read_wide(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
             f"Label (the RSNA's form), or image_id or path and one column per label. Point "
             f"data.labels at such a file."
         )
+    # Whatever is no key: a wide file says by its columns what its labels are.
     names = tuple(columns or (c for c in frame.columns if c not in keys.values()))
     if missing := [k for k in names if k not in frame.columns]:
         raise UserError(
@@ -194,6 +202,7 @@ def _listed(columns: Iterable[object]) -> str:
 
 
 def _zero_or_one(name: str, values: pd.Series) -> pd.Series:
+    # What is no number becomes NaN, which is neither 0 nor 1.
     number = pd.to_numeric(values, errors="coerce")
     _refuse_rows(name, values, ~number.isin([0, 1]), "is no label; labels are 0 or 1")
     return number.astype(np.int8)
@@ -206,6 +215,7 @@ def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> Non
         # Any other column may hold names: one that was taken for a label, or patients.
         cells = [values.iloc[row][:80] for row in rows[:5]]
         texts = [repr(c) if own or not c or _NUMBER.fullmatch(c) else "a text" for c in cells]
+        # Lines are counted from 1, and the heading is the first.
         shown = "; ".join(f"line {row + 2}: {t}" for row, t in zip(rows[:5], texts, strict=True))
         where = "" if values.name in ("ID", "Label") else f" in the column {values.name}"
         raise UserError(
@@ -259,6 +269,7 @@ def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> 
         find = _rsna_slices if source is not Source.folder else _by_file_name
         path_of = find(store, table["image_id"])
         paths = [path_of.get(i, "") for i in table["image_id"]]
+    # A few without a file are quarantined; all of them mean that the two do not belong together.
     if not any(paths):
         form = "by their file name or path" if source is Source.folder else "as stage_2_train/*.dcm"
         raise UserError(
@@ -271,6 +282,7 @@ def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> 
 
 def _rsna_slices(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
     """Image id -> path of its training file, in a store of the RSNA layout."""
+    # Of training folders only: the data set's test images lie beside them, and have no label.
     path_of = {}
     for path in store.paths:
         folder, _, file = path.rpartition("/")
@@ -288,6 +300,7 @@ def _by_file_name(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
         image = stem if f"{dot}{suffix}".lower() in _SUFFIXES else file
         if image in wanted:
             if image in path_of:
+                # Not the first, nor the last: either could be another patient's slice.
                 twice.append(f"{image} ({path_of[image]} and {path})")
             path_of[image] = path
     if twice:

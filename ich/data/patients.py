@@ -68,9 +68,11 @@ class Pseudonyms:
 
     def key(self, kind: str, identifier: str) -> str:
         """16 hexadecimal digits; empty for an empty identifier."""
+        # DICOM pads values to an even length and a CSV does not: both must give the same key.
         text = identifier.strip()
         if not text:
             return ""
+        # With its kind: a patient and a study of the same text do not share a key.
         return hmac.new(self.secret, f"{kind}:{text}".encode(), hashlib.sha256).hexdigest()[:16]
 
     def keys(self, frame: pd.DataFrame, columns: Sequence[str | None]) -> pd.DataFrame:
@@ -80,6 +82,7 @@ class Pseudonyms:
             if column is None:
                 out[kind] = ""
             else:
+                # Each identifier once: a patient has dozens of images.
                 known = {v: self.key(kind, v) for v in frame[column].unique()}
                 out[kind] = frame[column].map(known)
         return out
@@ -157,6 +160,7 @@ def scan_headers(
             with journal.open("a", newline="") as file:
                 for lines in run_parallel(_scan_chunk, jobs, processes):
                     csv.writer(file).writerows(lines)
+                    # A scan that is killed goes on from here. A lost line costs one header.
                     file.flush()
                     for read in lines:
                         scan.add(*read)
@@ -233,6 +237,7 @@ def _scan_chunk(job: _Job) -> list[tuple[str, str, str, str, str]]:
         except DicomError:
             lines.append((location.path, location.signature, "", "", "0"))
             continue
+        # In the process that reads them: identifiers are neither sent back nor written down.
         keys = pseudonyms.key("patient", patient), pseudonyms.key("study", study)
         lines.append((location.path, location.signature, *keys, "1"))
     return lines

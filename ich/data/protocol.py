@@ -68,6 +68,7 @@ class Cohort:
             return self
         rows = self.rows[~self.rows["image_id"].isin(image_ids)]
         counted = {n: rows[rows["split"] == n] for n in self.splits}
+        # The steps before the split stay: they tell how the cohort came about.
         steps = {n: len(part) for n, part in counted.items()}
         positives = {n: _positives(part, self.labels) for n, part in counted.items()}
         return replace(
@@ -108,6 +109,7 @@ def apply_protocol(
             f"protocol.oversample is {cfg.oversample!r}, but the labels are {', '.join(labels)}. "
             f"Name one of them, or leave it out with protocol.oversample=null."
         )
+    # `make` notes the rows after each of its steps; the splits follow as the last ones.
     make = _sound if cfg.name is ProtocolName.sound else _report
     steps: dict[str, pd.DataFrame] = {"images": manifest}
     rows, apart = make(manifest, labels, cfg, subset, steps)
@@ -133,6 +135,7 @@ def _report(
     steps: dict[str, pd.DataFrame],
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The report's protocol, in its order."""
+    # Copies before the split, as in the report: one image then stands on both sides.
     rows = oversample(manifest, cfg.oversample, cfg.oversample_times)
     steps["oversampled"] = rows
     if cfg.negatives_per_positive is not None:
@@ -159,12 +162,14 @@ def _sound(
     rows = manifest.sort_values("image_id", ignore_index=True)
     rows = rows.assign(split=split_patients(rows, labels, cfg, subset))
     rows = steps["subset"] = rows[rows["split"] != ""]
+    # Before oversampling, which raises the rates of the training part on purpose.
     apart = imbalance(rows, labels)
     train = oversample(rows[rows["split"] == TRAIN], cfg.oversample, cfg.oversample_times)
     if cfg.negatives_per_positive is not None:
         train = undersample(train, labels, cfg)
     rest = rows[rows["split"] != TRAIN].assign(repeat=0)
     rows = pd.concat([train, rest], ignore_index=True)
+    # By patient nothing can leak; by study or image, where metadata contradict themselves.
     if worst := {k: v for k, v in audit(rows, TEST, VAL).items() if v}:
         raise UserError(
             f"protocol=sound leaks: {worst}, the shares of validation or test rows that share "
@@ -199,6 +204,7 @@ def split_patients(
             f"protocol=sound needs at least one patient for each of {len(names)} parts, but the "
             f"data hold {patients}. Give more patients, or fewer protocol.folds."
         )
+    # What each patient brings: images, positives of every label and, in the last column, itself.
     counts = np.ones((patients, len(labels) + 2))
     for column, values in enumerate([np.ones(len(rows)), *(rows[k].to_numpy() for k in labels)]):
         counts[:, column] = np.bincount(group, weights=values, minlength=patients)
@@ -215,6 +221,7 @@ def _parts(cfg: ProtocolConfig, subset: float) -> tuple[list[str], list[float]]:
     else:
         names = [TRAIN, VAL, TEST]
         shares = [1 - cfg.val_fraction - cfg.test_fraction, cfg.val_fraction, cfg.test_fraction]
+    # What stays outside the subset is balanced as a part of its own, so that the subset is too.
     parts = [(n, s * subset) for n, s in zip(names, shares, strict=True)] + [("", 1 - subset)]
     kept = [(n, s) for n, s in parts if s > 0]
     return [n for n, _ in kept], [s for _, s in kept]
@@ -236,7 +243,9 @@ def undersample(rows: pd.DataFrame, labels: tuple[str, ...], cfg: ProtocolConfig
     positive = rows[list(labels)].to_numpy().any(1)
     negatives = np.flatnonzero(~positive)
     wanted = min(len(negatives), round(cfg.negatives_per_positive * int(positive.sum())))
+    # A stream of its own: `seed` alone draws the split.
     kept = np.random.default_rng([cfg.seed, 1]).choice(negatives, wanted, replace=False)
+    # In the rows' order, as if the others had never been there.
     return rows.iloc[np.sort(np.concatenate([np.flatnonzero(positive), kept]))]
 
 
@@ -278,6 +287,7 @@ def audit(rows: pd.DataFrame, *scored: str) -> dict[str, float | None]:
     """
     leak: dict[str, float | None] = {}
     for name, column in LEAKS.items():
+        # Two rows without a key are not the same patient.
         known = rows[rows[column] != ""] if column in rows else rows[:0]
         seen, total = 0, 0
         for split in scored:

@@ -86,6 +86,7 @@ class SliceStore:
                 f"data.root is {root!r}, which does not exist. Give the folder or the zip archive "
                 f"that holds the slices, or use data=phantom, which needs no files."
             )
+        # is_file first: a pipe would be waited for.
         if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
             raise UserError(
                 f"data.root is {root!r}, which is neither a folder nor a zip archive. Give the "
@@ -111,6 +112,7 @@ class SliceStore:
             paths.append(Path(os.fsdecode(error.filename)).relative_to(self.root).as_posix())
 
         for folder, below, files in os.walk(self.root, onerror=keep_closed):
+            # In place, by which os.walk leaves out the hidden ones; links are not followed.
             below[:] = sorted(d for d in below if not d.startswith("."))
             relative = Path(folder).relative_to(self.root).as_posix()
             prefix = "" if relative == "." else f"{relative}/"
@@ -138,6 +140,7 @@ class SliceStore:
         if not path:
             return Location(path)
         try:
+            # Of the link, not of what it points to: reading refuses it by name.
             status = os.lstat(f"{self.root}/{path}")
         except OSError:
             return Location(path)
@@ -159,6 +162,8 @@ class SliceStore:
         """Changes with where the store is and, as far as a cheap look tells, with what is in it."""
         tops = [self.root]
         if not self.is_zip:
+            # A folder's time changes as files come and go, not as one is rewritten in place. Two
+            # levels reach the RSNA's slices.
             tops += sorted(p for g in ("*", "*/*") for p in self.root.glob(g) if p.is_dir())
         stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in tops]
         return f"{self.root.resolve()}|{stats}"
@@ -202,6 +207,7 @@ def _read_file(path: str, location: Location, head: int | None) -> bytes:
         wanted = location.size if head is None else min(head, location.size)
         data = os.read(handle, wanted)
         now = status.st_mtime_ns, status.st_size
+        # The journal will say that the slice is of this signature, so these must be its bytes.
         if now != (location.stamp, location.size) or len(data) != wanted:
             raise Unreadable("the file changed while it was looked at")
         return data
@@ -218,6 +224,7 @@ def _read_member(root: Path, location: Location, head: int | None) -> bytes:
     with root.open("rb", buffering=0) as archive:
         packed = _packed(archive.fileno(), location, flags, head)
     if method == _DEFLATED:
+        # Negative: bare deflate data, without a header of zlib.
         inflate = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)
         # No more, whatever the stream holds.
         data = inflate.decompress(packed, head or location.size + 1)
@@ -235,6 +242,7 @@ def _packed(archive: int, location: Location, flags: int, head: int | None) -> b
     length = int.from_bytes(header[26:28], "little")
     name = os.pread(archive, length, location.offset + 30)
     same = name == location.path.encode("utf-8" if flags & _UTF8 else "cp437")
+    # An archive that was replaced since has other members at the same places.
     if header[:4] != b"PK\x03\x04" or not same:
         raise Unreadable("damaged in the archive (its local header differs)")
     # The local header has an extra field of its own, often of another length than the directory's.
@@ -271,6 +279,8 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
             f"the directory of the zip archive {path} cannot be read ({error}). A broken download "
             f"must be repeated; `zip -FF` may mend an archive."
         ) from None
+    # As objects, by Python's own comparison, for `bisect` looks names up by it. Stable: of two
+    # members of one name the later follows.
     order = np.argsort(np.array(names, dtype=object), kind="stable")
     kept = [
         i for n, i in enumerate(order) if n + 1 == len(order) or names[i] != names[order[n + 1]]
@@ -292,6 +302,7 @@ def _find_directory(archive: IO[bytes]) -> tuple[int, int, int]:
         raise ValueError("its end is missing")
     size, offset = struct.unpack_from("<LL", tail, at + 12)
     end = tail_start + at
+    # The locator, 20 bytes, stands directly before the last record; the record of 56 before that.
     if tail[max(0, at - 20) : at].startswith(b"PK\x06\x07"):
         end -= 76  # the ZIP64 record and its locator stand between
         archive.seek(max(0, end))
@@ -301,6 +312,7 @@ def _find_directory(archive: IO[bytes]) -> tuple[int, int, int]:
         size, offset = struct.unpack_from("<QQ", record, 40)
     if end < size + offset:
         raise ValueError("its end contradicts its length")
+    # From its end, not by its offset: something may stand before the archive, as an unpacker does.
     return end - size, size, end - size - offset
 
 
@@ -324,6 +336,7 @@ def _zip64(extra: bytes, *values: int) -> list[int]:
     at = 0
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, at)
+        # Only values that did not fit are there, in this order (APPNOTE.TXT 4.5.3).
         if tag == 1:
             large = struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length // 8 * 8])
             return [next(large)[0] if v == 0xFFFFFFFF else v for v in values]

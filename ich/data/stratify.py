@@ -45,6 +45,7 @@ def _descend(
     target = shares[:, None] * counts.sum(0)
     weight = 1 / (target + _SMALL) ** 2
     part = _random_start(len(counts), shares, rng)
+    # What a part holds beyond its share; filled up group by group.
     gap = -target
     np.add.at(gap, part, counts)
     _move(counts, part, gap, weight)
@@ -54,6 +55,7 @@ def _descend(
 
 def _random_start(groups: int, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     sizes = np.maximum(1, np.floor(shares * groups)).astype(np.int64)
+    # What rounding leaves goes to the largest part, which minds it least.
     sizes[sizes.argmax()] += groups - sizes.sum()
     return rng.permutation(np.repeat(np.arange(len(shares)), sizes))
 
@@ -66,13 +68,17 @@ def _move(counts: np.ndarray, part: np.ndarray, gap: np.ndarray, weight: np.ndar
     everyone, squares = np.arange(len(counts)), counts**2
     sizes = np.bincount(part, minlength=len(weight))
     for _ in range(10 * len(counts)):
+        # The cost is the sum of w gap^2: adding c to a part changes it by 2 w gap c + w c^2, and
+        # taking c away by w c^2 - 2 w gap c. One row per group, one column per part.
         slope = 2 * weight * gap
         join = counts @ slope.T + squares @ weight.T
         leave = (weight[part] * squares - slope[part] * counts).sum(1)
         change = join + leave[:, None]
+        # To stay is no move.
         change[everyone, part] = np.inf
         change[sizes[part] == 1] = np.inf
         group, to = divmod(int(change.argmin()), len(weight))
+        # Less than a rounding error is no descent.
         if change[group, to] >= -1e-12:
             return
         gap[part[group]] -= counts[group]
@@ -93,11 +99,13 @@ def _swap(
 
     Both sides of a pair are drawn from parts of equal chance, so that small parts get their share.
     """
+    # Not changed below: a swap takes one group from a part for each that it gives.
     sizes = np.bincount(part)
     for _ in range(_SWAP_ROUNDS):
         order = np.argsort(part, kind="stable")
         starts = np.cumsum(sizes) - sizes
         p, q = rng.integers(len(sizes), size=(2, _PAIRS))
+        # A random group of each part: those of part s stand together in `order`.
         a, b = (order[starts[s] + rng.integers(sizes[s])] for s in (p, q))
         brings, slope = counts[b] - counts[a], 2 * weight * gap
         change = ((slope[p] - slope[q]) * brings + (weight[p] + weight[q]) * brings**2).sum(1)

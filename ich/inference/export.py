@@ -1,4 +1,8 @@
-"""What `python -m ich.export` does: a network as one file, checked against ours, and its card."""
+"""What `python -m ich.export` does: a network as one file, checked against ours, and its card.
+
+`run` is the command and `export` its work; below them stand the writers and readers of the formats,
+and the slices on which what was written is compared with the network itself.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +94,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         raise UserError(
             f"-o is {str(folder)!r}, which cannot be made a folder ({error}). Choose another."
         ) from None
+    # In the folder itself: from another file system a rename would be a copy, which can be cut off.
     with TemporaryDirectory(dir=folder) as scratch:
         part = Path(scratch) / FORMATS[kind]
         if kind == "safetensors":
@@ -97,6 +102,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         else:
             _write_graph(member.network, kind, part, side)
         hu = made_up_slices(side)
+        # Read back from the file, as its user would: what was written is what is compared.
         exported = _reader(kind, part, side)(hu)
         difference = float(np.abs(exported - predict(member.network, hu)).max())
         # Not `>`: of a NaN neither holds, and it must not pass.
@@ -121,6 +127,7 @@ def input_text(kind: str, side: int) -> str:
 
 
 def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
+    # From slices as scanners give them to probabilities: its user needs no step of ours.
     graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
     metadata = {
         "ich": network.metadata.to_json(),
@@ -145,6 +152,7 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
 
 def predict(network: Network, hu: np.ndarray) -> np.ndarray:
     """What `ich.predict` gives for square slices, int16 HU [B, S, S]: probabilities [B, L]."""
+    # By the decoder, whose average the exported graph has as a matrix: so that is compared as well.
     small = np.stack([resize_area(one, network.metadata.cache_size) for one in hu])
     return sigmoid(network.logits(small))
 
@@ -171,14 +179,17 @@ def made_up_slices(side: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     slices = []
     for n in range(_CHECKED):
+        # From two blobs a side to 33, constant over ever smaller squares.
         coarse = rng.normal(size=(2 ** (n % 6) + 1,) * 2)
         at = np.linspace(0, len(coarse) - 1e-6, side).astype(int)
+        # Around the brain's 40 HU, with contrasts from 10 to 2,000: in every window and beyond.
         hu = 40 + 10 ** (1 + n / 3) * coarse[at][:, at] + rng.normal(0, 5, (side, side))
         slices.append(np.clip(hu, HU_MIN, HU_MAX))
     return np.rint(slices).astype(np.int16)
 
 
 def check_size(size: int, metadata: Metadata) -> None:
+    # From smaller slices the network would see less than it was trained on.
     if not metadata.cache_size <= size <= MAX_SIDE:
         raise UserError(
             f"--size is {size}, but must be from {metadata.cache_size}, the size of the slices the "

@@ -46,6 +46,7 @@ def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int
         the logit up.
     """
     with torch.no_grad():  # gradients are needed from the maps on: one pass serves all labels
+        # By torch, also where a converted network predicted: onnxruntime gives no gradients.
         x = network.windows(network.planes(torch.from_numpy(hu)))
         maps = network.model.base.forward_features(x).float()
     head = _Head(network.model)
@@ -54,6 +55,7 @@ def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int
     cams = torch.stack(
         [LayerAttribution.interpolate(c, (size, size), "bilinear")[:, 0] for c in coarse]
     )
+    # Each by itself: where in the slice, not how much, is what a map can tell.
     highest = cams.amax((2, 3), keepdim=True)
     scaled = torch.where(highest > 0, cams / highest.clamp(min=1e-12), 0)
     return scaled.float().cpu().numpy()
@@ -72,6 +74,7 @@ def overlay(grey: np.ndarray, cam: np.ndarray) -> np.ndarray:
     from matplotlib import colormaps
 
     color = colormaps["autumn"](cam)[..., :3] * 255
+    # Where nothing moved the logit the slice stays as it is.
     share = _OPACITY * cam[..., None]
     mixed = grey[..., None] * (1 - share) + color * share
     return np.asarray(mixed.round(), np.uint8)

@@ -26,6 +26,7 @@ from ich.data.dicom import HU_MAX, HU_MIN
 from ich.training.model import Classifier
 from ich.training.transforms import CTWindows, Resample
 
+# Outside training a slice is resized whole, by the transform that training uses.
 NO_AUGMENT = AugmentConfig(hflip=0.0, vflip=0.0, crop=0.0, crop_min=1.0)
 
 
@@ -60,8 +61,10 @@ class Graph(nn.Module):
         self.averages = self.side != cached
         if self.averages:
             weights = area_weights(self.side, cached)
+            # A copy: `area_weights` keeps its array, and hands the same one to the decoder.
             self.register_buffer("average", torch.from_numpy(weights.copy()))
         self.register_buffer("resample", Resample(size, NO_AUGMENT).matrix(cached))
+        # Normalization is in these, too: one product and one sum for each channel.
         windows = CTWindows(metadata.windows, "cpu", metadata.mean, metadata.std)
         names = ("slope", "shift", "low", "high")
         for name, values in zip(names, windows.coefficients(), strict=True):
@@ -107,6 +110,7 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
             f"the network cannot be converted to ONNX ({' '.join(str(error).split())[:200]}). Use "
             f"--format torch_export or safetensors, and --engine torch."
         ) from None
+    # Of the type alone: None is what the older exporter returns.
     assert program is not None
     program.model.metadata_props.update(metadata or {})
     # With the process's number: two predictions may convert the same network at once.
@@ -122,6 +126,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loud]
     for logger in loud:
         logger.setLevel(logging.ERROR)
+    # Some of it is logged, some warned, and some printed.
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         yield

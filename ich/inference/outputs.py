@@ -54,9 +54,11 @@ class OutputPaths:
         Raises:
             UserError: naming the option.
         """
+        # All of them, before anything is decoded: the last is written after all work is done.
         tables = (self.slices, self.studies, self.left_out)
         for path in tables:
             check_writable("-o", path, tuple(_WRITERS))
+            # By where they really lie: `./a.csv` is a.csv.
             if path.resolve() in [Path(name).resolve() for name in inputs]:
                 raise UserError(
                     f"-o {self.slices} would write over the input {path}. Choose another file."
@@ -83,6 +85,7 @@ def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
     # Tried and not asked: permissions do not tell of a disk mounted read-only.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Hidden, and not the file itself, which may be an earlier result.
         probe = path.with_name(f".{path.name}.part")
         probe.touch()
         probe.unlink()
@@ -96,6 +99,7 @@ def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """CSV or Parquet, by the name's ending; whole or not at all."""
+    # A viewer or a script may read the table while another is written.
     part = path.with_name(f".{path.name}.part")
     try:
         getattr(table, _WRITERS[path.suffix])(part, index=False)
@@ -123,6 +127,7 @@ def write_left_out(
     if len(table):
         write_table(table, path)
     else:
+        # Else an earlier call's list would seem to be of this one.
         path.unlink(missing_ok=True)
     return table
 
@@ -159,6 +164,7 @@ def study_table(model: Ensemble, predicted: PredictedFiles, names: Sequence[str]
     rows = []
     for key, members in studies.items():
         probability = sigmoid(predicted.logits[members].mean(1))
+        # Each label by itself: their highest slices are often not the same one.
         ranked = np.sort(probability, axis=0)[::-1]
         highest = probability.argmax(0)
         row: dict[str, object] = {"study": key, "slices": len(members)}
@@ -168,6 +174,7 @@ def study_table(model: Ensemble, predicted: PredictedFiles, names: Sequence[str]
             row[f"{k}_slice"] = names[members[highest[i]]]
         row["positive"] = model.positives(ranked[0])
         rows.append(row)
+    # Named, so that a table without a study has its heading all the same.
     columns = ["study", "slices", *model.labels]
     columns += [f"{k}_{what}" for k in model.labels for what in ("top3", "slice")] + ["positive"]
     return pd.DataFrame(rows, columns=columns)
@@ -196,6 +203,7 @@ def write_submission(slices: pd.DataFrame, stems: Sequence[str], path: Path) -> 
         stems: the N names of the images, as the competition gives them to its files.
         path: a CSV.
     """
+    # Of two files of one image it is not known which the competition means.
     twice = sorted({stem for stem, count in Counter(stems).items() if count > 1})
     if twice:
         raise UserError(

@@ -1,4 +1,8 @@
-"""What `python -m ich.predict` does: from its options to tables, pages and the exit status."""
+"""What `python -m ich.predict` does: from its options to tables, pages and the exit status.
+
+`predict` is the command. How files go through networks is in `predicted_files`, what is written in
+`outputs` and `explain`.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,7 @@ from ich.inference.outputs import (
 from ich.inference.predicted_files import PredictedFiles, predict_files
 from ich.training.devices import pick_device
 
+# Not 1, a mistake, nor 2, with which argparse ends: a script can tell them apart.
 LEFT_OUT = 3  # exit status: predictions are written, and some files had none
 ENGINES = ("auto", "torch", "onnx")
 NAMES = ("file", "pseudonym")
@@ -87,6 +92,8 @@ def predict(options: PredictOptions) -> int:
         UserError: before anything is decoded: no such model or input, or a file that cannot be
             written; after it: no file could be predicted.
     """
+    # In this order: what costs nothing is checked before networks are loaded, and these before
+    # anything is decoded.
     options.check()
     paths, terminal, keys = options.paths, Terminal(), Pseudonyms.beside(options.cache_dir)
     inputs = Inputs.find(options.inputs)
@@ -97,6 +104,7 @@ def predict(options: PredictOptions) -> int:
             model, inputs, keys.key, progress, options.tta, options.batch_size, options.workers
         )
     rename = partial(_pseudonym, keys) if options.names == "pseudonym" else str
+    # Renamed once, here: tables, pages and messages get these names alone.
     names = [rename(inputs.name(n)) for n in range(len(inputs))]
     refused = [(rename(name), reason) for name, reason in inputs.refused]
     # First, for with nothing predicted it is the one file that says why.
@@ -108,10 +116,12 @@ def predict(options: PredictOptions) -> int:
     write_table(slices, paths.slices)
     write_table(studies, paths.studies)
     if paths.submission:
+        # By the real names: `check` has refused pseudonyms beside a submission.
         images = [image_id_of(inputs.name(n)) for n in predicted.numbers]
         write_submission(slices, images, paths.submission)
     messages = list(_messages(options, model, studies, predicted, left_out))
     _print(terminal, model, studies, messages)
+    # Last: the tables are complete, whatever becomes of the pages.
     if paths.explain:
         with terminal.preparing() as report:
             progress = partial(report, "explaining")
@@ -144,6 +154,7 @@ def conversion_folder(options: PredictOptions, device: torch.device, files: int)
             "--engine is onnx, which computes on the CPU and needs three packages. Install them "
             "with pip install 'ich[onnx]' and give --device cpu, or leave --engine at auto."
         )
+    # Asked for, it is converted whatever it takes; `auto` weighs that against the number of files.
     wanted = engine == "onnx" or (engine == "auto" and files >= _WORTH_CONVERTING)
     return options.cache_dir / "onnx" if wanted and is_possible else None
 

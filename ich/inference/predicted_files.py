@@ -71,6 +71,7 @@ class PredictedFiles:
             self.study[file.number] = key("study", file.study)
             self.series[file.number] = key("series", file.series)
             self.position[file.number] = file.position
+            # A NaN is above no threshold: the file would count as without a finding.
             if np.isfinite(logits).all():
                 self.logits[file.number] = logits
             else:
@@ -111,6 +112,7 @@ def predict_files(
         batches = inputs.batches(batch_size, ensemble.sizes)
         for batch in _predict_batches(ensemble, batches, processes, tta):
             predicted.add(batch, key)
+            # By number, for batches come back in any order.
             unread.difference_update(result.file.number for result in batch)
             done += len(batch)
             progress(done, count)
@@ -124,6 +126,7 @@ def predict_files(
             f"the CPU (--device cpu, device=cpu)."
         ) from None
     finally:
+        # This process decoded and predicted among the others, and has sessions of its own.
         open_session.cache_clear()  # who goes on needs the networks no longer
     return predicted
 
@@ -134,9 +137,11 @@ def _predict_batches(
     """Batches in the order of completion. So many processes read files, and predict them, too, if
     each can hold the networks; else this one predicts what they send."""
     if networks := ensemble.converted_for(processes):
+        # Cores are shared out: more threads than cores would wait for one another.
         threads = max(1, available_cores() // processes)
         requests = (PredictRequest(files, networks, threads, tta) for files in batches)
         yield from run_parallel(read_and_predict, requests, processes)
     else:
+        # The networks are in this process, or on its GPU, and the others feed them.
         for files in run_parallel(read_slices, batches, processes):
             yield predict_batch(files, partial(ensemble.logits, tta=tta))

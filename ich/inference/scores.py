@@ -1,6 +1,7 @@
 """What `python -m ich.evaluate` does: which rows, their predictions, and what a reader must know.
 
 Slices are decoded and windowed as the model's weights file says, whatever the config's sizes.
+`evaluate` is the command; `wanted_rows`, `score` and `predict_images` are its steps.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def validate(config: EvaluateConfig) -> None:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
+    # Ranges of what commands share; the rest is known here.
     validate_ranges(config)
     if not config.models:
         raise UserError(
@@ -76,6 +78,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     names = [config.models] if isinstance(config.models, str) else [str(m) for m in config.models]
     model = load_ensemble(names, pick_device(config.device), config.tracking)
     model = model.with_thresholds(config.threshold)
+    # Its name has a hash of the weights, so it is known only now.
     folder = Path(config.output) / (config.name or _folder_name(config, model))
     _make_folder(folder)
     with terminal.preparing() as report:
@@ -118,6 +121,7 @@ def _folder_name(config: EvaluateConfig, model: Ensemble) -> str:
     digest = hashlib.sha256(repr(values).encode())
     for member in model.members:
         digest.update(member.weights.read_bytes())
+    # A model may be called by a file's name, with any characters.
     stem = re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.members[0].name).strip(".-")[:60] or "model"
     return f"{stem}-on-{config.data.source.value}-{digest.hexdigest()[:6]}"
 
@@ -130,10 +134,12 @@ def wanted_rows(
     Raises:
         UserError: a split is asked for that is not the models' own, or that the protocol lacks.
     """
+    # No protocol: what it would repeat or split is no matter to a model that is only scored.
     if config.rows is Rows.all:
         return labelled_images(config, store, report)
     cohort, key = load_cohort(config, store, report)
     for member in model.members:
+        # Their own rows, or none: the test rows of another split may have been trained on.
         if _cohort_of(member) != key:
             raise UserError(
                 f"rows is {config.rows.value}, but the config's data, protocol and subset make "
@@ -162,6 +168,7 @@ def common_labels(model: Ensemble, available: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: there is none.
     """
+    # Other people's data may lack a label; metrics of the others are still worth having.
     common = [k for k in model.labels if k in available]
     if not common:
         raise UserError(
@@ -190,12 +197,15 @@ def score(
     rows = rows[rows["image_id"].isin(images.logits.index)].reset_index(drop=True)
     if not len(rows):
         raise UserError("no labelled slice is left to score. Mend data.root or data.labels.")
+    # By id, repeats included: from here on every row of the protocol counts again.
     logits = images.logits.loc[rows["image_id"], labels].to_numpy()
     target = rows[labels].to_numpy(np.float32)
     patient, image_id = number_keys(rows["patient"]), rows["image_id"].to_numpy(str)
+    # Slices of one patient are not independent, so patients are resampled.
     group, unit = group_rows(patient, image_id)
     scored = ScoredRows(tuple(labels), target, logits, group)
     here = Predictions(scored, unit, image_id, number_keys(rows["study"]), (logits, target))
+    # Over the same labels as here, or the two would not compare.
     validation = model.validation.select_labels(labels) if model.validation else None
     notes = list(_notes(config, model, here, validation, len(images.left_out)))
     notes += [text for member in model.members for text in _overlap(config, member, rows)]
@@ -227,6 +237,7 @@ def predict_images(
     Raises:
         UserError: more of them than data.max_quarantine cannot be used.
     """
+    # What has no file is told apart from what cannot be read, and both are listed.
     present = images[images["path"] != ""]
     inputs = Inputs([SourceFiles(store, "", present["path"].tolist())])
     key = Pseudonyms.beside(Path(config.data.cache_dir)).key
@@ -237,7 +248,9 @@ def predict_images(
     reasons = [predicted.reasons.get(n, "") for n in range(len(present))]
     refused = present[["image_id"]].assign(reason=reasons).query("reason != ''")
     left_out = pd.concat([missing, refused]).sort_values("image_id", ignore_index=True)
+    # Too many bad files are a wrong data.root, as in training. 0: every one was tried.
     check_quarantine(left_out["reason"].tolist(), len(images), 0, config.data.max_quarantine)
+    # Logits, as the thresholds were chosen on their mean.
     ids, mean = present["image_id"].to_numpy(), predicted.logits.mean(1)
     good = predicted.numbers
     return PredictedImages(pd.DataFrame(mean[good], ids[good], list(model.labels)), left_out)
@@ -270,6 +283,7 @@ def _notes(
             "The model's validation is not at hand (a lone weights file, or members that were "
             "validated on different rows): nothing is compared with it."
         )
+    # Averages over fewer labels are other numbers than in the run's table.
     if missing := [k for k in model.labels if k not in labels]:
         yield (
             f"Not evaluated, since the data do not have it: {', '.join(missing)}. AUC and accuracy "
@@ -279,6 +293,7 @@ def _notes(
 
 def _overlap(config: EvaluateConfig, member: Member, rows: pd.DataFrame) -> Iterator[str]:
     """How many of the rows a member was trained on, or chosen by, as far as this machine tells."""
+    # The cohort lies where its training kept it, which may be another folder, or another machine.
     folder, here = config_value(member.run, "data.cache_dir"), Path(config.data.cache_dir)
     cohort = cohort_rows(Path(str(folder)), _cohort_of(member), here) if folder else None
     if cohort is None:
@@ -289,6 +304,7 @@ def _overlap(config: EvaluateConfig, member: Member, rows: pd.DataFrame) -> Iter
         shares = [f"{rows['image_id'].isin(seen['image_id']).mean():.1%} the image"]
         for kind in reversed(KEYS):  # as every table of leaks: image, study, patient
             keys = set(seen[kind]) - {""}
+            # Without keys on either side no overlap would be found, which is not the same as none.
             is_known = keys and (rows[kind] != "").any()
             share = f"{rows[kind].isin(keys).mean():.1%}" if is_known else "unknown how many"
             shares.append(f"{share} the {kind}")

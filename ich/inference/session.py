@@ -44,12 +44,14 @@ class Session:
     """An ONNX file on so many threads of this machine's processor."""
 
     def __init__(self, path: Path, threads: int):
+        # Here: onnxruntime is an extra, and nothing but a session needs it.
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # Decoding processes want the cores while a batch waits.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Errors alone: a warning of each process would stand among the lines of progress.
         options.log_severity_level = 3
         self._at_once = _AT_ONCE if threads == 1 else None
         self._session: Any = onnxruntime.InferenceSession(
@@ -79,6 +81,7 @@ def average_flips(
     """Logits [B, L] of int16 HU [B, S, S]; with `flips` the mean over the four of each slice."""
     # Copied below: a flip is a view with negative strides, which torch does not take.
     flipped = [np.flip(hu, axes) if axes else hu for axes in FLIPS[tta]]
+    # One flip after the other: all four at once would need four times the memory.
     logits = np.stack([network(np.ascontiguousarray(h)) for h in flipped])
     return np.asarray(logits.mean(0))
 
@@ -127,10 +130,12 @@ def predict_batch(
         files: what was read, each file in the same sides S.
         logits: int16 HU [B, S, S] of each side S -> float32 [B, M, L].
     """
+    # Those that could not be read take their place in the result, not in the batch.
     results = [PredictResult(file, None) for file in files if file.reason]
     readable = [file for file in files if not file.reason]
     if readable:
         hu = {side: np.stack([file.hu[side] for file in readable]) for side in readable[0].hu}
         for file, of_file in zip(readable, logits(hu), strict=True):
+            # Without its slices, which would else be copied back to the calling process.
             results.append(PredictResult(file._replace(hu={}), of_file))
     return results
