@@ -36,6 +36,7 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
     importing the libraries that it needs."""
     database = f'tracking.uri="sqlite:///{folder}/m.db"'
     config = compose_job("mobilenet_v2", 96, folder, "tracking=mlflow", database)
+    # As before a sweep's jobs, which find their slices decoded.
     load_dataset(config)
 
     def start() -> float:
@@ -67,6 +68,7 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
         run = RunPaths(Path(run_folder) / "run")
         run.root.mkdir()
         run.config.write_text(to_yaml(config))
+        # A named precision: `auto` is timed once per sweep, and is no part of a job's start.
         train = replace(config.train, precision=Precision.fp32)
         mode = select_mode(replace(config, train=train), None)
         run.write_origin(Origin(mode=mode))  # as a sweep has chosen it
@@ -103,6 +105,7 @@ def _cohort(folder: Path, rows: int) -> Config:
     for n, name in enumerate(names):
         os.link(files[n % len(files)], root / f"{name}.dcm")  # takes no space
     csv = folder / f"{root.name}.csv"
+    # Of 21 slices in a row seven are positive, so that each patient of 30 has both kinds.
     labels = {c: [n // 7 % 3 // 2 for n in range(rows)] for c in "ab"}
     patients = [n // 30 for n in range(rows)]
     table = pd.DataFrame({"image_id": names, "patient_id": patients, **labels})

@@ -89,6 +89,7 @@ class DicomDataset(torch.utils.data.Dataset[Any]):
         slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
         hu = dataset.pixel_array.astype(np.float32) * slope + intercept
         side = len(hu)
+        # conf/augment/report.yaml's numbers, by hand as the windows are.
         if np.random.rand() < 0.25:
             side = int(len(hu) * np.random.uniform(0.8, 1))
             y, x = np.random.randint(0, len(hu) - side + 1, 2)
@@ -99,6 +100,7 @@ class DicomDataset(torch.utils.data.Dataset[Any]):
         if np.random.rand() < 0.1:
             hu = hu[::-1]
         channels = [np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
+        # About the mean and the deviation of timm's ImageNet networks, one for all channels.
         image = (np.stack(channels) - 0.45) / 0.225
         return torch.from_numpy(image.astype(np.float32)), torch.zeros(6)
 
@@ -126,11 +128,13 @@ def monai_loader(files: Sequence[Path], size: int) -> Rate:
             transforms.ToDeviced("image", "cpu"),
             transforms.RandFlipd("image", 0.25, 1),
             transforms.RandFlipd("image", 0.1, 0),
+            # A zoom by 1.25 shows a square of 0.8.
             transforms.RandZoomd("image", 0.25, 1.0, 1.25, mode="bilinear", keep_size=True),
             transforms.Resized("image", (size, size), mode="bilinear", anti_aliasing=False),
             transforms.Lambdad("image", lambda x: window(x.as_tensor())),
         ]
     )
+    # It keeps what comes before the first random transform: decoded slices.
     cached = data.CacheDataset([{"image": str(f)} for f in files], chain, progress=False)
     return _epoch_rate(data.DataLoader(cached, batch_size=BATCH, shuffle=True, num_workers=2))
 
@@ -149,6 +153,7 @@ def timm_loader(files: Sequence[Path], size: int, decoded: int, folder: Path) ->
             hu = cv2.resize(hu, (decoded, decoded), interpolation=cv2.INTER_AREA)
             colours = [255 * np.clip((hu - (c - w / 2)) / w, 0, 1) for c, w in _WINDOWS]
             cv2.imwrite(str(pictures / f"{file.stem}.png"), np.stack(colours, -1).astype(np.uint8))
+    # timm's scale is a share of the area: 0.64 is a side of 0.8.
     loader = timm.data.create_loader(
         timm.data.create_dataset("", str(pictures.parent)),
         (3, size, size),

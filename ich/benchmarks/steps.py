@@ -89,6 +89,7 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     }
     if device.type == "cuda":
         captured = compose_job(model, size, folder, "train.graph=on")
+        # Whole steps on both sides: a graph holds the resampling too, which `ours` leaves out.
         sides["eager"] = _advance_rate(ours, seconds)
         sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
     # Backward takes two multiply-adds for each forward.
@@ -172,6 +173,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
                 start = time.perf_counter()
             trainer.train_step(batch)
             seen += len(batch.target) if number else 0
+            # As in `_repeated`: a GPU that is waited for at each step runs dry.
             if trainer.device.type == "cuda" and number % _AT_A_TIME:
                 continue
             wait_for_device(trainer.device)
@@ -189,6 +191,7 @@ def _product_rate(device: torch.device, mode: ComputeMode, seconds: float) -> Ra
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
 
     def rate() -> float:
+        # The first picks a kernel, and is not counted.
         torch.mm(a, a)
         wait_for_device(device)
         start, products = time.perf_counter(), 0
@@ -237,10 +240,12 @@ def _epochs(trainer: Trainer, dataset: Dataset) -> tuple[float, float, float]:
     begin = time.perf_counter()
     trainer.evaluate(dataset.val, 1, lambda *_: None)
     evaluated = (time.perf_counter() - begin) / len(dataset.val.row)
+    # Per row: the phantom's epoch stands for the report's, which has more rows of both kinds.
     trained = state.epoch_seconds / count
     per_epoch = REPORT["train"] * trained + REPORT["val"] * evaluated
     config = trainer.cfg
     files = phantom_files(config, count)
+    # A network of its own, in torch's default layout.
     model = build_model(config.model).to(trainer.device)
     seconds = peers.plain_epoch(
         (files * (1 + count // len(files)))[:count],  # as many files as ours has rows

@@ -111,12 +111,15 @@ class ClusterLauncher(SweepLauncher):
         with without_traceback():
             self.check()
         sweep = prepare(configs)
+        # These are left in reverse. When an exception ends the launch, the engine first takes back
+        # what waits; then running jobs are ended; then the follower shows the last news of them.
         with without_traceback(), ExitStack() as stack:
             board = stack.enter_context(Board(sweep.read_record().jobs))
             follower = Follower(configs, sweep, board)
             stack.enter_context(follower.following())
             stack.enter_context(ending_jobs([sweep.run(c.job) for c in configs], sweep))
             waits = stack.enter_context(self.submitted(calls))
+            # All of them now: the engine tells nobody here when it starts one.
             for job in jobs:
                 self.on_start(job)
             return [
@@ -130,6 +133,7 @@ def _score_of(config: Config, wait: Wait, sweep: SweepPaths, follower: Follower)
     try:
         return wait()
     except LostJobError as error:
+        # A process can be lost after its training has written a result, which then counts.
         if not follower.has_result(config):
             record, run = sweep.read_record(), sweep.run(config.job)
             origin = record.origins[config.job]
@@ -145,6 +149,7 @@ class RayLauncher(ClusterLauncher):
     """
 
     def __init__(self, ray: DictConfig) -> None:
+        # Plain values with nothing left to resolve: neither engine knows OmegaConf's nodes.
         settings: Any = OmegaConf.to_container(ray, resolve=True)
         self.init, self.remote = settings["init"] or {}, settings["remote"] or {}
 
@@ -155,10 +160,12 @@ class RayLauncher(ClusterLauncher):
         return {} if self.remote.get("num_gpus") else {VISIBLE: ""}
 
     def check(self) -> None:
+        # Ray reports on its use unless it is told not to.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
         try:
+            # Without a setting, ray.remote is not to be called.
             decorate = ray.remote(**self.remote) if self.remote else ray.remote
             self.function = decorate(_call)
         except (ValueError, TypeError) as error:
@@ -178,6 +185,7 @@ class RayLauncher(ClusterLauncher):
 
         if ray.is_initialized():  # an earlier batch of this process
             return
+        # ray.init puts a handler of its own there.
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**self.init)
@@ -199,6 +207,7 @@ def _wait_for_ray(future: Any) -> float | None:
 
     try:
         score: float | None = future.result()
+    # First, for it is a RayError too: the process lived, and raised.
     except RayTaskError as error:
         cause = f"{type(error.cause).__name__}: {_in_a_line(error.cause)}"
         raise LostJobError(f"its process failed ({cause})") from error
@@ -207,6 +216,7 @@ def _wait_for_ray(future: Any) -> float | None:
     return score
 
 
+# Checked here: sbatch would refuse them only once the data have been prepared.
 _AT_LEAST = {
     "timeout_min": 1,
     "gpus_per_node": 0,
@@ -263,12 +273,14 @@ class SlurmLauncher(ClusterLauncher):
         """
         import submitit
 
+        # max_num_timeout is submitit's own, not sbatch's: `_submit` gives it to the executor.
         settings = {k: v for k, v in self.settings.items() if k != "max_num_timeout"}
         executor = submitit.AutoExecutor(self.folder, cluster, **options)
         try:
             executor.update_parameters(
                 **{k if k in _GENERIC else f"slurm_{k}": v for k, v in settings.items()}
             )
+        # submitit's errors for a value of a wrong type and for a name it does not know.
         except (AssertionError, NameError) as error:
             raise UserError(f"hydra.launcher: {_in_a_line(error)}") from None
         return executor
@@ -278,6 +290,7 @@ class SlurmLauncher(ClusterLauncher):
         times = {f"{self.cluster}_max_num_timeout": self.settings.get("max_num_timeout", 0)}
         try:
             return list(self._executor(self.cluster, **times).submit_array(calls))
+        # As on a machine without Slurm.
         except RuntimeError as error:
             engine = "Slurm" if self.cluster == "slurm" else "submitit"
             raise UserError(f"{engine} did not take the jobs: {_in_a_line(error)}") from None
@@ -298,6 +311,7 @@ class SlurmLauncher(ClusterLauncher):
 
 
 def _wait_for_submitit(job: Any) -> float | None:
+    # Waits until the job has ended, and gives None for one that returned.
     if job.exception():
         state, log = job.state, job.paths.stderr
         raise LostJobError(f"its process was lost (state {state}); see {log}")

@@ -44,6 +44,7 @@ def compose_jobs(
     jobs = []
     for index, overrides in enumerate(job_overrides, start=initial_job_idx):
         composed = context.config_loader.load_sweep_config(config, list(overrides))
+        # As Hydra's launchers number a job before they run it: folders and callbacks ask for it.
         with open_dict(composed):
             composed.hydra.job.id, composed.hydra.job.num = str(index), index
             # Fixed here: seen from inside one job, nothing tells what the sweep varies.
@@ -61,6 +62,7 @@ def without_hydra(composed: DictConfig) -> Config:
 
 def swept_keys(hydra_cfg: Any) -> set[str]:
     """The keys a launch varies: sweep overrides, and the sweeper's own parameters."""
+    # On the command line (`model=a,b`), or in hydra.sweeper.params, where experiments have theirs.
     parsed = OverridesParser.create().parse_overrides(list(hydra_cfg.overrides.task))
     params = hydra_cfg.sweeper.get("params") or {}
     return {o.get_key_element() for o in parsed if o.is_sweep_override()} | set(params)
@@ -89,6 +91,7 @@ def _direction(*, _root_: DictConfig) -> str:
 
 def register_resolvers() -> None:
     """Makes `${ich.sweep_name:}`, `${ich.job_name:}` and `${ich.direction:}` known."""
+    # `replace`: a process that composes several times, as the benchmark's, comes here again.
     OmegaConf.register_new_resolver("ich.direction", _direction, replace=True)
     OmegaConf.register_new_resolver("ich.sweep_name", _sweep_name, replace=True)
     OmegaConf.register_new_resolver("ich.job_name", _job_name, replace=True)

@@ -67,6 +67,7 @@ def cpu_slots(jobs: int) -> list[Slot]:
 
 def thread_limit(threads: int | str | None) -> dict[str, str]:
     """The environment of a child that computes in so many threads; empty for no limit."""
+    # Under both names, since MKL reads its own before OpenMP's.
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
 
 
@@ -91,6 +92,7 @@ def run_in_slots(
     Returns:
         The results, in the order of the items.
     """
+    # A queue, and no share for each: a slot that is done early takes what is left.
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(items)):
         waiting.put(number)
@@ -110,6 +112,7 @@ def run_in_slots(
         finally:
             end.set()
 
+    # Daemons, so that a thread whose child does not end cannot keep an interrupted sweep alive.
     for slot, end in zip(slots, ended, strict=True):
         threading.Thread(target=serve, args=(slot, end), daemon=True).start()
     try:
@@ -120,6 +123,7 @@ def run_in_slots(
         stop.set()
         with signals_ignored():
             for end in ended:
+                # A child has GRACE_SECONDS to end by itself, and is killed then.
                 end.wait(2 * GRACE_SECONDS)
         raise
     if errors:
@@ -154,6 +158,7 @@ def run_job(
     slot, stop = slot or Slot(), stop or threading.Event()
     result = RunResult(NOT_STARTED)
     for _ in range(1 + config.sweep.retry):
+        # Looked at each time: the attempt that failed may have left a checkpoint to go on from.
         state = run.state(config, origin)
         if state is State.done:
             return run.read_result()
@@ -174,6 +179,7 @@ def _prepare_folder(config: Config, run: RunPaths, origin: Origin, state: State)
     run.root.mkdir(parents=True, exist_ok=True)
     run.config.write_text(to_yaml(config))
     run.write_origin(origin)
+    # Of each run its own, for the sweep's record is replaced at every launch.
     run.write_provenance(provenance.record())
     if diff := provenance.git_diff():
         run.diff.write_text(diff)
@@ -187,6 +193,7 @@ def _run_child(
     slot: Slot,
     stop: threading.Event,
 ) -> RunResult:
+    # Watched by this process: killed, it could end no child, and a training would live on unseen.
     command = [sys.executable, "-m", "ich.train", str(run.root), "--watched-by", str(os.getpid())]
     if parent:
         command += ["--parent", parent]
@@ -243,6 +250,7 @@ def supervise(
                 watch()
                 time.sleep(_POLL_SECONDS)
         finally:
+            # After a regular end too: processes that the child left behind end with it.
             _stop(child)
         watch()
     return describe_exit(child.returncode)
@@ -253,6 +261,7 @@ def describe_exit(code: int) -> str:
     if code >= 0:
         return f"exited with code {code} without a result"
     name = signal.Signals(-code).name
+    # The kernel's out-of-memory killer sends it, and says so in the system's log alone.
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"ended by {name}{hint}"
 

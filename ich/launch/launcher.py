@@ -86,6 +86,7 @@ class SweepLauncher(Launcher):
             job: the job.
             score: its monitored metric; None if it did not finish.
         """
+        # As Hydra's `run_job` would fill it.
         done, composed = JobReturn(), job.composed
         done.overrides = OmegaConf.to_container(composed.hydra.overrides.task)  # type: ignore[assignment]
         done.hydra_cfg = OmegaConf.create({"hydra": composed.hydra})
@@ -124,6 +125,7 @@ class LocalLauncher(SweepLauncher):
         self.gpus, self.jobs_per_gpu, self.cpu_jobs = gpus, jobs_per_gpu, cpu_jobs
 
     def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
+        # First: a setting out of range is refused before data are prepared.
         slots = self.slots(jobs)
         sweep = prepare([job.config for job in jobs])
         stop, lock = threading.Event(), threading.Lock()
@@ -146,6 +148,7 @@ class LocalLauncher(SweepLauncher):
         """
         check_range("jobs_per_gpu", self.jobs_per_gpu, 1, 64)
         check_range("cpu_jobs", self.cpu_jobs, 1, 64)
+        # To look for GPUs imports torch, which takes seconds that jobs on the CPU need not wait.
         wanted = any(job.config.train.device is not Device.cpu for job in jobs)
         gpus = visible_gpus() if wanted and self.gpus != 0 else []
         if gpus:
@@ -204,6 +207,7 @@ class PlanLauncher(SweepLauncher):
         at_once = 1
         if self.wrapped == _LOCAL:
             slots = LocalLauncher(**self.settings).slots(jobs)
+            # Jobs that share a GPU count once, for they share its speed.
             at_once = len({slot.environment.get(VISIBLE) for slot in slots})
         plan([job.config for job in jobs], at_once)
         # An optimizing sweeper would ask for results before it can say what comes next.
@@ -240,6 +244,7 @@ class CheckFirst(Callback):
 
     def _write_nothing(self, config: DictConfig, mode: str) -> None:
         """Hydra notes the command in a folder: in one that is gone afterwards."""
+        # Held by this object, so that the folder goes when the process ends.
         self._scratch = TemporaryDirectory(prefix="ich-plan-")
         with read_write(config):
             config.hydra[mode].dir = self._scratch.name

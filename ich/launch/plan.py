@@ -73,6 +73,7 @@ def make_plan(configs: Sequence[Config], report: StageCallback) -> Plan:
     Raises:
         UserError: what a launch would refuse too, but for weights that are not at hand.
     """
+    # What a launch does before it writes, but for `check_weights`, which would download them.
     sweep = check_jobs(configs)
     jobs = inspect_jobs(configs, sweep)
     for config in configs:
@@ -102,6 +103,7 @@ def _plan_job(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> JobPlan:
         weights=initial_weights_source(config.model),
         cost=cost,
         memory=_PROCESS_BYTES + _MEMORY_FACTOR * (state + cost.activations),
+        # MLflow keeps a copy of its own.
         disk=weights * (2 if config.tracking.mlflow else 1),
         # Two generations, each with the best weights so far.
         checkpoints=2 * (weights * (1 + moments) + weights),
@@ -118,6 +120,7 @@ def _seconds_left(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> tuple[float
     if seconds is None:
         return None, basis
     resumes = job.state is not State.new and job.run.has_checkpoint()
+    # The journal has a line for each epoch that is complete; steps of the next do not count.
     epochs = job.config.train.epochs - (len(job.run.read_metrics()) if resumes else 0)
     rows = _equivalent_rows(job.config, sizes.rows, epochs)
     return _START_SECONDS + seconds * rows, basis
@@ -157,6 +160,7 @@ class SpeedEstimates:
             return None, "no earlier run"
         if key not in self._timed:
             self._report("timing networks", len(self._timed), self._total)
+            # Of the fastest mode, which is about what `auto` takes.
             self._timed[key] = min(time_training_steps(config).values())
             self._report("timing networks", len(self._timed), self._total)
         return self._timed[key], "timed now"
@@ -177,6 +181,7 @@ def _speed_key(config: Config, device: str | None = None) -> str:
 
 def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
     """Speed key, and seconds per training row with the run's name, later ones last."""
+    # By date, since `dict` keeps the last of several runs of one kind.
     paths = [*output.glob("*/*/result.json"), *output.glob("*/superseded/*/result.json")]
     for path in sorted(paths, key=lambda p: p.stat().st_mtime_ns):
         run = RunPaths(path.parent)
@@ -196,6 +201,7 @@ def total_seconds(plan: Plan, at_once: int = 1) -> float | None:
     """Wall-clock seconds of all that is left, jobs in order over so many processors."""
     if any(p.seconds is None for p in plan.jobs):
         return None
+    # As slots do it: the next job goes where one is free first.
     busy_until = [0.0] * max(1, at_once)
     for job in plan.jobs:
         busy_until[int(np.argmin(busy_until))] += job.seconds or 0.0

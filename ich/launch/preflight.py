@@ -77,6 +77,7 @@ def inspect_jobs(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
         UserError: the data set is not there.
     """
     cohorts = {data_key(c): c for c in configs}
+    # Once for each cohort: a sweep over networks has one for all its jobs.
     keys = {key: cohort_key(config) for key, config in cohorts.items()}
     code, jobs = provenance.code_version(), []
     for config in configs:
@@ -136,6 +137,7 @@ def open_sweep(
     sweep = check_jobs(configs)
     jobs = inspect_jobs(configs, sweep)
     todo = [job.config for job in jobs if job.state is not State.done]
+    # Of what is to train alone: a finished job needs no weights, and no network to fetch them.
     check_weights(todo)
     check_tracking(configs[0])  # before hours are spent on data
     cohorts = {data_key(config): config for config in todo}.values()
@@ -149,6 +151,7 @@ def open_sweep(
     for config, cohort in prepared:
         write_data_report(config, cohort, sweep.data(cohort.key))
     jobs = assign_modes(jobs, sweep, report)
+    # Last: what has a record can be trained.
     _record_launch(sweep, jobs, is_first_batch, open_sweep_run(configs[0], sweep))
     return sweep, jobs
 
@@ -192,6 +195,7 @@ def _record_launch(
     record = sweep.read_record()
     before = SweepRecord() if is_first_batch else record
     if is_first_batch:
+        # Of an earlier launch, it would keep the jobs of this one from starting.
         sweep.stopped.unlink(missing_ok=True)
         sweep.diff.write_text(provenance.git_diff())
     names = [*before.jobs, *(j.config.job for j in jobs)]
@@ -227,6 +231,7 @@ def _lock_sweep(sweep: SweepPaths) -> bool:
     if root in _locks:
         return False
     root.mkdir(parents=True, exist_ok=True)
+    # The file is never removed: two processes could then hold locks on two files of one name.
     handle = (root / ".lock").open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

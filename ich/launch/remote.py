@@ -38,8 +38,10 @@ def ending_jobs(runs: Sequence[RunPaths], sweep: SweepPaths) -> Iterator[None]:
         yield
     except BaseException:
         sweep.interrupt()
+        # One deadline for all: they end side by side.
         end = time.monotonic() + 2 * GRACE_SECONDS
         with signals_ignored():
+            # A job that never began has no lock, and maybe no folder to make one in.
             for run in (run for run in runs if run.lock.exists()):
                 # Held by its training until that has ended.
                 with contextlib.suppress(BlockingIOError), lock_run(run, end - time.monotonic()):
@@ -71,6 +73,7 @@ class Follower:
             run, job = self._sweep.run(config.job), config.job
             before, now = self._known[job], self._files(config)
             self._known[job] = now
+            # New or written anew since: what an earlier launch left behind is no news.
             if now[0] not in (None, before[0]) and job not in self._watches:
                 self._watches[job] = self._board.started(config, run, "")
             if job in self._watches:
@@ -106,4 +109,6 @@ def _version(path: Path) -> tuple[int, int] | None:
         status = path.stat()
     except FileNotFoundError:
         return None
+    # Files are replaced and not written over, so a new one has another inode even where the clock
+    # of the file system is too coarse to tell them apart.
     return status.st_mtime_ns, status.st_ino

@@ -47,6 +47,9 @@ _EARLIER_PROCESS_SECONDS = 30  # the training of a killed rerun may need some to
 _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.different: "red"}
 
 
+# The run to repeat
+
+
 @dataclass(frozen=True)
 class Original:
     """A finished run, and what its folder and its sweep's tell of how it was made.
@@ -291,6 +294,7 @@ def train_again(original: Original, now: Provenance) -> RunResult:
         UserError: another rerun of the same sweep is under way.
     """
     run, config = original.rerun, rerun_config(original)
+    # With the mode it records, so that the rerun computes in the run's precision and layout.
     origin = replace(original.origin, code=now.code)
     run.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -338,9 +342,11 @@ def rerun(folder: Path, tolerance: float) -> bool:
     """
     if folder.name in ("", ".."):  # the run's name is its folder's
         folder = folder.resolve()
+    # What can be refused at once, before data are decoded and a training takes its hours.
     original = read_original(folder)
     require_same_start(original)
     check_weights([original.config])
+    # Once, before the training: the rerun is of this code, whatever is edited meanwhile.
     now = provenance.record()
     differences = list_changes(original, now, _device(original.config))
     _print_changes(original, now, differences)

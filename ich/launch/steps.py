@@ -81,6 +81,7 @@ def train(
     slot = slot or Slot(environment=thread_limit(os.environ.get("SLURM_CPUS_PER_TASK")))
     stop = stop or Interruption(sweep)
     origin = record.origins[config.job]
+    # Asked now, since afterwards every job that finished is done.
     before = run.state(config, origin) is State.done
     watch = board.started(config, run, slot.name) if not before else lambda: None
     try:
@@ -90,6 +91,7 @@ def train(
     board.ended(config, result, before)
     if result.status == FAILED and config.sweep.on_failure.value == "stop":
         sweep.stop_after(config.job)
+    # Validation's, also where there is a test set: an optimizing sweeper chooses by it.
     return result.fit.val_scores[config.train.monitor.value] if result.fit else None
 
 

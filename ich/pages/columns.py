@@ -241,6 +241,7 @@ def build_table(comparison: Comparison) -> pd.DataFrame:
     after_auc = 1 + [c.name for c in COLUMNS].index("auc")
     columns = [*COLUMNS[:after_auc], *map(_auc_column, labels), *COLUMNS[after_auc:]]
     jobs = [_job_row(columns, run, comparison.setting_of(run)) for run in comparison.runs]
+    # By identity: a run holds arrays and a config, which no dictionary takes as a key.
     row_of = {id(run): row for run, row in zip(comparison.runs, jobs, strict=True)}
     means = [
         _mean_row(columns, [row_of[id(run)] for run in setting.runs])
@@ -249,6 +250,7 @@ def build_table(comparison: Comparison) -> pd.DataFrame:
     ]
     rows = [*jobs, *means, *_baseline_rows(comparison)]
     table = pd.DataFrame(rows, columns=[c.name for c in columns])
+    # Nullable integers: with one empty cell, pandas would make floats of a column, and 12.0 of 12.
     return table.astype({c.name: "Int64" for c in columns if c.whole})
 
 
@@ -264,6 +266,7 @@ def _mean_row(columns: Sequence[Column], seeds: Sequence[RowValues]) -> RowValue
     row: dict[str, object] = {"reason": f"mean of {len(seeds)} seeds"}
     for column in columns:
         if column.over_seeds == "mean":
+            # None for a column of texts, as for one that no seed has a value in.
             row[column.name] = means.get(column.name)
         elif column.over_seeds == "same":
             row[column.name] = seeds[0].get(column.name)
@@ -293,6 +296,7 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
         if column.better is None:
             continue
         for part in [jobs] if column.is_cost else on_same_rows:
+            # A column that some rows lack may hold objects.
             values = pd.to_numeric(part[column.name])
             # Alone, everything would be the best.
             if len(part) > 1 and values.notna().any():

@@ -238,6 +238,7 @@ def _configuration(comparison: Comparison) -> list[Block]:
     }
     keys = dict.fromkeys(key for values in configs.values() for key in values)
     # A run that lacks a key, as one of an earlier version, has an empty value of it.
+    # `startswith` takes a tuple: with a group's name, all of its keys are left out.
     values_of = {
         key: {values.get(key, "") for values in configs.values()}
         for key in keys

@@ -38,9 +38,11 @@ def draw_balance(labels: Sequence[str], rates: dict[str, list[float]]) -> Any:
     least = 10 ** math.floor(math.log10(min(positive) / 1.5))
     thickness = 0.84 / len(rates)
     for n, (split, rate) in enumerate(rates.items()):
+        # The bars of a label stand side by side around its tick.
         y = np.arange(len(labels)) + (n - (len(rates) - 1) / 2) * thickness
         axis.barh(y, rate, thickness * 0.9, color=_COLOURS[split], label=split)
         for bar, r in zip(y, rate, strict=True):
+            # The number itself, which nobody reads from a logarithmic axis.
             text, end = f"{r:.2f}" if r else "0", (max(r, least), bar)
             axis.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=7)
     axis.set_xscale("log")
@@ -70,6 +72,7 @@ def draw_cooccurrence(labels: Sequence[str], counts: np.ndarray) -> Any:
     side = 0.72 * len(names)  # inches
     figure = Figure(figsize=(side + 2.6, side + 1.9), dpi=_DPI, layout="constrained")
     axis = figure.subplots()
+    # The diagonal has each label's own count; one without a positive has 0, and shares of 0.
     share = counts / np.maximum(1, counts.diagonal())[:, None]
     image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     for (row, column), n in np.ndenumerate(counts):
@@ -94,15 +97,18 @@ def draw_hounsfield(share: np.ndarray, windows: Sequence[WindowConfig]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), dpi=_DPI, layout="constrained")
+    # Steps that divide their ranges, 4,096 and 500 HU, into whole bins.
     panels = (("all HU", HU_MIN, HU_MAX + 1, 16), ("near water", -200, 300, 2))
     for axis, (title, low, high, step) in zip(figure.subplots(1, 2), panels, strict=True):
         density = share[low - HU_MIN : high - HU_MIN].reshape(-1, step).mean(1)
         axis.stairs(density, np.arange(low, high + 1, step), fill=True, color="#b0b0b0", lw=0)
         filled = density[density > 0]
+        # Without a pixel in a panel, any limits do.
         floor, top = (filled.min(), filled.max()) if len(filled) else (1e-6, 1e-3)
         used = max(0.3, 0.93 - 0.08 * len(windows))  # of the height; windows are above
         least = floor / 2
         axis.set(yscale="log", xlim=(low, high), title=title)
+        # On a logarithmic axis, a power of 1 / used leaves the rest of the height to the windows.
         axis.set(ylim=(least, least * (top / least) ** (1 / used)))
         axis.set(xlabel="HU", ylabel="of all pixels, per HU")
         # Of matplotlib's ticks, which go on above 100 %, those that are drawn.
@@ -110,6 +116,7 @@ def draw_hounsfield(share: np.ndarray, windows: Sequence[WindowConfig]) -> Any:
         axis.set_yticks(ticks[(ticks >= least) & (ticks <= min(1, 3 * top))])
         _percent_ticks(axis.yaxis, 100)
         axis.spines[["top", "right"]].set_visible(False)
+        # The windows, one below the other, above the histogram.
         for n, window in enumerate(windows):
             _mark_window(axis, window, 0.93 - 0.08 * n, _WINDOW_COLOURS[n % 5], low, high)
     return figure
@@ -123,6 +130,7 @@ def _mark_window(
     right = min(high, window.center + window.width / 2)
     if left >= right:
         return
+    # x in HU, y as a share of the height.
     where = axis.get_xaxis_transform()
     axis.plot([left, right], [y, y], transform=where, color=colour, lw=3, solid_capstyle="butt")
     ends = [x for x in (left, right) if low < x < high]
@@ -149,10 +157,12 @@ def draw_montage(
     figure = Figure(figsize=(width, height), dpi=_MONTAGE_DPI, facecolor="black")
     titles = [f"{shorten(w.name, 18)}\n{w.center:g} / {w.width:g}" for w in windows]
     titles += [f"the {'first three' if len(windows) > 3 else 'windows'}\nas colours"]
+    # 72 points to an inch, and 4.6 of them to a character.
     room = int((width - left) * 72 / 4.6)  # characters of 7 pt
     label_style: dict[str, Any] = {"color": "white", "va": "center", "fontsize": 9}
     id_style: dict[str, Any] = {"color": "#b8b8b8", "va": "top", "fontsize": 7}
     for row, ((label, image_id), images) in enumerate(zip(named, pictures, strict=True)):
+        # From the top down, while matplotlib counts from the bottom.
         y = height - top - row * (side + under) - side
         text = textwrap.fill(label, 17)
         figure.text(0.1 / width, (y + side / 2) / height, text, **label_style)

@@ -71,6 +71,7 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
         "data_report.md": to_markdown(title, facts, sections).encode(),
     }
     pictures = [b for _, blocks in sections for b in blocks if isinstance(b, Picture)]
+    # The page holds its pictures; Markdown links to files.
     files |= {f"figures/{p.name}.png": p.png for p in pictures}
     return [_write(folder / name, content) for name, content in files.items()]
 
@@ -156,6 +157,7 @@ def _cooccurrence(cohort: Cohort) -> list[Block]:
         cohort.labels,
         counts,
     )
+    # On the diagonal `row[k]` is the label's own count: where it is 0, all n of its row are.
     texts = [
         [f"{n:,} ({n / row[k]:.0%})" if n else "0" for n in row] for k, row in enumerate(counts)
     ]

@@ -37,6 +37,7 @@ def describe(comparison: Comparison) -> list[str]:
         f"{scoring_text(c)}"
         for c in cohorts
     ]
+    # What the runs do not share reads `a or b`.
     lines.append(
         f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
         f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
@@ -165,7 +166,8 @@ def _start(cfg: Any) -> str:
     return "random initialization (no pretrained weights)"
 
 
-# In quotes a path may hold blanks.
+# In quotes a path may hold blanks. What follows a letter, a dot, a colon or a slash is none of this
+# machine: `a/b`, `./a`, `http://host`.
 _PATH = re.compile(r"(?<![\w.:/])~?(?:/[^\s/'\",;:=]+(?: [^\s/'\",;:=]+)*)+/([^\s/'\",;:=]+)")
 
 

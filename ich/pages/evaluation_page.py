@@ -29,6 +29,7 @@ def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) 
     """Writes `evaluation.csv`, `.md` and `.html`, `predictions.csv`, figures, and, if any,
     `left_out.csv`; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The numbers first: whatever a figure stumbles over, they are on disk.
     write_text(folder / "evaluation.csv", table.to_csv(index=False))
     write_text(folder / "predictions.csv", _rows(evaluation).to_csv(index=False))
     if len(evaluation.left_out):
@@ -108,4 +109,5 @@ def _compared(evaluation: Evaluation) -> Comparison:
             run = Run(name, RunPaths(Path(name)), RunResult(FINISHED), None, predictions)
             sets.append(EvaluationSet(predictions.fingerprint, [SettingResult(name, [run])]))
     runs = [g.runs[0] for s in sets for g in s.settings]
+    # No resamples: intervals stand in the table, and these figures have none.
     return Comparison(evaluation.model, runs, sets, 0, [])

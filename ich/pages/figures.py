@@ -25,6 +25,7 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "svg.hashsalt": "ich",  # equal figures are equal files
+    # Letters as text, which can be searched and copied, and not as outlines.
     "svg.fonttype": "none",
 }
 
@@ -172,6 +173,7 @@ def _learning_curves(comparison: Comparison) -> Any:
     ]
     figure, axes = subplots(1, len(panels), (12, 3.8))
     settings = list(dict.fromkeys(r.setting for r in comparison.finished))
+    # Read once, and not for each panel.
     journals = [run.paths.read_metrics() for run in comparison.finished]
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for run, journal in zip(comparison.finished, journals, strict=True):
@@ -182,7 +184,9 @@ def _learning_curves(comparison: Comparison) -> Any:
             if points:
                 axis.plot(*zip(*points, strict=True), label=run.setting, marker="o", ms=3, **style)
         axis.set(title=title, xlabel="epoch")
+        # No tick at an epoch and a half.
         axis.xaxis.get_major_locator().set_params(integer=True)
+    # What answering "no bleed" to everything scores.
     accuracy = axes[0, 1]
     fit = comparison.finished[0].fit
     if fit.cohort.scored == "val":  # the panels show validation
@@ -219,6 +223,7 @@ def _cost(comparison: Comparison, key: str, title: str) -> Any:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those (cost, score) that no other beats in one and equals in the other; cheapest first."""
     front: list[tuple[float, float]] = []
+    # Of equal cost the best comes first, and the others do not exceed it.
     for cost, score in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or score > front[-1][1]:
             front.append((cost, score))
@@ -230,6 +235,7 @@ Points = tuple[np.ndarray, np.ndarray]
 
 def _ranked(score: np.ndarray, target: np.ndarray) -> Points:
     """Positives and negatives at or above each rank, from the highest score on."""
+    # By rank, not by threshold: within equal scores, a curve follows the order of the rows.
     positive = target[np.argsort(-score, kind="stable")] > 0.5
     return np.append(0, np.cumsum(positive)), np.append(0, np.cumsum(~positive))
 
@@ -271,6 +277,7 @@ def _curves(
     columns = min(3, len(first.labels))
     rows = -(-len(first.labels) // columns)
     figure, axes = subplots(rows, columns, (3.2 * columns + 2, 3 * rows), sharex=True, sharey=True)
+    # The panels that the last row has too many.
     for axis in axes.flat[len(first.labels) :]:
         axis.set_visible(False)
     for i, (label, axis) in enumerate(zip(first.labels, axes.flat, strict=False)):
@@ -328,6 +335,7 @@ def _calibration(comparison: Comparison) -> Any:
 def _confusion(best: SettingResult) -> Any:
     scored, thresholds = best.predictions.scored, best.predictions.thresholds
     labels = [k for k in scored.labels if k in thresholds]
+    # Without a label that has both classes there is one empty panel: a figure has one at least.
     figure, axes = subplots(1, max(1, len(labels)), (1.9 * len(labels) + 0.8, 2.4))
     for label, axis in zip(labels, axes[0], strict=False):
         i = scored.labels.index(label)
@@ -336,6 +344,7 @@ def _confusion(best: SettingResult) -> Any:
         counts = np.array(
             [[np.sum((target == t) & (predicted == p)) for p in (0, 1)] for t in (0, 1)]
         )
+        # By row: a rare label's positives would pale beside its negatives.
         shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), n in np.ndenumerate(counts):

@@ -43,6 +43,8 @@ def hardest(run: Run) -> tuple[str, list[Case], list[Case]]:
     labels = scored.labels
     i = labels.index(ANY) if ANY in labels else int(scored.target.sum(0).argmax())
     probability = sigmoid(scored.logits[:, i])
+    # Stable: among equal probabilities the order of the rows decides, and a report that is made
+    # again has the same pictures.
     order = np.argsort(probability, kind="stable")
 
     def cases(rows: np.ndarray) -> list[Case]:
@@ -69,6 +71,7 @@ def draw_hardest(run: Run, folder: Path) -> Picture | Text:
     try:
         config = load_config(run.paths.config)
         slices = _slices(config, [case.image_id for case in (*missed, *alarms)])
+    # A report may be made where the slices are not, or by a later version of ich.
     except (UserError, OSError, KeyError) as error:
         log.warning("the hardest cases are not drawn: %s", error)
         slices = {}
@@ -95,6 +98,7 @@ def _slices(config: Config, image_ids: Sequence[str]) -> dict[str, np.ndarray]:
     """int16 HU [S, S] of some scored images, from the cache of decoded slices; none without it."""
     if not is_prepared(config):
         return {}
+    # Nothing is decoded for a report.
     dataset = load_dataset(config, build=False)
     split = dataset.test if dataset.test is not None else dataset.val
     row = dict(zip(split.image_id.tolist(), split.row.tolist(), strict=True))

@@ -179,15 +179,18 @@ def draw_picture(
         figure.savefig(out, format="png", facecolor=colour, bbox_inches="tight", pad_inches=0.1)
     png = out.getvalue()
     pixels = int.from_bytes(png[16:20], "big")  # PNG (RFC 2083), 4.1.1: the header's width
+    # In its own size in inches: more dots per inch make it sharper, and not larger.
     return Picture(name, png, round(pixels / figure.dpi * _CSS_DPI), alt, caption)
 
 
 # --- HTML and Markdown -------------------------------------------------------------------------
 
+# Out of the package, so that an installed wheel has its templates too.
 _LOADER = PackageLoader("ich.pages")
 _TEMPLATES = Environment(
     loader=_LOADER,
     autoescape=True,  # names, notes and errors come from users and their files
+    # A misspelt name in a template raises, and is not an empty text.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -207,6 +210,7 @@ def _kind(block: Block) -> str:
 
 def _sha256(text: str) -> str:
     """As a Content-Security-Policy names a script (CSP3, 2.3.1)."""
+    # By its hash, so that a script which somebody wrote into a name or a note does not run.
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -263,6 +267,7 @@ def _ranking_markdown(ranking: Ranking) -> list[str]:
     rule = "| --- |" + " ---: |" * (len(ranking.columns) - 1)
     lines = [f"| {' | '.join(_plain(c) for c in ranking.columns)} |", rule]
     for line in ranking.rows:
+        # Markdown opens nothing: seeds stand below their setting, as items of a list.
         for row, name in ((line, line.name), *((p, f"- {p.name}") for p in line.parts)):
             note = f" ({_plain(row.note)})" if row.note else ""
             texts = []

@@ -72,6 +72,7 @@ def ranking(comparison: Comparison) -> list[Block]:
 
 
 def _columns(rows: EvaluationSet) -> list[_Column]:
+    # The few to choose by. Every metric stands in the page's tables, and in metrics.csv.
     has_any = ANY in rows.predictions.scored.labels
     columns = [
         _Column("AUC", "auc"),
@@ -88,6 +89,7 @@ def _columns(rows: EvaluationSet) -> list[_Column]:
         columns.append(_Column("AUC per study", "study_auc"))
     return [
         *columns,
+        # The competition's, where there is the label that it counts twice.
         _Column("log loss", "log_loss_weighted" if has_any else "log_loss", is_lower_better=True),
         _Column("calibration error", "ece", is_lower_better=True),
         _Column("trained M", "params", "{:.2f}", is_lower_better=True),

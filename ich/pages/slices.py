@@ -64,11 +64,13 @@ def choose_examples(cohort: Cohort, cache: Cache, any_label: str | None) -> list
     candidates[NEGATIVE] = np.flatnonzero(~target.any(1))
     chosen: list[tuple[str, str]] = []
     for name, rows in candidates.items():
+        # `initial`, since a label may have no decoded slice at all.
         fewest = rows[labels[rows] == labels[rows].min(initial=len(cohort.labels))]
         used = {i for _, i in chosen}
         fresh = [i for i in ids[fewest] if i not in used] or list(ids[fewest])
         # Neighbours by id often come from one study, so candidates are spread over all ids.
         spread = np.unique(np.linspace(0, len(fresh) - 1, CANDIDATES).round().astype(int))
+        # Of no candidates too, linspace has a number: `if fresh`.
         shares = {fresh[k]: _tissue(cache.hu[cache.row[fresh[k]]]) for k in spread if fresh}
         if shares:
             chosen.append((name, max(shares, key=shares.__getitem__)))

@@ -70,6 +70,7 @@ def compare(
     table = build_table(comparison)
     folder.root.mkdir(parents=True, exist_ok=True)
     heading = describe(comparison)
+    # Files, then the terminal, and last the page, which is the likeliest to fail.
     write_text(folder.csv, table.to_csv(index=False))
     write_text(folder.metrics, metrics_table(comparison).to_csv(index=False))
     write_text(folder.latex, _latex(comparison, heading))
@@ -157,8 +158,10 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
     ]
     for key in dict.fromkeys(k for r in comparison.records for k in r.cohorts):
         if len(comparison.records) == 1:
+            # A report on several sweeps stands in none of their folders: links would lead nowhere.
             lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
             lines += [""]
+    # The two figures to look at first; the second is drawn only where there are predictions.
     if page and comparison.settings:
         lines += [
             "[Everything else: intervals, curves, calibration, hardest cases](report.html)",
@@ -175,6 +178,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
 def _latex(comparison: Comparison, heading: list[str]) -> str:
     """A booktabs table like the report's Table 2, one row per setting."""
     lines = [
+        # As comments, so that the table takes along what it is of.
         *(f"% {text}" for text in heading),
         "% needs \\usepackage{booktabs}",
         "\\begin{tabular}{lrrr}",
@@ -217,6 +221,7 @@ def _escape(text: str) -> str:
 def _print(folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame) -> None:
     console.print(f"\n[bold]{name}[/bold]")
     for text in heading:
+        # Wrapped at a terminal alone: in a log, a line is a line.
         console.print(text, markup=False, soft_wrap=not console.is_terminal)
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
@@ -248,6 +253,7 @@ def _terminal_table(cells: list[list[str]], shown: Sequence[Shown], dropped: int
     table = Table(box=None, pad_edge=False)
     table.add_column("job", no_wrap=True)
     for i in kept:
+        # A word per line, for headings are wider than numbers.
         table.add_column(shown[i].heading.replace(" ", "\n"), justify="right", no_wrap=True)
     table.add_column("status", overflow="fold", max_width=40)
     for name, *values, status in cells:

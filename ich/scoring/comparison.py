@@ -61,6 +61,7 @@ class Run:
 
     @property
     def model(self) -> str:
+        # A job that never started has written no model, but its name begins with it.
         return self.result.model or self.name.split(",")[0]
 
     @property
@@ -189,6 +190,7 @@ class Comparison:
         levels: dict[str, dict[str, str]] = {}
         for setting in self.settings:
             levels.setdefault("model", {})[setting.name] = setting.runs[0].model
+            # From the names, which list what a sweep varied, and nothing else.
             for part in setting.name.split(",")[1:]:
                 key, _, value = part.partition("=")
                 levels.setdefault(key, {})[setting.name] = value
@@ -231,8 +233,10 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
 
 def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
     paths = sweep.run(result.job)
+    # As it stands and not as a `Config`, whose keys may have changed since the run.
     config = OmegaConf.load(paths.config) if paths.config.exists() else None
     assert config is None or isinstance(config, DictConfig)
+    # A run that did not finish may have left those of one of its epochs: nothing to rank.
     predictions = read_predictions(paths) if result.is_finished else None
     return Run(f"{prefix}{result.job}", paths, result, config, predictions)
 
@@ -242,6 +246,7 @@ def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
 
 def _evaluation_sets(runs: Sequence[Run], resamples: int) -> list[EvaluationSet]:
     """Runs by the rows they were scored on, then by setting; intervals only if asked for."""
+    # Dictionaries keep the order of the runs, which is that of the table.
     runs_of: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         if run.predictions is not None:
@@ -277,6 +282,7 @@ def _resample(settings: Sequence[SettingResult], resamples: int) -> None:
     # In threads: nearly all of it is in numpy and scipy, which let others run.
     with ThreadPoolExecutor(available_cores()) as threads:
         replicates = list(threads.map(lambda p: bootstrap_predictions(p, counts), predictions))
+    # In the order of `predictions`: setting by setting, and seed by seed.
     remaining = iter(replicates)
     for number, setting in enumerate(settings):
         per_seed = [next(remaining) for _ in setting.runs]
@@ -312,6 +318,7 @@ def _mark_best(settings: Sequence[SettingResult]) -> None:
     means = [s.mean(RANKING_METRIC) for s in settings]
     if np.isnan(means).all():
         return
+    # Of equal means, the first.
     best = settings[int(np.nanargmax(means))]
     best.is_best = True
     for setting in settings:

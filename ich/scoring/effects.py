@@ -38,6 +38,7 @@ def compute_effects(comparison: Comparison, metric: str = RANKING_METRIC) -> Ite
 
 def _effects_of(factor: str, settings: Sequence[SettingResult], metric: str) -> Iterator[Effect]:
     levels: dict[str, dict[str, SettingResult]] = {}
+    # Two settings of one `rest` differ in this factor and in nothing else.
     for setting in settings:
         level, rest = _split_setting(setting, factor)
         if level:
@@ -53,6 +54,8 @@ def _effects_of(factor: str, settings: Sequence[SettingResult], metric: str) -> 
         interval = UNDEFINED
         if all(a.replicates and b.replicates for a, b in pairs):
             differences = [a.replicates[metric] - b.replicates[metric] for a, b in pairs]
+            # The mean within each resample: all pairs share its patients, so their errors go
+            # together, and do not cancel as those of independent pairs would.
             interval = Interval.of(np.mean(differences, axis=0))
         yield Effect(factor, level, first, len(pairs), float(np.mean(means)), interval)
 

@@ -67,6 +67,8 @@ def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
             line[side] = values.get(side, {}).get(name, np.nan)
             line |= _limits(side, resampled.get(side, {}).get(name))
         line["difference"] = float(line[HERE]) - float(line[VALIDATION])  # type: ignore[arg-type]
+        # Resample by resample: of two draws that have nothing to do with each other, the difference
+        # is spread as an unpaired one is.
         one, other = (resampled.get(side, {}).get(name) for side in (HERE, VALIDATION))
         difference = None if one is None or other is None else one - other
         lines.append(line | _limits("difference", difference))
@@ -125,12 +127,14 @@ def _decisions_of_rows(
     weights = counts.astype(np.float64)
 
     def count(rows: np.ndarray) -> np.ndarray:
+        # Per group first: what a resample counts is then one product, with how often each is drawn.
         return np.bincount(scored.group, rows, len(counts)) @ weights
 
     for i, label in enumerate(scored.labels):
         positive = sigmoid(scored.logits[:, i]) >= thresholds[label]
         truth = scored.target[:, i] > 0.5
         true_positives, true_negatives = count(positive & truth), count(~positive & ~truth)
+        # In the order of DECISIONS.
         fractions = (
             (true_positives, count(truth)),
             (true_negatives, count(~truth)),

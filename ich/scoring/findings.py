@@ -185,6 +185,7 @@ class Trend:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
+    # Scores that are all alike have no ranks, and scipy would warn.
     return float(spearmanr(one, other).statistic) if len(set(other)) > 1 else float("nan")
 
 

@@ -31,6 +31,7 @@ def multilabel_metrics(
     logits, target = logits.astype(np.float64), target.astype(np.float64)
     per_label = {f"auc_{k}": auc(logits[:, i], target[:, i]) for i, k in enumerate(labels)}
     defined = [v for v in per_label.values() if not np.isnan(v)]
+    # A logit above 0 is a probability above 0.5.
     right = (logits > 0) == (target > 0.5)
     # NaN > 0 is false: without the check, a network that diverged would pass for "no bleed".
     return {
@@ -61,6 +62,8 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
     n = len(target) - p
     if p == 0 or n == 0 or np.isnan(score).any():
         return float("nan")
+    # Of the positives' ranks, what they would have among themselves is taken off: left are the
+    # pairs in which a positive stands above a negative.
     rank_sum = float(rankdata(score)[positive].sum())  # ties share their mean rank
     return (rank_sum - p * (p + 1) / 2) / (p * n)
 
@@ -104,6 +107,7 @@ def all_metrics(logits: np.ndarray, target: np.ndarray, labels: Sequence[str]) -
     ap = []
     for i, k in enumerate(labels):
         score, truth = logits[:, i], target[:, i]
+        # On logits: float64 probabilities of confident answers round to 1 and would tie.
         f1, threshold = best_f1(score, truth)
         ap.append(average_precision(score, truth))
         metrics |= {
@@ -139,6 +143,7 @@ def per_study(
     shape = (len(studies), logits.shape[1])
     highest = np.full(shape, -np.inf)
     positive = np.zeros(shape, target.dtype)
+    # `.at`, since with an index alone a study would get its last slice's value.
     np.maximum.at(highest, number, logits[known])
     np.maximum.at(positive, number, target[known])
     return highest, positive, known[first]
@@ -153,6 +158,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 def log_losses(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Binary cross-entropy of each decision, of the shape of the logits."""
     with np.errstate(invalid="ignore"):  # NaN logits have a NaN loss, and that is no news
+        # log(1 + exp(x)) - x y, which overflows for no x.
         return np.asarray(np.logaddexp(0, logits) - logits * target)
 
 
@@ -162,6 +168,7 @@ def _thresholds(score: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]
     ranked, positive = score[order], target[order] > 0.5
     last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of equal scores
     hits = np.cumsum(positive)[last]
+    # At index i, i + 1 rows score as high or higher.
     return ranked[last], hits, last + 1 - hits
 
 
@@ -177,6 +184,7 @@ def average_precision(score: np.ndarray, target: np.ndarray) -> float:
     if _is_undefined(score, target):
         return float("nan")
     _, hits, misses = _thresholds(score, target)
+    # Each threshold's gain in recall, times the precision there.
     return float(np.sum(np.diff(hits, prepend=0) * hits / (hits + misses)) / hits[-1])
 
 
@@ -186,6 +194,7 @@ def best_f1(score: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     if _is_undefined(score, target):
         return float("nan"), float("nan")
     values, hits, misses = _thresholds(score, target)
+    # 2 TP / (2 TP + FP + FN): `hits + misses` are called positive, and `hits[-1]` are.
     f1 = 2 * hits / (hits + misses + hits[-1])
     best = int(np.argmax(f1))
     return float(f1[best]), float(values[best])

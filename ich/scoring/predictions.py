@@ -114,6 +114,7 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
 def _from_arrays(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
     split = split or ("test" if "test_logits" in arrays else "val")
     image_id = arrays[f"{split}_image_id"]
+    # Found here, a damaged file is a run without predictions; found later, a page that fails.
     for name in {split, "val"}:
         logits, target = arrays[f"{name}_logits"], arrays[f"{name}_target"]
         if logits.shape != target.shape or len(logits) != len(arrays[f"{name}_image_id"]):

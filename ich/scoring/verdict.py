@@ -69,6 +69,7 @@ class FileComparison:
         """Of a file with these differences, or with these of `differing`."""
         if not differences:
             return FileComparison(file, compared)
+        # What has no size is more than any number.
         largest = max(differences, key=lambda d: np.inf if d.size is None else d.size)
         differing = len(differences) if differing is None else differing
         return FileComparison(file, compared, differing, differences[0], largest)
@@ -206,6 +207,7 @@ def _compare_values(file: str, values: Iterable[tuple[str, str, Any, Any]]) -> F
     compared, differences = 0, []
     for where, key, x, y in values:
         compared += 1
+        # As they are: JSON keeps every digit of a number, and identical means all of them.
         if x != y:
             numbers = isinstance(x, int | float) and isinstance(y, int | float)
             size = abs(x - y) if numbers and key not in _EXACT else None
@@ -282,12 +284,14 @@ def _weights(a: RunPaths, b: RunPaths) -> FileComparison:
     if a.best.read_bytes() == b.best.read_bytes():
         return FileComparison(a.best.name, count)
     differences = []
+    # As numpy, so that a comparison need not wait for torch.
     with safe_open(a.best, "np") as x, safe_open(b.best, "np") as y:
         for name in names | others:
             one = x.get_tensor(name) if name in names else None
             two = y.get_tensor(name) if name in others else None
             differences += _compare_tensors(name, one, two)
     # Every tensor is equal, but the bytes are not: what stands beside the tensors.
+    # Of size 0: within any tolerance, and yet not identical.
     header = [Difference("the header", None, None, 0.0)]
     return FileComparison.of(a.best.name, count, differences or header)
 

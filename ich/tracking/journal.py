@@ -21,16 +21,19 @@ class Journal:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
+        # JSON has no NaN and no infinity: null, which the mirror tells MLflow as undefined.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with self._path.open("a") as file:
             line = EpochMetrics(step, time.time(), values)
             file.write(json.dumps(line.to_json()) + "\n")
             file.flush()
+            # Synced: MLflow must not know of an epoch that a power cut took out of the journal.
             os.fsync(file.fileno())
         self._on_write()
 
     def rewind(self, step: int) -> None:
         """Drops the lines after a step: a resumed training writes them again."""
+        # Without a last line that was cut off, to which the next one would be appended.
         kept = [line for line in RunPaths(self._path.parent).read_metrics() if line.step <= step]
         if self._path.exists():
             # Whole or not at all: a process that is killed here must not cost the epochs before.

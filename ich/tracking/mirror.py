@@ -49,6 +49,7 @@ class RunMirror:
         Raises:
             Exception: whatever MLflow raises; calling again goes on.
         """
+        # Not in __init__: the import takes seconds, and what cannot be opened now is tried again.
         if self._store is None:
             self._store = MlflowStore(self._config.tracking)
         if not self._run_id:
@@ -83,6 +84,7 @@ class RunMirror:
             store.log_artifact(run_id, self._run.config)
         # A job that goes on has more to copy, however complete its copy was.
         self._run.write_tracking(replace(earlier, mlflow_run=run_id, complete=False))
+        # The parent of now: where MLflow's database was deleted, the sweep has opened another.
         if self._parent:
             store.tag(run_id, "mlflow.parentRunId", self._parent)
         if earlier.supersedes and store.exists(earlier.supersedes):
@@ -90,6 +92,7 @@ class RunMirror:
         return run_id
 
     def _end(self, store: MlflowStore, run_id: str, result: RunResult) -> None:
+        # Once: at a second push each would stand twice.
         if result.fit and not store.logged_steps(run_id, "best/accuracy"):
             store.log_metrics(run_id, summary_metrics(result.fit), 0, time.time())
         if result.reason:
@@ -103,6 +106,7 @@ class RunMirror:
             with TemporaryDirectory() as scratch:
                 store.log_artifact(run_id, as_mlflow_model(run, Path(scratch) / MODEL_FOLDER))
         store.end(run_id, result.status.upper())
+        # Last: a push that was cut short is made again, and adds what is missing.
         run.write_tracking(replace(run.read_tracking(), complete=True))
 
 
@@ -208,6 +212,8 @@ def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
         warnings.simplefilter("ignore")
         from mlflow import pyfunc
 
+        # With its requirements given. MLflow would find them out by loading the model in a process
+        # of its own, which took 9 s.
         pyfunc.save_model(
             folder,
             loader_module=_LOADER,

@@ -45,6 +45,7 @@ class VersionTags:
     def read(tags: Mapping[str, str]) -> VersionTags:
         """Of a version that whoever made it by hand may have given none of these."""
         sweep, job, rows = (str(tags.get(f"ich.{key}")) for key in ("sweep", "job", "rows"))
+        # An unknown score is never reached: only a person takes the alias from that version.
         return VersionTags(sweep, job, rows, float(tags.get("ich.auc", "inf")))
 
     def write(self) -> dict[str, str]:

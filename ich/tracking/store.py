@@ -15,6 +15,7 @@ from ich.base.records import Scores
 
 log = logging.getLogger(__name__)
 
+# Before MLflow is imported, which takes seconds and is left to the functions that need it.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow would otherwise retry a dead server for minutes, at every call.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -93,6 +94,7 @@ class MlflowStore:
 
         # MLflow would store an infinity as 1.8e308; an undefined value is left out instead.
         finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
+        # MLflow's times are milliseconds.
         items = [Metric(k, v, int(when * 1000), step) for k, v in finite.items()]
         self.client.log_batch(run_id, metrics=items)
 
@@ -107,6 +109,7 @@ class MlflowStore:
     def log_artifact(self, run_id: str, path: Path) -> None:
         """Keeps a file or a folder with a run."""
         if path.is_dir():
+            # Under its own name: without one, its files would lie among the run's.
             self.client.log_artifacts(run_id, str(path), path.name)
         else:
             self.client.log_artifact(run_id, str(path))
@@ -122,12 +125,14 @@ class MlflowStore:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        # A sweep that is given again has the same best run, and that its version already.
         versions = self.client.search_model_versions(f"name = '{MODEL}' and run_id = '{run_id}'")
         if versions:
             version = str(versions[0].version)
             for key, value in tags.items():
                 self.client.set_model_version_tag(MODEL, version, key, value)
             return version
+        # A run of an earlier version of ich has no model's folder: its artifacts are the version.
         source = self.client.get_run(run_id).info.artifact_uri
         if self.client.list_artifacts(run_id, MODEL_FOLDER):
             source = f"{source}/{MODEL_FOLDER}"
@@ -144,6 +149,7 @@ class MlflowStore:
         try:
             return dict(self.client.get_model_version_by_alias(MODEL, name).tags)
         except MlflowException as error:
+            # The first where there is no model yet, the second where it has no such alias.
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return {}
             raise
@@ -166,6 +172,7 @@ class MlflowStore:
 
     def end_running_children(self, parent: str, status: str) -> None:
         """Ends the runs under a sweep that dead processes left RUNNING."""
+        # In backticks, since the tag's name holds a dot.
         query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment_id], query):
             self.end(run.info.run_id, status)
@@ -195,6 +202,7 @@ def resolve_locations(cfg: TrackingConfig) -> tuple[str, str | None]:
 
 def _require_sqlite(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
+    # SQLite makes a database of an empty file.
     if not uri.startswith("sqlite:///") or not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb") as file:

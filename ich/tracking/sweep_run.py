@@ -67,6 +67,7 @@ def _open_parent(store: MlflowStore, config: Config, earlier: str | None) -> str
         # The folder is locked, so what a killed sweep left RUNNING runs no more.
         store.end_running_children(earlier, "KILLED")
         return earlier
+    # Of a job's tags those that all jobs of the sweep share.
     tags = {k: v for k, v in run_tags(config).items() if k not in ("ich.job", "ich.model")}
     return store.open_run(config.name, {**tags, "ich.kind": "sweep"})
 
@@ -86,6 +87,7 @@ def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None
         return
     command = [sys.executable, "-m", "ich.tracking.sweep_run", str(sweep.root), status]
     try:
+        # In a session of its own, which Ctrl-C at the terminal does not reach.
         subprocess.run(command, timeout=seconds, start_new_session=True, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         log.warning("MLflow is slow or away; the next launch copies what it misses")
@@ -95,15 +97,18 @@ def main() -> None:
     """`python -m ich.tracking.sweep_run SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
     sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
     record = sweep.read_record()
+    # Any job's will do: the jobs of a sweep share its store.
     config = to_dataclass(next(iter(record.configs.values())))
     try:
         store = MlflowStore(config.tracking)
         parent = record.mlflow_run
+        # MLflow was away when the sweep was opened, or its database has been deleted since.
         if not (parent and store.exists(parent)):
             parent = _open_parent(store, config, None)
             sweep.write_record(replace(record, mlflow_run=parent))
         for job in record.jobs:
             _catch_up(store, sweep.run(job), parent)
+        # Once all are copied, what is still RUNNING has no process left that could end it.
         store.end_running_children(parent, "KILLED")
         data_reports = [sweep.data(key) for key in record.cohorts]
         tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)

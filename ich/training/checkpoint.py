@@ -49,9 +49,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         OSError: the disk is full; both generations are as they were.
     """
+    # The name that is still free, or else the older file: the newer one is never touched, so that
+    # there is a whole generation at every moment. Older by date, since what stands inside would
+    # have to be read first; a wrong guess, as after a copy without dates, costs one generation.
     present = [path for path in _generations(folder) if path.exists()]
     older = min(present, key=lambda p: p.stat().st_mtime_ns) if len(present) == 2 else None
     path = older or next(path for path in _generations(folder) if path not in present)
+    # Contiguous, as safetensors asks for: weights in channels_last are not. `Trainer.restore`
+    # brings their layout back.
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
     body = save_tensors(tensors, {"ich": json.dumps(checkpoint.facts)})
     part = path.with_suffix(".part")
@@ -66,6 +71,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest undamaged generation of a folder, None if there is none."""
+    # Both are read: which of them is newer stands inside, and the newer one may be the damaged one.
     readable = []
     for path in _generations(folder):
         try:
@@ -94,6 +100,7 @@ def _read(path: Path) -> Checkpoint:
     if data[: len(_MAGIC)] != _MAGIC:
         raise CheckpointError("it is no checkpoint of ich")
     body = data[start:]
+    # Before anything is parsed: what follows reads bytes as they were written, or not at all.
     if hashlib.sha256(body).digest() != data[len(_MAGIC) : start]:
         raise CheckpointError("it is cut or damaged (its checksum differs)")
     try:

@@ -1,4 +1,8 @@
-"""The method of one training: what it computes, which epoch is kept, and what is said of it."""
+"""The method of one training: what it computes, which epoch is kept, and what is said of it.
+
+`fit` is a training from its config to its result, `train_epochs` the loop within. Signals, locks
+and the result file are `ich.training.run`'s.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     device = pick_device(cfg.train.device)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
+    # The launch has decoded the slices: jobs that start at once must not do so side by side.
     dataset = load_dataset(cfg, build=False)
     labels = dataset.labels
     mode = select_and_record_mode(cfg, run)
@@ -56,10 +61,12 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         len(dataset.val.row),
     )
     state = resume_training(run, trainer, dataset, journal)
+    # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
     best = train_epochs(run, journal, trainer, dataset, state, on_step)
     scores, target = best.scores, dataset.val.target
     if dataset.test is not None:  # looked at once, when nothing is left to choose by it
+        # The model is at its last epoch; test rows are scored with the weights of its best.
         load_weights(trainer.model, run.best)
         logits = trainer.evaluate(dataset.test, best.epoch, on_step, "testing")
         target = dataset.test.target
@@ -76,6 +83,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         params_imagenet=params_imagenet,
         epochs=cfg.train.epochs,
         minutes=(time.perf_counter() - started) / 60,
+        # Of training steps alone: validation, checkpoints and start-up have other rates.
         images_per_s=len(dataset.train.row) * cfg.train.epochs / state.train_seconds,
         resumed=state.resumed,
         device=device_name(device),
@@ -122,6 +130,9 @@ def train_epochs(
             rows_per_s = len(dataset.train.row) / state.epoch_seconds
             speed = {"train/lr": state.lr, "train/images_per_s": rows_per_s}
             validation = {f"val/{k}": v for k, v in scores.items()}
+            # In this order, the journal, the best weights, the checkpoint: whatever a kill leaves,
+            # the checkpoint is the oldest of the three, and a resumed training takes the others
+            # back to it.
             journal.log({"train/loss": train_loss, **speed, **validation}, epoch)
             log.info(
                 "epoch %d of %d: loss %.4f, validation loss %.4f, accuracy %.4f, AUC %.4f",
@@ -132,6 +143,8 @@ def train_epochs(
             )
             state.auc_top = float(np.fmax(state.auc_top, scores["auc"]))  # fmax passes over NaN
             best = state.best
+            # The first epoch's in any case, so that a finished run has weights even where no epoch
+            # has a score, as on validation rows of one class.
             if best is None or is_better(scores, best.scores, cfg.train.monitor):
                 state.best = BestEpoch(epoch, scores, logits)
                 save_best(run, trainer.model, dataset, logits, cfg)
@@ -147,6 +160,7 @@ def train_epochs(
 def is_better(scores: dict[str, float], best: dict[str, float], monitor: Monitor) -> bool:
     """Strictly better, so that the first of equal epochs is kept; anything beats NaN."""
     new, old = scores[monitor.value], best[monitor.value]
+    # Every comparison with NaN is false: one undefined epoch would be kept for good.
     if math.isnan(new) or math.isnan(old):
         return math.isnan(old) and not math.isnan(new)
     return bool(new < old) if monitor is Monitor.log_loss else bool(new > old)

@@ -53,6 +53,7 @@ class ResidentSlices:
     """
 
     def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device):
+        # -1 for rows that are not kept: as an index on the device, an error and no other slice.
         self.slot = np.full(int(rows.max()) + 1, -1, np.int64)  # position in the file -> here
         self.slot[rows] = np.arange(len(rows))
         self.device = device
@@ -81,6 +82,8 @@ class PrefetchedSlices:
     def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device, pinned: bool):
         self.device, self.hu, self.slot = device, hu, np.arange(len(hu))
         if pinned:
+            # Only from page-locked memory does a copy run beside the computing. From any other,
+            # CUDA copies into a buffer of its own first, and the host waits.
             kept = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, pin_memory=True)
             self.slot[rows] = np.arange(len(rows))
             for start in range(0, len(rows), 1024):
@@ -90,6 +93,8 @@ class PrefetchedSlices:
             self._kept = kept
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        # A training that is ended between two steps leaves this generator early; `with` then waits
+        # for the reads under way.
         with ThreadPoolExecutor(1, "read ahead") as reader:
             ahead: list[Future[torch.Tensor]] = []
             for number in range(len(rows) + _PREFETCHED):
@@ -99,6 +104,7 @@ class PrefetchedSlices:
                     yield ahead.pop(0).result().to(self.device, non_blocking=True)
 
     def _gather(self, row: np.ndarray) -> torch.Tensor:
+        # In the thread, too: to lock pages is a call into the driver that steps need not wait for.
         part = torch.from_numpy(self.hu[self.slot[row]])
         return part.pin_memory() if self.device.type == "cuda" else part
 
@@ -117,6 +123,7 @@ def open_slice_source(
         needed: bytes of the device's memory that the training itself takes.
     """
     splits = (dataset.train, dataset.val, dataset.test)
+    # Each slice once: the copies that oversampling adds, and a slice of two splits, share it.
     rows = np.unique(np.concatenate([s.row for s in splits if s is not None]))
     size = len(rows) * dataset.hu[:1].nbytes
     for choice in _candidates(feed, device, size, needed):
@@ -131,6 +138,7 @@ def open_slice_source(
             continue
         log.info("slices: %s, %d of %.2f GB in all", choice.value, len(rows), size / 1e9)
         return source
+    # The place that was asked for by name had no room. Files always do.
     return PrefetchedSlices(dataset.hu, rows, device, pinned=False)
 
 
@@ -140,8 +148,10 @@ def _candidates(feed: Feed, device: torch.device, size: int, needed: int) -> lis
         return [feed]
     if device.type != "cuda":
         return [Feed.mapped]
+    # Of what the driver calls free; jobs that share a GPU and start at once all see the same.
     free, _ = torch.cuda.mem_get_info(device)
     fits = [Feed.resident] if size + needed < free else []
+    # torch rounds a page-locked block up to a power of two: of this half, nearly all may be taken.
     if size < _HOST_SHARE * available_memory():
         fits.append(Feed.pinned)
     return [*fits, Feed.mapped]
@@ -154,6 +164,7 @@ class Loader:
         self.slices, self.split, self.batch_size, self.device = slices, split, batch_size, device
 
     def __len__(self) -> int:
+        # By cutting, not by dividing: a last row may have joined the batch before it.
         return len(self._cut(torch.arange(len(self.split.row))))
 
     def _cut(self, order: torch.Tensor) -> list[torch.Tensor]:
@@ -175,6 +186,8 @@ class Loader:
             draws: random numbers of the epoch, by position in the split, [N, D].
             start: batches to leave out.
         """
+        # A generator of its own, on the CPU: the order is the same on every device, and neither
+        # moves nor follows the random numbers of dropout.
         generator = torch.Generator().manual_seed(stream_seed(seed, epoch, "order"))
         order = torch.randperm(len(self.split.row), generator=generator)
         return self._batches(order, draws, start)
@@ -186,6 +199,7 @@ class Loader:
     def _batches(
         self, order: torch.Tensor, draws: torch.Tensor | None = None, start: int = 0
     ) -> Iterator[Batch]:
+        # Cut first, then left out: the batches of a resumed epoch are those of an undisturbed one.
         parts = self._cut(order)[start:]
         if not parts:
             return

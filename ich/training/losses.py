@@ -26,6 +26,7 @@ def build_loss(cfg: LossConfig, positive_rate: torch.Tensor) -> Loss:
             logits, target, pos_weight=weight.to(logits)
         )
     if cfg.name is LossName.focal:
+        # The defaults are the paper's own.
         gamma = 2.0 if cfg.gamma is None else cfg.gamma
         alpha = 0.25 if cfg.alpha is None else cfg.alpha
         return lambda logits, target: focal_loss(logits, target, gamma, alpha)
@@ -37,6 +38,8 @@ def focal_loss(
 ) -> torch.Tensor:
     """-alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017, equation 5), averaged over B x L."""
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    # The cross-entropy is -log p_t for either target, so that nothing branches, and no probability
+    # is rounded to 0 before its logarithm is taken.
     p_t = torch.exp(-bce)
     alpha_t = alpha * target + (1 - alpha) * (1 - target)
     return (alpha_t * (1 - p_t) ** gamma * bce).mean()

@@ -1,4 +1,9 @@
-"""The networks: a timm convolutional base, global average pooling, and Linear(6), all trainable."""
+"""The networks: a timm convolutional base, global average pooling, and Linear(6), all trainable.
+
+In this order: the network of a config, what it costs and whether it takes its input, where its
+initial weights come from, trained weights as files, and batch normalizations folded into
+convolutions, for prediction.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +84,7 @@ def build_model(cfg: ModelConfig, channels: int = 3, outputs: int = 6) -> Classi
     if cfg.weights:
         check_weights_file(cfg)
     try:
+        # Without timm's classifier (num_classes=0), which is of ImageNet's classes.
         base = timm.create_model(
             cfg.timm,
             pretrained=bool(cfg.weights) or cfg.pretrained,
@@ -139,14 +145,18 @@ def model_cost(cfg: ModelConfig, channels: int, size: int, batch: int, outputs: 
     with torch.device("meta"):
         net = timm.create_model(cfg.timm, num_classes=0, in_chans=channels)
         model = _classifier(net, outputs)
+        # What autograd keeps for the backward pass goes through `pack`, from networks of any kind;
+        # a sum over layers' outputs would count what is never kept.
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             # Two at least: batch normalization in training takes no variance of one value.
             out = model(torch.zeros(max(2, batch), channels, size, size))
+        # Weights are kept for it too, and are counted with the parameters.
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         with FlopCounterMode(display=False) as flops, torch.no_grad():
             model.eval()(torch.zeros(1, channels, size, size))
     del out
     activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in own)
+    # The counter has two operations for each multiply-add.
     return Cost(_count(model), flops.get_total_flops() // 2, activations)
 
 
@@ -174,6 +184,7 @@ def check_architecture(cfg: ModelConfig, channels: int, size: int, outputs: int 
                 timm.create_model(cfg.timm, num_classes=0, in_chans=channels), outputs
             )
             model(torch.zeros(2, channels, size, size)).sum().backward()
+        # What networks raise at an input that they do not take: they agree on no type.
         except (
             RuntimeError,
             ValueError,
@@ -215,18 +226,21 @@ def ensure_weights(cfg: ModelConfig) -> None:
         check_weights_file(cfg)
     elif cfg.pretrained:
         _require_reachable(cfg)
+        # Built and thrown away: that fills the cache from which the jobs read, without a network.
         build_model(cfg)
 
 
 def _require_reachable(cfg: ModelConfig) -> None:
     """Without a network the hub client retries for a minute; one connection tells in seconds."""
     pretrained = timm.get_pretrained_cfg(cfg.timm)
+    # Behind a proxy the host itself may be out of reach, and a download still work.
     if _is_cached(pretrained) or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise _no_weights(cfg, "HF_HUB_OFFLINE is set and the cache does not hold them")
+    # The hub's weights, or those of a plain URL, as of the original Xception.
     url = urlparse(constants.ENDPOINT if pretrained.hf_hub_id else pretrained.url)
     host, port = url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
     try:
@@ -243,6 +257,7 @@ def _is_cached(pretrained: timm.models.PretrainedCfg) -> bool:
             isinstance(try_to_load_from_cache(pretrained.hf_hub_id, name), str)
             for name in ("model.safetensors", "pytorch_model.bin")
         )
+    # torch.hub keeps a file by the last part of its URL.
     name = Path(urlparse(pretrained.url).path).name
     return (Path(torch.hub.get_dir()) / "checkpoints" / name).is_file()
 
@@ -280,6 +295,8 @@ def check_weights_file(cfg: ModelConfig) -> None:
             f"formats can carry code and are not read; convert it with safetensors.torch.save_file."
         ) from None
     with torch.device("meta"):
+        # Neither layers that a `Classifier` lacks nor counts of batches, which batch normalization
+        # with a fixed momentum does not use.
         want = {
             k: tuple(v.shape)
             for k, v in timm.create_model(cfg.timm).state_dict().items()
@@ -326,6 +343,7 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
             f"{timm.__version__} does not have. Install the timm they were trained with."
         ) from None
     state = load_file(path)
+    # Compared here: load_state_dict would name every tensor that does not fit, over pages.
     want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}
     if want != have:
@@ -365,6 +383,7 @@ def fold_batch_norms(model: Classifier) -> int:
     folded = 0
     for node in nodes:
         before = node.args[0] if node.op == "call_module" and node.args else None
+        # With another user of the convolution's output, that one would get it normalized, too.
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         conv, norm = modules[str(before.target)], modules[str(node.target)]
@@ -373,6 +392,7 @@ def fold_batch_norms(model: Classifier) -> int:
         if called.count(conv) + called.count(norm) > 2:  # used twice: one weight, two scales
             continue
         _replace(model.base, str(before.target), fuse_conv_bn_eval(conv, norm))
+        # timm's BatchNormAct2d is normalization, dropout and activation in one: two of them stay.
         rest = [m for m in (getattr(norm, "drop", None), getattr(norm, "act", None)) if m]
         _replace(model.base, str(node.target), nn.Sequential(*rest))
         folded += 1

@@ -19,16 +19,19 @@ def build_optimizer(
         model: whose parameters it moves.
         graphed: for a captured step, whose every number lies on the device, the learning rate too.
     """
+    # A closed list: whatever else a config names is not imported.
     cls = {
         "torch.optim.Adam": torch.optim.Adam,
         "torch.optim.AdamW": torch.optim.AdamW,
         "torch.optim.SGD": torch.optim.SGD,
     }[cfg._target_]
     given = {k: getattr(cfg, k) for k in OPTIMIZER_SETTINGS[cfg._target_]}
+    # null leaves torch its own default. Betas are a list in YAML, and a tuple for torch.
     settings = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None
     }
     if graphed:
+        # A number would be recorded as it is, and the schedule would move nothing.
         settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
         if "SGD" not in cfg._target_:  # which counts no steps
             settings["capturable"] = True
@@ -46,8 +49,11 @@ def build_scheduler(
     def factor(step: int) -> float:
         if cfg.name is SchedulerName.none:
             return 1.0
+        # Neither 0 at the first step, which would be lost, nor 1 before the warm-up ends.
         if step < warmup:
             return (step + 1) / (warmup + 1)
+        # From 1 down to 0 along half a cosine; a warm-up of all steps leaves none to divide by.
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
+    # A function of the step's number alone: a resumed training needs to know nothing else.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -57,6 +57,8 @@ class GracefulStop:
 
     def on_step(self, phase: str, epoch: int, step: int, steps: int) -> None:
         """Passes a step on, and ends the training there if that was asked for."""
+        # Never false again: after the last step a SIGTERM is noted and raises nothing, so that
+        # weights, predictions and result are written whole.
         self._is_training = True
         self._on_step(phase, epoch, step, steps)
         if self._requested:
@@ -79,6 +81,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     stop = GracefulStop(ProgressFile(run, cfg.train.epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)
+    # After the handlers are set, for it sends SIGTERM as soon as the supervisor is gone.
     if supervisor:
         watch_supervisor(supervisor)
     # A stack, so that only taking the lock is tried, and not the training under it.
@@ -88,16 +91,19 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
         except BlockingIOError:
             log.error("another process trains in this folder, and did not end")
             return 1
+        # The mirror too only under the lock: it notes its MLflow run in the folder.
         return _train_and_close(cfg, run, Mirror(cfg, run, parent), stop)
 
 
 def _train_and_close(cfg: Config, run: RunPaths, mirror: Mirror, stop: GracefulStop) -> int:
     result = _outcome(lambda: fit(cfg, run, Journal(run.metrics, mirror.notify), stop.on_step))
+    # Before the mirror finishes: it copies what is in the folder, and ends its run by the result.
     _close(cfg, run, result)
     patience = _MIRROR_SECONDS if result.status != KILLED else _MIRROR_SECONDS_KILLED
     mirrored = mirror.finish(patience)
     status = 0 if result.is_finished else 1
     if not mirrored:  # its thread is inside MLflow: leave without waiting for it
+        # os._exit flushes nothing.
         logging.shutdown()
         os._exit(status)
     return status
@@ -109,6 +115,7 @@ def _outcome(training: Callable[[], FitResult]) -> RunResult:
         return RunResult(FINISHED, fit=training())
     except (Terminated, KeyboardInterrupt):
         return RunResult(KILLED, "ended by SIGTERM or an interrupt")
+    # A library that calls it would otherwise set the exit status: after 0, no failure is seen.
     except SystemExit as error:
         return RunResult(FAILED, f"called sys.exit({error.code!r})")
     except torch.OutOfMemoryError as error:
@@ -127,5 +134,6 @@ def _outcome(training: Callable[[], FitResult]) -> RunResult:
 def _close(cfg: Config, run: RunPaths, result: RunResult) -> None:
     run.write_result(replace(result, job=cfg.job, model=cfg.model.name))
     run.progress.unlink(missing_ok=True)
+    # Only once the result is on disk: until then, a checkpoint is all there is to go on from.
     if result.is_finished:
         drop_checkpoints(run.root)

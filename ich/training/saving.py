@@ -47,6 +47,7 @@ class CheckpointWriter:
         state = self._state
         state.wall_seconds = self._earlier_seconds + time.monotonic() - self._begin
         tensors = {f"state/{k}": v for k, v in self._trainer.tensors().items()}
+        # Where the training goes on in this epoch, its mean loss is still over all of its steps.
         if state.step:
             tensors["losses"] = state.losses[: state.step]
         # The best weights too: those on disk may be of an epoch that this state has not reached.
@@ -54,6 +55,7 @@ class CheckpointWriter:
             weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
             tensors["best/weights"] = torch.from_numpy(weights.copy())  # which may be written to
             tensors["best/logits"] = torch.from_numpy(state.best.logits)
+        # What is no tensor; the others stand beside the facts, which are JSON.
         names = [f.name for f in fields(state) if f.name not in ("losses", "best")]
         facts = {
             # Which of two generations is newer; `resumed`, since a step may be taken twice.
@@ -78,10 +80,13 @@ def resume_training(
     """Sets the trainer to the newest good checkpoint of the run, if there is one, and the run's
     files to what they were then."""
     checkpoint = read_checkpoint(run.root)
+    # Orders and augmentations are by position: with other rows, the epoch would go on with other
+    # slices than it began with.
     if checkpoint is not None and checkpoint.facts["cohort"] != dataset.summary.cohort:
         log.warning("the checkpoint is of another cohort: the training starts anew")
         checkpoint = None
     if checkpoint is None:
+        # Nothing of an attempt that is not continued may pass for this one's.
         drop_checkpoints(run.root)
         journal.rewind(0)
         return TrainingState()
@@ -93,6 +98,7 @@ def resume_training(
         state.losses = tensors["losses"]
     if facts["best"]:
         state.best = BestEpoch(**facts["best"], logits=tensors["best/logits"].numpy())
+        # The best weights of that moment: those of a later epoch would stand beside its scores.
         part = run.best.with_suffix(".part")
         part.write_bytes(tensors["best/weights"].numpy().tobytes())
         part.replace(run.best)
@@ -123,6 +129,8 @@ def save_best(
         image_size=image_size(cfg),
         mean=spec.mean,
         std=spec.std,
+        # With the weights, so that whoever predicts needs no other file. Chosen on validation, as
+        # the epoch was.
         thresholds=best_thresholds(logits, target, dataset.labels),
     )
     save_weights(model, run.best, metadata)

@@ -63,6 +63,7 @@ def select_mode(config: Config, recorded: ComputeMode | None) -> ComputeMode:
     here = processor(config.train.device is not Device.cpu)
     if config.train.precision is not Precision.auto:
         return ComputeMode(config.train.precision.value, CHANNELS_LAST, here)
+    # On a cluster of unlike machines, a job may start on another processor than was timed.
     if recorded and recorded.processor == here:
         return recorded
     return pick_fastest(time_training_steps(config), here)
@@ -78,12 +79,14 @@ def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str
     from ich.training.devices import pick_device
     from ich.training.trainer import Trainer
 
+    # Random weights take as long, and need neither a file nor a network.
     config = replace(config, model=replace(config.model, pretrained=False, weights=None))
     device, dataset = pick_device(config.train.device), random_dataset(config)
     wanted = config.train.precision
     precisions = [Precision.fp32, Precision.bf16] if wanted is Precision.auto else [wanted]
     candidates = [(p.value, CHANNELS_LAST) for p in precisions]
     trainers = {c: Trainer.build(config, dataset, device, ComputeMode(*c)) for c in candidates}
+    # The least of the rounds: whatever disturbs a step makes it slower, and never faster.
     best = dict.fromkeys(candidates, float("inf"))
     # In turn, so that whatever else the machine does meets all of them.
     for round_ in range(rounds + 1):
@@ -98,6 +101,7 @@ def random_dataset(cfg: Config) -> Dataset:
     """One batch of random slices, int16 HU, with random labels, for timing steps."""
     batch, size = cfg.train.batch_size, cfg.data.cache_size
     rng = np.random.default_rng(0)
+    # Six as in RSNA 2019, where nothing is named: the columns are known only from the data.
     labels = tuple(cfg.data.label_columns or "abcdef")
     hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
     target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)

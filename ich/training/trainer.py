@@ -1,4 +1,8 @@
-"""Model, data and optimizer of one training: its steps, an epoch, an evaluation."""
+"""Model, data and optimizer of one training: its steps, an epoch, an evaluation.
+
+`TrainingState` is how far a training is, `Trainer` what it computes with. Epochs in a row, and
+which of them is kept, are `ich.training.fit`'s; files are `ich.training.saving`'s.
+"""
 
 from __future__ import annotations
 
@@ -128,6 +132,7 @@ class Trainer:
             forward=torch.compile(model) if cfg.train.compile else model,
             optimizer=optimizer,
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
+            # Over the rows that the loss is taken of, copies of oversampling among them.
             loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
             slices=slices,
             train_loader=train,
@@ -138,6 +143,8 @@ class Trainer:
         )
 
     def __post_init__(self) -> None:
+        # Its own method, kept by itself: a cycle, whose memory is free again when Python next looks
+        # for such, and not when the last name of it goes.
         self.train_step = self.eager_step
         if self.graphed:
             self.train_step = GraphedStep(self.eager_step, self.optimizer, self.tensors)
@@ -173,6 +180,7 @@ class Trainer:
         self.model.train()
         rows, steps = len(self.train_loader.split.row), len(self.train_loader)
         epoch, first = state.epoch, state.step + 1
+        # For an epoch that goes on, the checkpoint has it: the schedule has moved since it began.
         if state.step == 0:
             state.lr = float(self.optimizer.param_groups[0]["lr"])
         draws = self.resample.draws(self.cfg.seed, epoch, rows)
@@ -185,7 +193,9 @@ class Trainer:
         on_step("training", epoch, state.step, steps)
         batches = self.train_loader.epoch(self.cfg.seed, epoch, draws, state.step)
         for step, batch in enumerate(batches, start=first):
+            # Times its rows: in the epoch's mean, the tail must not weigh as much as a full batch.
             loss = self.train_step(batch) * len(batch.target)
+            # After each step, not each epoch: warm-up and cosine are counted in steps.
             self.scheduler.step()
             if self.device.type == "cpu":  # elsewhere looking would wait for the device
                 _require_finite(loss[None], epoch, step)
@@ -208,6 +218,7 @@ class Trainer:
         """Everything that a step changes and that is a tensor, by name; no copies."""
         state = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         for number, values in self.optimizer.state_dict()["state"].items():
+            # SGD without momentum keeps a None for each parameter.
             state |= {f"optimizer/{number}/{k}": v for k, v in values.items() if v is not None}
         state["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -227,6 +238,7 @@ class Trainer:
         """
         state: dict[int, dict[str, torch.Tensor]] = {}
         weights = {}
+        # In the optimizer's own numbering, which runs through its groups.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for name, value in tensors.items():
             owner, _, rest = name.partition("/")
@@ -242,12 +254,14 @@ class Trainer:
         self.model.load_state_dict(weights)
         groups = self.optimizer.state_dict()["param_groups"]
         for group, lr in zip(groups, schedule["lr"], strict=True):
+            # A captured step reads the rate from a tensor on the device, and has to find one there.
             now = group["lr"]
             group["lr"] = torch.full_like(now, lr) if isinstance(now, torch.Tensor) else lr
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         # `schedule` leaves the function out, which no JSON holds; None keeps the one built here.
         self.scheduler.load_state_dict({**schedule["scheduler"], "lr_lambdas": [None]})
         torch.set_rng_state(tensors["random/cpu"])
+        # A training that began on a CPU may go on on a GPU; it has no such state to set.
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
@@ -272,6 +286,7 @@ class Trainer:
         )
         loader = Loader(self.slices, split, at_once, self.device)
         parts, steps = [], len(loader)
+        # Logits stay on the device until the end: to fetch each batch's would wait for each.
         for step, batch in enumerate(loader.in_order(), start=1):
             parts.append(self.logits(batch.hu))
             on_step(phase, epoch, step, steps)

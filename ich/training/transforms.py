@@ -42,6 +42,8 @@ class CTWindows:
     ):
         mean_, std_ = _per_channel(mean, len(windows)), _per_channel(std, len(windows))
         self.memory_format = memory_format
+        # (hu - lower end) / width, minus the mean, over the deviation: one slope and one intercept
+        # per channel. The window's ends, 0 and 1, become the limits of the clamp.
         self.maps = [
             (
                 torch.tensor(1 / (w.width * s), dtype=torch.float32, device=device),
@@ -60,6 +62,7 @@ class CTWindows:
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
         """float32 HU [B, 1, H, W] -> float32 [B, C, H, W] in the layout asked for."""
         shape = (hu.shape[0], len(self.maps), *hu.shape[2:])
+        # In the network's layout from the start: to convert a batch is to copy it.
         x = torch.empty(shape, device=hu.device, memory_format=self.memory_format)
         # A channel at a time: over all at once, channels_last leaves nothing to vectorize over.
         for channel, (slope, intercept, (lowest, highest)) in enumerate(self.maps):
@@ -86,6 +89,7 @@ class Resample:
 
     def draws(self, seed: int, epoch: int, rows: int) -> torch.Tensor:
         """Uniform numbers of one epoch, float32 [rows, 6], a function of (seed, epoch) alone."""
+        # On the CPU whatever the device is: the two kinds of generators give different numbers.
         generator = torch.Generator().manual_seed(stream_seed(seed, epoch, "augment"))
         return torch.rand(rows, _DRAWS, generator=generator)
 
@@ -125,10 +129,16 @@ class Resample:
         out = torch.arange(self.size, device=u.device, dtype=torch.float32)
         out = torch.where(flip, self.size - 1 - out, out)
         scale = side * (pixels / self.size)  # source pixels per output pixel
+        # A pixel's center is at its half (+ 0.5, and - 0.5 back): the image keeps its place when
+        # its size changes. A crop takes `offset` of what it leaves over to its left, and the rest
+        # to its right.
         center = ((out + 0.5) * scale + (1 - side) * offset * pixels - 0.5)[..., None]
         reach = scale.clamp(min=1)[..., None]  # half a triangle's base; enlarging interpolates
         widest = math.ceil(2 * max(1.0, pixels / self.size))  # that of a slice without crop
+        # The pixels inside the base of the triangle: as many for every output pixel as the widest
+        # needs, so that shapes are fixed; those beyond a narrower base weigh nothing.
         source = (center - reach).floor() + torch.arange(1, widest + 1, device=u.device)
+        # Beyond the edge something has to be read, but it weighs nothing either.
         inside = source.clamp(0, pixels - 1)
         weights = (1 - (source - center).abs_() / reach).clamp_(min=0) * (inside == source)
         return inside.long(), weights / weights.sum(-1, keepdim=True)
@@ -140,6 +150,7 @@ def _weighted_rows(x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -
     A matrix product with the same weights, nearly all of them zero, takes three times as long.
     """
     batch, height, width = x.shape
+    # embedding_bag gathers from one table: here the rows of all images, one below the other.
     first = height * torch.arange(batch, device=x.device)[:, None, None]
     bags, taps = (rows + first).flatten(0, 1), weights.flatten(0, 1)
     table = x.reshape(-1, width)
@@ -151,6 +162,7 @@ def stream_seed(seed: int, epoch: int, stream: str) -> int:
 
     splitmix64's finalizer (Steele et al. 2014, doi 10.1145/2660193.2660195) spreads the bits.
     """
+    # By its first eight letters, within which the names of all streams differ.
     x = (
         seed * 0x9E3779B97F4A7C15
         + epoch * 0xBF58476D1CE4E5B9
@@ -158,4 +170,5 @@ def stream_seed(seed: int, epoch: int, stream: str) -> int:
     ) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    # 63 bits: generators take a seed up to there without a sign.
     return (x ^ (x >> 31)) & 0x7FFFFFFFFFFFFFFF
