@@ -294,7 +294,8 @@ def train_again(original: Original, now: Provenance) -> RunResult:
         UserError: another rerun of the same sweep is under way.
     """
     run, config = original.rerun, rerun_config(original)
-    # With the mode it records, so that the rerun computes in the run's precision and layout.
+    # With the mode it records: on a processor like the run's, the rerun computes in the same
+    # precision and layout.
     origin = replace(original.origin, code=now.code)
     run.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
