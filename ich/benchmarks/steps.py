@@ -224,6 +224,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     hours = []
     for _ in range(settings.rounds):
         ours, plain, report = zip(*(_epochs(t, dataset) for t in trainers), strict=True)
+        # Of any dataset: the cohort does not depend on the network.
         rows = len(models) * len(dataset.train.row)
         rates["ours"].append(rows / sum(ours))
         rates["plain"].append(rows / sum(plain))

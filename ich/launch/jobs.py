@@ -203,6 +203,7 @@ def _run_child(
     except JobTimeoutError as error:
         # Told to end, it has written that it was killed: the reason is the limit.
         reason, died = str(error), not run.read_result().is_finished
+    # Whatever its exit status says: it was told to end.
     if died and stop.is_set():
         reason = "ended by SIGTERM, with its sweep"
     if died:

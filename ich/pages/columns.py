@@ -151,6 +151,7 @@ COLUMNS = (
     Column("accuracy", _scored("accuracy"), Shown(1, "accuracy", _SCORE), better="higher"),
     Column("auc", _scored("auc"), Shown(2, "AUC", _SCORE), better="higher"),
     Column("auc_macro", _scored("auc_macro"), Shown(6, "AUC macro", _SCORE, 1), better="higher"),
+    # The highest of any epoch, where the others are of the epoch whose weights were kept.
     Column("auc_top", _fit(lambda f: f.auc_top), better="higher"),
     Column(
         "params",

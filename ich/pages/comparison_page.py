@@ -177,6 +177,7 @@ def _metrics(comparison: Comparison) -> Iterator[Block]:
 
 def _metric_tables(rows: EvaluationSet, where: str, study: bool) -> Iterator[Table]:
     baseline = rows.baseline(study)
+    # Of all these tables, the first alone stands open.
     overall = _metric_table(rows, _OVERALL, study, baseline)
     yield Table(f"All labels, {where}", overall, folded=study)
     for label in rows.predictions.scored.labels:

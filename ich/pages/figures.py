@@ -128,6 +128,7 @@ def _save(plot: Plot, comparison: Comparison, folder: Path) -> Picture:
         figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
         return figure
 
+    # For this figure, and not for whatever else the process draws.
     with matplotlib.rc_context(STYLE):
         picture = draw_picture(plot.name, plot.alt, plot.caption, draw)
     (folder / f"{plot.name}.png").write_bytes(picture.png)

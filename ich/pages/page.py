@@ -159,6 +159,7 @@ def format_cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def _format_cell(value: Any, form: str) -> str:
+    # A text has been formatted by whoever made the table.
     if isinstance(value, str):
         return value
     return "" if pd.isna(value) else form.format(value)

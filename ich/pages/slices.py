@@ -34,6 +34,7 @@ def hu_counts(cohort: Cohort, cache: Cache, seed: int) -> tuple[np.ndarray, int]
         The counts, and how many slices of the cohort were sampled, at most SAMPLED.
     """
     ids = cohort.rows["image_id"].unique()
+    # Sorted: the sample depends on which slices there are, and not on the order of the rows.
     rows = np.sort(np.fromiter((cache.row[i] for i in ids if i in cache.row), np.int64))
     # A stream of its own: the protocol draws its cohort from [seed] and [seed, 1].
     picked = np.random.default_rng([seed, 2]).permutation(rows)[:SAMPLED].astype(int)

@@ -136,6 +136,7 @@ def _cell(row: pd.Series, name: str, shown: Shown, mark: str) -> str:
 
 
 def _status(row: pd.Series) -> str:
+    # A mean's reason says how many seeds it is of, as its name has done.
     texts = (row["status"], "" if _is_mean(row) else row["reason"])
     return ": ".join(text for text in texts if isinstance(text, str) and text)
 

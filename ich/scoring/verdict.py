@@ -198,6 +198,7 @@ def _scores(run: RunPaths) -> dict[str, object]:
         "epochs": fit.epochs,
         "params": fit.params,
         "params_imagenet": fit.params_imagenet,
+        # The baseline's numbers differ only where the rows do.
         **{f"always_negative {k}": v for k, v in fit.always_negative.items()},
     }
 

@@ -237,6 +237,7 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
             f"`make ui` shows the runs and the models that there are, and their aliases."
         ) from None
     run = RunPaths(folder)
+    # In the served model's folder, or beside the config, where earlier versions of ich put them.
     weights = next((p for p in (folder / WEIGHTS_IN_RUN, run.best) if p.is_file()), None)
     if weights is None:
         raise UserError(
