@@ -75,7 +75,7 @@ class RunMirror:
             store.reopen(run_id)
         else:
             self._steps = set()
-            cohort = {"ich.cohort": self._run.read_origin().cohort or "unearlier"}
+            cohort = {"ich.cohort": self._run.read_origin().cohort or "unknown"}
             tags = run_tags(self._config) | cohort
             run_id = store.open_run(self._config.job, tags, self._parent)
             # Noted before anything is sent: whoever comes next goes on with this run.

@@ -86,6 +86,7 @@ def test_a_job_is_a_nested_run_with_metrics_parameters_and_files(
     assert mirror.finish(60)
     (job,) = runs_of(config)["job"]
     assert job.data.tags["mlflow.parentRunId"] == parent(sweep)
+    assert job.data.tags["ich.cohort"] == "unknown"  # no origin.json tells it
     assert history(config, job.info.run_id) == [(1, 0.75), (2, 0.8)]
     # FAULTS 17: left out and said, never 1.8e308
     assert not {"val/auc_epidural", "val/log_loss"} & set(job.data.metrics)
