@@ -17,6 +17,7 @@ from ich.scoring.uncertainty import RESAMPLES
 
 
 def parse(argv: Sequence[str] | None = None) -> ExportOptions:
+    """The command line as options; exits as argparse does after a mistake."""
     parser = argparse.ArgumentParser("python -m ich.export", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="a run's folder, an MLflow run id, or models:/ich@ALIAS")

@@ -26,6 +26,7 @@ from ich.inference.session import TTA
 
 
 def parse(argv: Sequence[str] | None = None) -> PredictOptions:
+    """The command line as options; exits as argparse does after a mistake."""
     parser = argparse.ArgumentParser(
         "python -m ich.predict",
         description=__doc__,

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from ich.base.results import RunPaths
 
 _POLL_SECONDS = 0.2
+# How long whoever comes next waits for the training of a killed sweep or rerun to end.
+EARLIER_PROCESS_SECONDS = 30
 GRACE_SECONDS = 15  # between SIGTERM and SIGKILL; a checkpoint takes one or two
 
 

@@ -66,7 +66,7 @@ def git_diff(package: Path = _PACKAGE) -> str:
     for name in new.splitlines():
         path = root / name
         # Code and configuration alone: whatever else lies there may be large, or nobody's business.
-        if path.is_file() and path.suffix in (".py", ".yaml"):
+        if path.is_file() and path.suffix in (".py", ".yaml", ".j2", ".css", ".js"):
             text += _as_patch(name, path.read_bytes().decode(errors="replace"))
     return text if len(text) <= _MAX_DIFF else f"{text[:_MAX_DIFF]}\n... cut at 1 MB\n"
 

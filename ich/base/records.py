@@ -147,8 +147,9 @@ class SweepRecord:
     """A sweep's latest launch.
 
     jobs: their names, in the order of the table. cohorts: fingerprints of their data. mlflow_run:
-    the parent run. started: local time, to the minute. command: what launched it. modes: per kind
-    of network (`ich.training.mode.kind`). origins, configs: per job. provenance: of the launch.
+    the parent run. started: local time, to the minute. command: what launched it. modes: per
+    workload (`ich.training.mode.workload_key`). origins, configs: per job. provenance: of the
+    launch.
     """
 
     name: str = ""
@@ -333,7 +334,8 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """Where a training is. phase: "training", "validation", ... epoch, step: from 1, of so many."""
+    """Where a training is. phase: "training", "validating" or "testing". epoch: from 1. step: done,
+    of so many."""
 
     phase: str
     epoch: int

@@ -128,7 +128,7 @@ class RunPaths:
         return [EpochMetrics.from_json(values) for values in _parsed(lines)]
 
     def read_progress(self) -> JobProgress | None:
-        """Where its training is; None before its first step and after its end."""
+        """Where its training is; None before it has begun and after its end."""
         try:
             return JobProgress(**json.loads(self.progress.read_text()))
         except FileNotFoundError:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 # No numpy here: `_begin` is to be done before it is imported.
 
-Job = TypeVar("Job")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MOST = 512  # processes, whatever is asked for
@@ -48,7 +48,7 @@ def worker_count(wanted: int | None, units: int, units_per_start: int) -> int:
 
 
 def run_parallel(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
+    function: Callable[[Item], Result], jobs: Iterable[Item], workers: int
 ) -> Generator[Result, None, None]:
     """Yields function(job) of every job in the order of completion.
 
@@ -108,7 +108,9 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(cancel_futures=True)
 
-    def submit(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> set[Future[Result]]:
+    def submit(
+        self, function: Callable[[Item], Result], jobs: Iterable[Item]
+    ) -> set[Future[Result]]:
         """Gives jobs to the processes; starts as many of these as are needed."""
         with _signals_held(), _empty_main():
             return {self._executor.submit(function, job) for job in jobs}

@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Row:
+class RatioRow:
     """A line of the table: both sides in items per second, and ours / plain over the rounds."""
 
     ours: float | None  # medians; None where the row is a mean of other rows' ratios
@@ -64,7 +64,7 @@ class Row:
 class PartResult:
     """Rows by what they compare, and sentences that stand below the table."""
 
-    rows: dict[str, Row]
+    rows: dict[str, RatioRow]
     notes: Sequence[str] = ()
 
 
@@ -82,25 +82,25 @@ def alternate(sides: dict[str, Rate], rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def compare_rates(ours: Sequence[float], plain: Sequence[float]) -> Row:
+def compare_rates(ours: Sequence[float], plain: Sequence[float]) -> RatioRow:
     """The row of two sides' rates, round by round."""
     # The ratio of two rates of one round, and not of two medians: a machine that slows down for a
     # round slows both.
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     middle = statistics.median
-    return Row(middle(ours), middle(plain), middle(ratios), min(ratios), max(ratios))
+    return RatioRow(middle(ours), middle(plain), middle(ratios), min(ratios), max(ratios))
 
 
-def compare(ours: Rate, plain: Rate, rounds: int) -> Row:
+def compare(ours: Rate, plain: Rate, rounds: int) -> RatioRow:
     """Times two functions alternately; see `compare_rates`."""
     rates = alternate({"ours": ours, "plain": plain}, rounds)
     return compare_rates(rates["ours"], rates["plain"])
 
 
-def geometric_mean(rows: Sequence[Row]) -> Row:
+def geometric_mean(rows: Sequence[RatioRow]) -> RatioRow:
     """The mean of ratios, and the smallest and largest of their medians; no rates of its own."""
     ratios = [row.ratio for row in rows]
-    return Row(None, None, statistics.geometric_mean(ratios), min(ratios), max(ratios))
+    return RatioRow(None, None, statistics.geometric_mean(ratios), min(ratios), max(ratios))
 
 
 def compose_job(model: str, size: int, folder: Path, *overrides: str) -> Config:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ich.base.memory import keep_memory
 from ich.benchmarks.inputs import bench_input, bench_prepare
 from ich.benchmarks.jobs import bench_memory, bench_start
-from ich.benchmarks.measure import Part, PartResult, Row, Settings
+from ich.benchmarks.measure import Part, PartResult, RatioRow, Settings
 from ich.benchmarks.predictions import bench_intervals, bench_predict
 from ich.benchmarks.steps import bench_step, bench_sweep
 from ich.data.phantom.files import write_phantom
@@ -30,7 +30,7 @@ PARTS: dict[str, Part] = {
 
 def measure_parts(names: Collection[str], settings: Settings) -> PartResult:
     """Measures them on a phantom made for it; each ratio is on stderr as soon as it is known."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, RatioRow] = {}
     notes: list[str] = []
     keep_memory()  # as every training does
     with tempfile.TemporaryDirectory() as temporary:

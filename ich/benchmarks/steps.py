@@ -17,7 +17,7 @@ from ich.benchmarks.inputs import phantom_files
 from ich.benchmarks.measure import (
     REPORT,
     PartResult,
-    Row,
+    RatioRow,
     Settings,
     alternate,
     compare_rates,
@@ -50,7 +50,7 @@ class _TimedStep:
     gmacs: float  # multiply-adds that the step takes for an image, in 1e9
     rates: dict[str, list[float]]  # images per second by side, and GMAC/s of `product`; by round
 
-    def compare(self, ours: str, plain: str) -> Row:
+    def compare(self, ours: str, plain: str) -> RatioRow:
         return compare_rates(self.rates[ours], self.rates[plain])
 
     @property
@@ -97,7 +97,7 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     return _TimedStep(f"{model}, {size} px", mode, gmacs, alternate(sides, settings.rounds))
 
 
-def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, Row]:
+def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, RatioRow]:
     """All networks against float32 NCHW, then all with their data, ..., then the means."""
     faster, fed, graph, roof = {}, {}, {}, {}
     for step in steps:

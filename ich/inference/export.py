@@ -118,6 +118,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
 
 
 def input_text(kind: str, side: int) -> str:
+    """What an exported file takes and gives, in a sentence. side: of its slices, pixels."""
     if kind == "safetensors":
         return f"The file {FORMATS[kind]} holds weights and metadata, for ich itself to read."
     return (
@@ -189,6 +190,7 @@ def made_up_slices(side: int) -> np.ndarray:
 
 
 def check_size(size: int, metadata: Metadata) -> None:
+    """Raises UserError if a network cannot take slices of `size` pixels a side."""
     # From smaller slices the network would see less than it was trained on.
     if not metadata.cache_size <= size <= MAX_SIDE:
         raise UserError(

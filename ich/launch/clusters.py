@@ -33,6 +33,7 @@ from ich.launch.jobs import VISIBLE, Slot, thread_limit, write_lost
 from ich.launch.launcher import SweepLauncher, check_range
 from ich.launch.remote import Follower, ending_jobs
 from ich.launch.steps import prepare, train
+from ich.tracking.store import one_line
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class PlacedJob:
     def __call__(self) -> float | None:
         """Trains; returns the monitored metric, None if the job did not finish."""
         os.chdir(self.folder)
+        # What Slurm did give a job is truer than what was asked for.
+        given = thread_limit(os.environ.get("SLURM_CPUS_PER_TASK"))
         # Silent: the launching terminal follows what the training writes into the sweep's folder.
         with Board([], Console(quiet=True)) as board:
-            return train(self.config, board, Slot(environment=self.environment))
+            return train(self.config, board, Slot(environment=self.environment | given))
 
     def checkpoint(self) -> object:
         """submitit's hook: what a Slurm job that is preempted or out of time does when it is
@@ -111,14 +114,15 @@ class ClusterLauncher(SweepLauncher):
         with without_traceback():
             self.check()
         sweep = prepare(configs)
-        # These are left in reverse. When an exception ends the launch, the engine first takes back
-        # what waits; then running jobs are ended; then the follower shows the last news of them.
+        # These are left in reverse. When an exception ends the launch, running jobs are first asked
+        # to end, and have time for a checkpoint; then the engine takes back what still waits, and
+        # the follower shows the last news.
         with without_traceback(), ExitStack() as stack:
             board = stack.enter_context(Board(sweep.read_record().jobs))
             follower = Follower(configs, sweep, board)
             stack.enter_context(follower.following())
-            stack.enter_context(ending_jobs([sweep.run(c.job) for c in configs], sweep))
             waits = stack.enter_context(self.submitted(calls))
+            stack.enter_context(ending_jobs([sweep.run(c.job) for c in configs], sweep))
             # All of them now: the engine tells nobody here when it starts one.
             for job in jobs:
                 self.on_start(job)
@@ -133,11 +137,9 @@ def _score_of(config: Config, wait: Wait, sweep: SweepPaths, follower: Follower)
     try:
         return wait()
     except LostJobError as error:
-        # A process can be lost after its training has written a result, which then counts.
-        if not follower.has_result(config):
-            record, run = sweep.read_record(), sweep.run(config.job)
-            origin = record.origins[config.job]
-            write_lost(config, run, origin, record.mlflow_run, str(error))
+        record, run = sweep.read_record(), sweep.run(config.job)
+        origin, parent = record.origins[config.job], record.mlflow_run
+        write_lost(config, run, origin, parent, str(error), lambda: follower.has_result(config))
         return None
 
 
@@ -169,7 +171,7 @@ class RayLauncher(ClusterLauncher):
             decorate = ray.remote(**self.remote) if self.remote else ray.remote
             self.function = decorate(_call)
         except (ValueError, TypeError) as error:
-            raise UserError(f"hydra.launcher.ray.remote: {_in_a_line(error)}") from None
+            raise UserError(f"hydra.launcher.ray.remote: {one_line(error)}") from None
 
     @contextlib.contextmanager
     def submitted(self, calls: Sequence[PlacedJob]) -> Iterator[list[Wait]]:
@@ -193,7 +195,7 @@ class RayLauncher(ClusterLauncher):
             code = 128 + signal.SIGTERM if end.code == signal.SIGTERM else end.code
             raise SystemExit(code) from None
         except (ValueError, TypeError, RuntimeError, ConnectionError) as error:
-            raise UserError(f"Ray did not start: {_in_a_line(error)}") from None
+            raise UserError(f"Ray did not start: {one_line(error)}") from None
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)
 
@@ -209,7 +211,7 @@ def _wait_for_ray(future: Any) -> float | None:
         score: float | None = future.result()
     # First, for it is a RayError too: the process lived, and raised.
     except RayTaskError as error:
-        cause = f"{type(error.cause).__name__}: {_in_a_line(error.cause)}"
+        cause = f"{type(error.cause).__name__}: {one_line(error.cause)}"
         raise LostJobError(f"its process failed ({cause})") from error
     except RayError as error:
         raise LostJobError(f"its process was lost ({type(error).__name__} of Ray)") from error
@@ -282,7 +284,7 @@ class SlurmLauncher(ClusterLauncher):
             )
         # submitit's errors for a value of a wrong type and for a name it does not know.
         except (AssertionError, NameError) as error:
-            raise UserError(f"hydra.launcher: {_in_a_line(error)}") from None
+            raise UserError(f"hydra.launcher: {one_line(error)}") from None
         return executor
 
     def _submit(self, calls: Sequence[PlacedJob]) -> list[Any]:
@@ -293,7 +295,7 @@ class SlurmLauncher(ClusterLauncher):
         # As on a machine without Slurm.
         except RuntimeError as error:
             engine = "Slurm" if self.cluster == "slurm" else "submitit"
-            raise UserError(f"{engine} did not take the jobs: {_in_a_line(error)}") from None
+            raise UserError(f"{engine} did not take the jobs: {one_line(error)}") from None
 
     @contextlib.contextmanager
     def submitted(self, calls: Sequence[PlacedJob]) -> Iterator[list[Wait]]:
@@ -311,13 +313,20 @@ class SlurmLauncher(ClusterLauncher):
 
 
 def _wait_for_submitit(job: Any) -> float | None:
+    from submitit.core.utils import FailedJobError
+
     # Waits until the job has ended, and gives None for one that returned.
-    if job.exception():
-        state, log = job.state, job.paths.stderr
-        raise LostJobError(f"its process was lost (state {state}); see {log}")
+    error, log = job.exception(), job.paths.stderr
+    if isinstance(error, FailedJobError):  # its process lived, and raised
+        raise LostJobError(f"its process failed ({_last_of_trace(str(error))}); see {log}")
+    if error:
+        raise LostJobError(f"its process was lost (state {job.state}); see {log}")
     score: float | None = job.result()
     return score
 
 
-def _in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _last_of_trace(text: str) -> str:
+    """What was raised, of submitit's text: a traceback between two ruled lines, and where its logs
+    are."""
+    trace = text.split("\n----------------------\n")[1:2] or [text]
+    return one_line(trace[0].strip().splitlines()[-1])

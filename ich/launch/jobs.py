@@ -291,15 +291,30 @@ def _write_failure(config: Config, run: RunPaths, parent: str | None, reason: st
 
 
 def write_lost(
-    config: Config, run: RunPaths, origin: Origin, parent: str | None, reason: str
+    config: Config,
+    run: RunPaths,
+    origin: Origin,
+    parent: str | None,
+    reason: str,
+    has_result: Callable[[], bool],
 ) -> None:
-    """The result of a job whose supervisor was lost, once its training has ended."""
+    """The result of a job whose supervisor was lost, once its training has ended.
+
+    Args:
+        config: the job.
+        run: its folder.
+        origin: what it is made from.
+        parent: the sweep's MLflow run.
+        reason: what became of the supervisor.
+        has_result: whether the training wrote a result in this launch, which then counts.
+    """
     run.root.mkdir(parents=True, exist_ok=True)
     # A training ends soon after its supervisor, for it watches that process. One that goes on for
     # all that still holds the folder, and will write a result of its own.
     with contextlib.suppress(BlockingIOError), lock_run(run, 2 * GRACE_SECONDS):
         state = run.state(config, origin)
-        if state is State.done:  # before this launch, or by a training that outlived its supervisor
+        # Asked once the folder is ours: an orphaned training writes its result as it ends.
+        if state is State.done or has_result():
             return
         if state is State.new and run.result.exists():  # of another run: the job never began
             _prepare_folder(config, run, origin, state)

@@ -31,7 +31,7 @@ from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_dataclass
 from ich.base.files import write_json
 from ich.base.naming import identity
-from ich.base.processes import lock_run
+from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run
 from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenance, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console
@@ -43,7 +43,6 @@ from ich.launch.preflight import check_weights, weights_digest
 from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe
 
 TOLERANCE = 1e-3
-_EARLIER_PROCESS_SECONDS = 30  # the training of a killed rerun may need some to end
 _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.different: "red"}
 
 
@@ -303,7 +302,7 @@ def train_again(original: Original, now: Provenance) -> RunResult:
             stack.enter_context(lock_run(RunPaths(original.sweep.reruns), 0))
             # Of a rerun whose supervisor was killed, the training itself may still be ending. Its
             # lock is given back at once: the training that is started below takes it.
-            with lock_run(run, _EARLIER_PROCESS_SECONDS):
+            with lock_run(run, EARLIER_PROCESS_SECONDS):
                 pass
         except BlockingIOError:
             raise UserError(

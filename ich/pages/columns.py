@@ -28,7 +28,9 @@ from ich.scoring.predictions import Predictions
 INDISTINGUISHABLE = "\u2248"
 
 RowValues = Mapping[str, object]  # per column
-Source = Callable[[Run, SettingResult | None], object]  # of a job, and of the setting it belongs to
+CellValue = Callable[
+    [Run, SettingResult | None], object
+]  # of a job, and of the setting it belongs to
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Column:
     """
 
     name: str
-    source: Source
+    source: CellValue
     shown: Shown | None = None
     over_seeds: Literal["mean", "same", "nothing"] = "mean"
     better: Literal["higher", "lower"] | None = None
@@ -69,24 +71,24 @@ class Column:
 # --- Where values come from, and how they look ---------------------------------------------------
 
 
-def _fit(value: Callable[[FitResult], object]) -> Source:
+def _fit(value: Callable[[FitResult], object]) -> CellValue:
     return lambda run, _: value(run.result.fit) if run.result.fit else None
 
 
-def _scored(metric: str) -> Source:
+def _scored(metric: str) -> CellValue:
     return _fit(lambda f: f.scores.get(metric))
 
 
-def _leak(kind: str) -> Source:
+def _leak(kind: str) -> CellValue:
     return _fit(lambda f: f.cohort.leak.get(kind))
 
 
-def _report(position: int) -> Source:
+def _report(position: int) -> CellValue:
     """The report's own number for a network, of its Table 2."""
     return lambda run, _: REPORT_TABLE_2.get(run.model, (None, None))[position]
 
 
-def _predicted(value: Callable[[Run, Predictions], object]) -> Source:
+def _predicted(value: Callable[[Run, Predictions], object]) -> CellValue:
     return lambda run, _: value(run, run.predictions) if run.predictions else None
 
 
@@ -101,7 +103,7 @@ def _log_loss(run: Run, setting: SettingResult | None) -> object:
     return _scored("log_loss")(run, setting)
 
 
-def _setting(value: Callable[[SettingResult], object]) -> Source:
+def _setting(value: Callable[[SettingResult], object]) -> CellValue:
     return lambda _, setting: value(setting) if setting else None
 
 
@@ -111,7 +113,7 @@ def _intervals(metric: str) -> Iterator[Column]:
     yield Column(f"{metric}_low", _setting(lambda s: s.interval(metric).low), shown)
     yield Column(f"{metric}_high", _setting(lambda s: s.interval(metric).high))
 
-    def difference(limit: str) -> Source:
+    def difference(limit: str) -> CellValue:
         return _setting(lambda s: getattr(s.difference_from_best.get(metric), limit, None))
 
     yield Column(f"{metric}_minus_best_low", difference("low"))

@@ -231,22 +231,22 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-Points = tuple[np.ndarray, np.ndarray]
+CurvePoints = tuple[np.ndarray, np.ndarray]
 
 
-def _ranked(score: np.ndarray, target: np.ndarray) -> Points:
+def _ranked(score: np.ndarray, target: np.ndarray) -> CurvePoints:
     """Positives and negatives at or above each rank, from the highest score on."""
     # By rank, not by threshold: within equal scores, a curve follows the order of the rows.
     positive = target[np.argsort(-score, kind="stable")] > 0.5
     return np.append(0, np.cumsum(positive)), np.append(0, np.cumsum(~positive))
 
 
-def _roc_points(score: np.ndarray, target: np.ndarray) -> Points:
+def _roc_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
     hits, misses = _ranked(score, target)
     return misses / misses[-1], hits / hits[-1]
 
 
-def _precision_recall_points(score: np.ndarray, target: np.ndarray) -> Points:
+def _precision_recall_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
     # Without the first point: above the highest score nothing is called, and precision is 0 / 0.
     hits, misses = _ranked(score, target)
     return hits[1:] / hits[-1], hits[1:] / (hits[1:] + misses[1:])
@@ -268,7 +268,7 @@ def _precision_recall(comparison: Comparison) -> Any:
 
 def _curves(
     comparison: Comparison,
-    points: Callable[[np.ndarray, np.ndarray], Points],
+    points: Callable[[np.ndarray, np.ndarray], CurvePoints],
     draw_chance: Callable[[Any, np.ndarray], None],
     xlabel: str,
     ylabel: str,
@@ -297,8 +297,8 @@ def _curves(
 
 
 def _curve(
-    setting: SettingResult, label: str, points: Callable[[np.ndarray, np.ndarray], Points]
-) -> Points | None:
+    setting: SettingResult, label: str, points: Callable[[np.ndarray, np.ndarray], CurvePoints]
+) -> CurvePoints | None:
     """None where a setting lacks the label, one of its classes, or a finite logit of any row."""
     scored = setting.predictions.scored
     if label not in scored.labels:

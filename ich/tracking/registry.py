@@ -6,6 +6,7 @@ say, and `Registration.describe` tells it.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -46,7 +47,11 @@ class VersionTags:
         """Of a version that whoever made it by hand may have given none of these."""
         sweep, job, rows = (str(tags.get(f"ich.{key}")) for key in ("sweep", "job", "rows"))
         # An unknown score is never reached: only a person takes the alias from that version.
-        return VersionTags(sweep, job, rows, float(tags.get("ich.auc", "inf")))
+        try:
+            auc = float(tags["ich.auc"])
+        except (KeyError, ValueError):
+            auc = math.inf
+        return VersionTags(sweep, job, rows, auc)
 
     def write(self) -> dict[str, str]:
         auc = f"{self.auc:.6f}"

@@ -178,7 +178,7 @@ class MlflowStore:
             self.end(run.info.run_id, status)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException | str) -> str:
     """What an error says, short enough for a warning: MLflow's go on for pages."""
     return " ".join(str(error).split())[:300]
 

@@ -15,7 +15,7 @@ import torch
 
 from ich.base.config import Config, UserError, load_config
 from ich.base.memory import keep_memory
-from ich.base.processes import lock_run, watch_supervisor
+from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run, watch_supervisor
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, JobProgress, RunResult
 from ich.base.results import RunPaths
 from ich.tracking.journal import Journal
@@ -25,7 +25,6 @@ from ich.training.fit import Terminated, fit
 from ich.training.trainer import StepCallback
 
 log = logging.getLogger("ich.train")
-_EARLIER_PROCESS_SECONDS = 30  # what the last process of a killed sweep may need to end
 # What an ended training waits for MLflow; after SIGTERM, SIGKILL follows in GRACE_SECONDS.
 _MIRROR_SECONDS, _MIRROR_SECONDS_KILLED = 60, 4
 
@@ -87,7 +86,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     # A stack, so that only taking the lock is tried, and not the training under it.
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock_run(run, _EARLIER_PROCESS_SECONDS))
+            stack.enter_context(lock_run(run, EARLIER_PROCESS_SECONDS))
         except BlockingIOError:
             log.error("another process trains in this folder, and did not end")
             return 1

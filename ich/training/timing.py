@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from ich.base.config import Config, Device, Precision, to_dataclass, to_dict
+from ich.base.config import Config, Precision, to_dataclass, to_dict
 from ich.base.memory import keep_memory
 from ich.base.provenance import processor
 from ich.base.records import CohortSummary, ComputeMode
@@ -60,7 +60,11 @@ def select_mode(config: Config, recorded: ComputeMode | None) -> ComputeMode:
         config: the job.
         recorded: what was chosen for it; used if it was timed on a processor like this one.
     """
-    here = processor(config.train.device is not Device.cpu)
+    # Imported here: torch takes seconds, which a launch with nothing to time need not wait for.
+    from ich.training.devices import pick_device
+
+    # Of the device it computes on: a GPU that is hidden from this process does not count.
+    here = processor(pick_device(config.train.device).type == "cuda")
     if config.train.precision is not Precision.auto:
         return ComputeMode(config.train.precision.value, CHANNELS_LAST, here)
     # On a cluster of unlike machines, a job may start on another processor than was timed.
@@ -75,7 +79,6 @@ def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str
 
     The steps are real ones, on made-up slices and random weights; the first is not counted.
     """
-    # Imported here: torch takes seconds, which a launch with nothing to time need not wait for.
     from ich.training.devices import pick_device
     from ich.training.trainer import Trainer
 

@@ -83,7 +83,7 @@ def test_a_job_that_cannot_begin_is_lost_with_its_reason(
     call = PlacedJob(composed(), str(tmp_path / "elsewhere"), {})
     with launcher.submitted([call]) as waits, pytest.raises(LostJobError) as raised:
         waits[0]()
-    assert "its process was lost (state FINISHED); see " in str(raised.value)
+    assert "its process failed (FileNotFoundError: " in str(raised.value)
     log = Path(str(raised.value).split("see ")[1])
     assert "elsewhere" in log.read_text()
 
@@ -96,8 +96,20 @@ def test_a_lost_process_does_not_undo_a_finished_run(
     run.write_result(RunResult("finished"))
     before = run.result.read_text()
     monkeypatch.setattr(RunPaths, "state", lambda *_: State.done)
-    write_lost(composed(), run, Origin(), None, "its process was lost")
+    write_lost(composed(), run, Origin(), None, "its process was lost", lambda: False)
     assert run.result.read_text() == before
+
+
+def test_what_an_orphaned_training_wrote_counts(
+    tmp_path: Path, composed: Callable[..., Config]
+) -> None:
+    run = RunPaths(tmp_path / "job")
+    run.root.mkdir()
+    run.write_result(RunResult("killed", "ended by SIGTERM or an interrupt"))
+    write_lost(composed("tracking=none"), run, Origin(), None, "its process was lost", lambda: True)
+    assert run.read_result().status == "killed"
+    write_lost(composed("tracking=none"), run, Origin(), None, "it was lost", lambda: False)
+    assert (run.read_result().status, run.read_result().reason) == ("failed", "it was lost")
 
 
 # Launchers that are not ours

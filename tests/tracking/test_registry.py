@@ -30,6 +30,7 @@ def test_the_alias_best_moves_to_what_is_no_worse_on_the_same_rows(
 
 def test_a_version_without_tags_is_not_taken_for_a_worse_one() -> None:
     unknown = VersionTags.read({})
+    assert VersionTags.read({"ich.auc": "n/a"}) == unknown
     assert decide_alias(PRESENT, unknown, promote=False) is AliasMove.incomparable
     assert VersionTags.read(PRESENT.write()) == PRESENT
 

@@ -97,6 +97,7 @@ class PhantomSlice:
 
 
 def require_int(name: str, value: object, least: int, most: int) -> None:
+    """Raises ValueError, naming the parameter and what is allowed, unless it is in the range."""
     # bool is an int to Python: seed=True would be seed=1
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}.")
