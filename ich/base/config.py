@@ -389,8 +389,8 @@ class EvaluateConfig:
     threshold: str | None = None
     name: str | None = None
     output: str = MISSING
-    resamples: int = MISSING
-    batch_size: int = MISSING
+    resamples: int = field(default=MISSING, metadata=number("0 (no intervals) or more", at_least=0))
+    batch_size: int = field(default=MISSING, metadata=AT_LEAST_1)
     device: Device = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)

@@ -45,24 +45,18 @@ from ich.training.devices import pick_device
 
 
 def validate(config: EvaluateConfig) -> None:
-    """Checks every range.
+    """Checks every range, and what only a prediction knows: how it averages, and its folder's name.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
-    # Ranges of what commands share; the rest is known here.
     validate_ranges(config)
     if not config.models:
         raise UserError(
             "models is empty. Give at least one, as models=multirun_reports/demo/vgg16."
         )
-    for key, ok, allowed in (
-        ("tta", config.tta in TTA, f"one of {', '.join(TTA)}"),
-        ("resamples", config.resamples >= 0, "0 (no intervals) or more"),
-        ("batch_size", config.batch_size >= 1, "at least 1"),
-    ):
-        if not ok:
-            raise UserError(f"{key} is {getattr(config, key)!r}, but must be {allowed}.")
+    if config.tta not in TTA:
+        raise UserError(f"tta is {config.tta!r}, but must be one of {', '.join(TTA)}.")
     if not config.name:
         return
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]*", config.name):
