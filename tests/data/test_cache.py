@@ -250,7 +250,7 @@ def test_a_process_whose_build_is_gone_writes_nothing(phantom: Path, tmp_path: P
     target.write_bytes(b"")
     (location,) = SliceStore(phantom).locate([images_of(SliceStore(phantom))["path"].iloc[0]])
     with pytest.raises(RuntimeError, match="the build was ended"):
-        decode_to_cache(DecodeRequest(phantom, [location], [0], str(target), SIZE, builder=1))
+        decode_to_cache(DecodeRequest(phantom, [location], [0], str(target), SIZE, builder=-1))
     assert target.read_bytes() == b""
 
 
