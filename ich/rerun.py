@@ -1,20 +1,6 @@
 """Repeats a finished run from its record: `python -m ich.rerun multirun_reports/<name>/<job>`.
 
-Method. The run's own config, with as many CPU threads as it had, is trained again in
-`multirun_reports/<name>/reruns/<job>/`, without MLflow; then the two are compared
-(`ich.scoring.verdict`). Refused is what could not be the same training: other data, other initial
-weights. Other code, packages or hardware are said before it starts, with the commands that bring
-the code back.
-
-The verdict is "identical", "within tolerance" or "different", and then where. On the CPU, with the
-same code, packages, number of threads and kind of processor, a repeated run is identical. On a GPU
-sums are not always taken in the same order, and a repeated run may be no more than similar.
-
-The tolerance is absolute, for every metric, loss and probability. Its default, 0.001, is below what
-the choice of validation rows alone does to a score: the standard error of an accuracy of 0.97 on
-the report's 11,623 rows is 0.0016. Accuracy and AUC have steps, though: with few rows, one
-probability that crosses 0.5, by however little, moves the accuracy by more than 0.001, and the runs
-are called different; --tolerance sets another bound.
+The method, the verdicts and the tolerance stand in `ich.launch.rerun`.
 """
 
 from __future__ import annotations
