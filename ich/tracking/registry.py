@@ -102,7 +102,8 @@ def decide_alias(new: VersionTags, present: VersionTags | None, promote: bool) -
         return AliasMove.moved
     if new.rows != present.rows:
         return AliasMove.incomparable
-    return AliasMove.moved if new.auc >= present.auc else AliasMove.lower
+    # As it is written down: else a run registered again may be lower than itself, rounded up.
+    return AliasMove.moved if round(new.auc, 6) >= present.auc else AliasMove.lower
 
 
 @dataclass(frozen=True)

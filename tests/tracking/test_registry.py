@@ -28,6 +28,13 @@ def test_the_alias_best_moves_to_what_is_no_worse_on_the_same_rows(
     assert decide_alias(new, None, promote) is AliasMove.moved
 
 
+def test_a_run_registered_again_is_no_lower_than_itself() -> None:
+    run = VersionTags("demo", "vgg16", "a1b2", 0.8460456007470429)  # written down as 0.846046
+    present = VersionTags.read(run.write())
+    assert present.auc > run.auc
+    assert decide_alias(run, present, promote=False) is AliasMove.moved
+
+
 def test_a_version_without_tags_is_not_taken_for_a_worse_one() -> None:
     unknown = VersionTags.read({})
     assert VersionTags.read({"ich.auc": "n/a"}) == unknown
