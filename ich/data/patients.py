@@ -31,6 +31,7 @@ from ich.data.store import Location, SliceStore, Unreadable, read_bytes
 
 _CHUNK = 256  # headers a worker reads at a time
 _HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
+_KEY_BYTES = 32  # of the secret: as many as SHA-256 gives (RFC 2104, section 3)
 _HEAD = 16 << 10  # bytes: a header without private groups has 1 to 4 KB, with them up to 100
 
 KEYS = ["patient", "study"]
@@ -44,7 +45,11 @@ class Pseudonyms:
 
     @staticmethod
     def beside(folder: Path) -> Pseudonyms:
-        """The secret of a cache folder, made on first use with mode 0600."""
+        """The secret of a cache folder, made on first use with mode 0600.
+
+        Raises:
+            UserError: it was cut short.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / ".pseudonym-key"
         with lock(folder / ".pseudonym-key.lock"):
@@ -54,17 +59,36 @@ class Pseudonyms:
                 # With its mode from the start: nobody else can read it for a moment.
                 handle = os.open(part, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
                 with os.fdopen(handle, "wb") as file:
-                    file.write(secrets.token_bytes(32))
+                    file.write(secrets.token_bytes(_KEY_BYTES))
+                    file.flush()
+                    # A power cut must not leave an empty key, which anybody could try names with.
+                    os.fsync(file.fileno())
                 part.rename(path)
-        return Pseudonyms(path.read_bytes())
+        return Pseudonyms._read(path)
 
     @staticmethod
     def existing(folder: Path) -> Pseudonyms | None:
-        """The secret of a cache folder, if it has one that can be read."""
+        """The secret of a cache folder, if it has one that can be read.
+
+        Raises:
+            UserError: it was cut short.
+        """
         try:
-            return Pseudonyms((folder / ".pseudonym-key").read_bytes())
+            return Pseudonyms._read(folder / ".pseudonym-key")
         except OSError:
             return None
+
+    @staticmethod
+    def _read(path: Path) -> Pseudonyms:
+        secret = path.read_bytes()
+        if len(secret) < _KEY_BYTES:
+            raise UserError(
+                f"the key of the pseudonyms, {path}, has {len(secret)} bytes, but must have "
+                f"{_KEY_BYTES}: it was cut short, and its pseudonyms could be guessed. Put back a "
+                f"whole copy, or remove it to have a new one made; patients then get other "
+                f"pseudonyms."
+            )
+        return Pseudonyms(secret)
 
     def key(self, kind: str, identifier: str) -> str:
         """16 hexadecimal digits; empty for an empty identifier."""

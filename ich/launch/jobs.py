@@ -261,7 +261,9 @@ def describe_exit(code: int) -> str:
     """An exit code or signal in words."""
     if code >= 0:
         return f"exited with code {code} without a result"
-    name = signal.Signals(-code).name
+    # Of the real-time signals only the first and the last have names.
+    known = -code in {int(s) for s in signal.Signals}
+    name = signal.Signals(-code).name if known else f"signal {-code}"
     # The kernel's out-of-memory killer sends it, and says so in the system's log alone.
     hint = " (out of memory?)" if name == "SIGKILL" else ""
     return f"ended by {name}{hint}"

@@ -37,6 +37,16 @@ def test_the_secret_is_made_once_and_its_owners_alone(tmp_path: Path) -> None:
     assert first.key("patient", "ID_1") != other.key("patient", "ID_1")
 
 
+@pytest.mark.parametrize("read", [Pseudonyms.beside, Pseudonyms.existing])
+@pytest.mark.parametrize("length", [0, 31])
+def test_a_key_that_was_cut_short_is_refused(
+    tmp_path: Path, read: Callable[[Path], object], length: int
+) -> None:
+    (tmp_path / ".pseudonym-key").write_bytes(b"k" * length)
+    with pytest.raises(UserError, match=rf"has {length} bytes, but must have 32: .* remove it"):
+        read(tmp_path)
+
+
 def test_keys_tell_apart_and_name_nobody(pseudonyms: Pseudonyms) -> None:
     assert pseudonyms.key("patient", "DOE") == pseudonyms.key("patient", " DOE ")
     assert len({pseudonyms.key(k, v) for k in ("patient", "study") for v in ("a", "b")}) == 4

@@ -159,6 +159,7 @@ def test_a_hanging_job_is_ended_at_its_time_limit(tmp_path: Path) -> None:
     with pytest.raises(JobTimeoutError, match="exceeded its time limit of 0.02 minutes"):
         supervise(command, RunPaths(tmp_path), 0.02, quiet, *PLACE)
     assert describe_exit(-15) == "ended by SIGTERM"
+    assert describe_exit(-40) == "ended by signal 40"
 
 
 def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
