@@ -133,6 +133,20 @@ def test_a_sweep_over_settings_says_what_each_is_worth(tmp_path: Path, composed:
     assert found[("model", "vgg16")].pairs == 3
 
 
+def test_a_reason_with_brackets_is_shown_whole(
+    tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = write_sweep(
+        tmp_path / "[red]s", {"vgg16": 1.0, "xception": 1.0}, composed, None, ["vgg16"]
+    )
+    run = sweep.run("vgg16")
+    run.write_result(replace(run.read_result(), reason="no [/b] [batch]"))
+    compare(sweep, resamples=0, page=False)
+    printed = capsys.readouterr().out
+    assert "failed: no [/b] [batch]" in printed
+    assert printed.count("[red]s") >= 3  # its name, and its folder
+
+
 def test_several_sweeps_make_one_report_and_need_a_folder(
     three: SweepPaths, tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:

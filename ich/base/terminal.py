@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
@@ -86,12 +86,12 @@ class Terminal:
         self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
     ) -> None:
         """Tables, each as headings and rows, and what is to be said about them."""
-        self._line(f"\n[bold]{title}[/bold]")
+        self._line(f"\n[bold]{escape(title)}[/bold]")
         for headings, rows in tables:
             out = Table(box=None, pad_edge=False)
             for n, heading in enumerate(headings):
-                text = n == 0 or heading in _TEXTS
-                out.add_column(heading, justify="left" if text else "right", overflow="fold")
+                side: JustifyMethod = "left" if n == 0 or heading in _TEXTS else "right"
+                out.add_column(escape(heading), justify=side, overflow="fold")
             for row in rows:
                 out.add_row(*map(escape, row))
             self.out.print(out)
@@ -114,8 +114,9 @@ class Terminal:
 
     def prepared(self, cache: Path, slices: int, quarantined: int, report: Path) -> None:
         """Where the decoded slices and the data report are."""
-        self._line(f"\n{slices:,} slices decoded, {quarantined:,} in quarantine: {cache}")
-        self._line(f"data report: {report}")
+        counts = f"{slices:,} slices decoded, {quarantined:,} in quarantine"
+        self._line(f"\n{counts}: {cache}", markup=False)
+        self._line(f"data report: {report}", markup=False)
 
     def opened(self, sweep: SweepPaths, states: Sequence[State], other_code: Sequence[str]) -> None:
         """One line as the jobs of a sweep begin; and which finished runs are of other code."""
@@ -126,7 +127,8 @@ class Terminal:
             State.new: "to run",
         }
         counts = [(states.count(state), word) for state, word in words.items()]
-        self._line(f"{sweep.root}: " + ", ".join(f"{n} {word}" for n, word in counts if n))
+        parts = ", ".join(f"{n} {word}" for n, word in counts if n)
+        self._line(f"{sweep.root}: {parts}", markup=False)
         if other_code:
             shown = ", ".join(other_code[:4]) + (" ..." if len(other_code) > 4 else "")
             self._line(
@@ -171,7 +173,8 @@ class Board:
         row.status, row.began = "running", time.monotonic()
         number = list(self._rows).index(config.job) + 1
         on_slot = f"  on {slot}" if slot else ""
-        self._line(f"[bold]\\[{number}/{len(self._rows)}] {config.job}[/bold]{on_slot}  {run.log}")
+        title = escape(f"[{number}/{len(self._rows)}] {config.job}")
+        self._line(f"[bold]{title}[/bold]{on_slot}  {escape(str(run.log))}")
         shown = len(run.read_metrics())  # of a resumed job, the epochs that were told before
 
         def watch() -> None:
@@ -203,7 +206,7 @@ class Board:
         )
 
     def _line(self, text: str) -> None:
-        self._out.print(text, soft_wrap=True)
+        self._out.print(printable(text), soft_wrap=True)
 
     def _render(self) -> Table:
         rows = sorted(self._rows.values(), key=lambda r: _ORDER.get(r.status, 1))

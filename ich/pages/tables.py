@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -220,17 +221,18 @@ def _escape(text: str) -> str:
 
 
 def _print(folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame) -> None:
-    console.print(f"\n[bold]{name}[/bold]")
+    console.print(f"\n[bold]{escape(name)}[/bold]")
     for text in heading:
         # Wrapped at a terminal alone: in a log, a line is a line.
         console.print(text, markup=False, soft_wrap=not console.is_terminal)
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
         console.print(_LEGEND, markup=False)
-    console.print(f"\nTables, figures, report.html: {folder.root}/")
+    console.print(f"\nTables, figures, report.html: {folder.root}/", markup=False)
     console.print(
         "Next: open report.html; make ui compares the runs in MLflow; "
-        f"python -m ich.report {folder.root} rebuilds this."
+        f"python -m ich.report {folder.root} rebuilds this.",
+        markup=False,
     )
 
 
@@ -255,8 +257,9 @@ def _terminal_table(cells: list[list[str]], shown: Sequence[Shown], dropped: int
     table.add_column("job", no_wrap=True)
     for i in kept:
         # A word per line, for headings are wider than numbers.
-        table.add_column(shown[i].heading.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(escape(shown[i].heading).replace(" ", "\n"), justify="right", no_wrap=True)
     table.add_column("status", overflow="fold", max_width=40)
     for name, *values, status in cells:
-        table.add_row(name, *(values[i] for i in kept), status)
+        # A reason quotes whatever an error said; values have markup of ours.
+        table.add_row(escape(name), *(values[i] for i in kept), escape(status))
     return table
