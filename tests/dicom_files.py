@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -43,3 +45,18 @@ def encoded(d: Dataset, **changes: object) -> bytes:
     out = io.BytesIO()
     d.save_as(out, enforce_file_format=True)
     return out.getvalue()
+
+
+def damage_files(files: Sequence[Path]) -> list[str]:
+    """Breaks files, each in another way than the next: emptied, cut short, HTML, gone. Returns
+    their names without ending, which are image ids."""
+    for n, file in enumerate(files):
+        if n % 4 == 0:
+            file.write_bytes(b"")
+        elif n % 4 == 1:
+            file.write_bytes(file.read_bytes()[:-2000])
+        elif n % 4 == 2:
+            file.write_text("<html>not found</html>")
+        else:
+            file.unlink()
+    return [f.stem for f in files]

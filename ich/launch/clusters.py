@@ -29,7 +29,7 @@ from ich.base.entry import without_traceback
 from ich.base.results import SweepPaths
 from ich.base.terminal import Board
 from ich.launch.composing import ComposedJob
-from ich.launch.jobs import VISIBLE, Slot, thread_limit, write_lost
+from ich.launch.jobs import VISIBLE, Slot, slurm_thread_limit, thread_limit, write_lost
 from ich.launch.launcher import SweepLauncher, check_range
 from ich.launch.remote import Follower, ending_jobs
 from ich.launch.steps import prepare, train
@@ -54,10 +54,10 @@ class PlacedJob:
         """Trains; returns the monitored metric, None if the job did not finish."""
         os.chdir(self.folder)
         # What Slurm did give a job is truer than what was asked for.
-        given = thread_limit(os.environ.get("SLURM_CPUS_PER_TASK"))
+        slot = Slot(environment=self.environment | slurm_thread_limit())
         # Silent: the launching terminal follows what the training writes into the sweep's folder.
         with Board([], Console(quiet=True)) as board:
-            return train(self.config, board, Slot(environment=self.environment | given))
+            return train(self.config, board, slot)
 
     def checkpoint(self) -> object:
         """submitit's hook: what a Slurm job that is preempted or out of time does when it is

@@ -71,6 +71,11 @@ def thread_limit(threads: int | str | None) -> dict[str, str]:
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
 
 
+def slurm_thread_limit() -> dict[str, str]:
+    """The same, for the cores that Slurm gave to this process; empty where there is no Slurm."""
+    return thread_limit(os.environ.get("SLURM_CPUS_PER_TASK"))
+
+
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES."""
     import torch  # takes seconds: only where a job may run on a GPU

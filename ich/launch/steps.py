@@ -19,7 +19,7 @@ from ich.base.records import FAILED, RunResult
 from ich.base.results import State, SweepPaths
 from ich.base.terminal import Board, Terminal
 from ich.launch.composing import register_resolvers
-from ich.launch.jobs import Slot, run_job, thread_limit
+from ich.launch.jobs import Slot, run_job, slurm_thread_limit
 from ich.launch.preflight import open_sweep
 from ich.launch.remote import Interruption
 
@@ -78,7 +78,7 @@ def train(
     # Jobs that waited while another failed or Ctrl-C was pressed return at once.
     if sweep.stopped.exists():
         return None
-    slot = slot or Slot(environment=thread_limit(os.environ.get("SLURM_CPUS_PER_TASK")))
+    slot = slot or Slot(environment=slurm_thread_limit())
     stop = stop or Interruption(sweep)
     origin = record.origins[config.job]
     # Asked now, since afterwards every job that finished is done.

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from dicom_files import damage_files
 from sweeps import alive, wait_for
 
 from ich.base.config import UserError
@@ -463,17 +464,7 @@ def test_the_checksum_tells_every_flipped_bit(length: int) -> None:
 
 def damage(root: Path, every: int) -> list[str]:
     """Breaks some files, each in another way; returns their image ids."""
-    chosen = files_of(root)[::every]
-    for n, file in enumerate(chosen):
-        if n % 4 == 0:
-            file.write_bytes(b"")
-        elif n % 4 == 1:
-            file.write_bytes(file.read_bytes()[:-2000])
-        elif n % 4 == 2:
-            file.write_text("<html>not found</html>")
-        else:
-            file.unlink()
-    return [f.stem for f in chosen]
+    return damage_files(files_of(root)[::every])
 
 
 def test_bad_slices_are_quarantined_with_their_reason(copy: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from dicom_files import damage_files
 
 from ich.base.config import Config, UserError
 from ich.data import cohorts
@@ -22,17 +23,7 @@ def damaged(phantom: Path, folder: Path, share: float) -> tuple[Path, list[str]]
     root = folder / "damaged"
     shutil.copytree(phantom, root)
     files = sorted((root / "stage_2_train").glob("*.dcm"))
-    chosen = files[:: max(1, int(1 / share))]
-    for n, file in enumerate(chosen):
-        if n % 4 == 0:
-            file.write_bytes(b"")
-        elif n % 4 == 1:
-            file.write_bytes(file.read_bytes()[:-2000])
-        elif n % 4 == 2:
-            file.write_text("<html>not found</html>")
-        else:
-            file.unlink()
-    return root, [f.stem for f in chosen]
+    return root, damage_files(files[:: max(1, int(1 / share))])
 
 
 @pytest.mark.parametrize("protocol", ["report", "sound"])
