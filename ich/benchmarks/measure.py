@@ -100,7 +100,10 @@ def compare(ours: Rate, plain: Rate, rounds: int) -> RatioRow:
 def geometric_mean(rows: Sequence[RatioRow]) -> RatioRow:
     """The mean of ratios, and the smallest and largest of their medians; no rates of its own."""
     ratios = [row.ratio for row in rows]
-    return RatioRow(None, None, statistics.geometric_mean(ratios), min(ratios), max(ratios))
+    lowest, highest = min(ratios), max(ratios)
+    # Through the logarithm the mean of one ratio may end a digit beside it, outside its own range.
+    mean = min(max(statistics.geometric_mean(ratios), lowest), highest)
+    return RatioRow(None, None, mean, lowest, highest)
 
 
 def compose_job(model: str, size: int, folder: Path, *overrides: str) -> Config:
