@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-faults check ui report bench clean
+.PHONY: help setup sweep test test-faults check ui report bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -46,6 +46,9 @@ report: $(READY)  ## rebuild a table from its files; ARGS=multirun_reports/demo
 bench: $(READY)  ## measure decoding and training steps against the plain way
 	$(BIN)/python -m ich.bench $(ARGS)
 
+docs: $(READY)  ## docs/ as a site, in site/: opens from a disk, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:  ## remove the environment and build leftovers; never results, data or the MLflow database
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
