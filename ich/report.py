@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ich.base.config import UserError
 from ich.base.results import SweepPaths
+from ich.pages.forest import redraw_forest
 from ich.pages.tables import compare
 from ich.scoring.uncertainty import RESAMPLES
 from ich.tracking.registry import promote
@@ -35,8 +36,18 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="make the best run of this sweep the registered model's alias `best`",
     )
+    parser.add_argument(
+        "--forest",
+        action="store_true",
+        help="draw figures/forest.png and .svg alone, from comparison.csv as it stands: for a "
+        "folder whose predictions are gone",
+    )
     args = parser.parse_args(argv)
     try:
+        if args.forest:
+            for sweep in args.sweeps:
+                print(redraw_forest(SweepPaths(sweep)))
+            return 0
         if args.promote and len(args.sweeps) > 1:
             raise UserError(f"--promote takes one sweep, and {len(args.sweeps)} are given.")
         if args.resamples < 0:

@@ -174,7 +174,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(
     compare(sweep, resamples=200)
     text = sweep.page.read_text()
     assert re.findall("<h2>(.*?)</h2>", text) == [
-        *("What was compared", "Ranking", "What can be told apart", "Every metric"),
+        *("What was compared", "At a glance", "Ranking", "What can be told apart", "Every metric"),
         *("Against the report", "Figures", "Hardest cases", "Not finished", "Configuration"),
         "Provenance",
     ]
@@ -185,7 +185,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(
     assert constant.count(">0.5000<") == 4  # AUC: micro, any, macro, per study
     assert "needs mobilenet_v2" in text  # a finding about a job that failed
     assert "ended by SIGKILL" in text
-    curves = ("learning_curves", "roc", "precision_recall", "calibration", "confusion")
+    curves = ("forest", "learning_curves", "roc", "precision_recall", "calibration", "confusion")
     for stem in (*curves, "auc_by_size", "auc_by_minutes"):
         assert (sweep.figures / f"{stem}.png").stat().st_size > 5_000, stem
         assert (sweep.figures / f"{stem}.svg").read_text().count("<path") > 3, stem

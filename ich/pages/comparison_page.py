@@ -14,7 +14,9 @@ from ich.base.records import Hardware
 from ich.base.results import SweepPaths
 from ich.pages import figures
 from ich.pages.against_report import against_the_report
+from ich.pages.columns import build_table
 from ich.pages.description import METRIC_NAMES, interval_text, without_paths
+from ich.pages.forest import draw_forest
 from ich.pages.hardest_cases import draw_hardest
 from ich.pages.page import Block, Bullets, Link, Section, Table, Text, to_html
 from ich.pages.ranking import ranking
@@ -37,10 +39,14 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
         paths: the folder of the sweep, or of the report on several.
         heading: of `describe`.
     """
+    forest = draw_forest(build_table(comparison), paths.figures)
     pictures = figures.draw_all(comparison, paths.figures)
     # The heading is written for Markdown, whose backticks would show here.
     compared = [text.replace("`", "") for text in heading]
-    sections: list[Section] = [("What was compared", [Bullets(compared)])]
+    sections: list[Section] = [
+        ("What was compared", [Bullets(compared)]),
+        ("At a glance", [forest] if forest else []),
+    ]
     if comparison.settings:
         sections += [
             ("Ranking", ranking(comparison)),

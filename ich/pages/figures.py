@@ -35,7 +35,7 @@ class Plot:
     """A figure of the report: `name` is its files' stem."""
 
     name: str
-    draw: Callable[[Comparison], Any]
+    draw: Callable[[], Any]
     alt: str
     caption: str
 
@@ -53,19 +53,19 @@ def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
     if not comparison.finished:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(plot, comparison, folder) for plot in _wanted(comparison)]
+    return [save_plot(plot, folder) for plot in _wanted(comparison)]
 
 
 def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
     """Of those figures the ones that need nothing but predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [_save(plot, comparison, folder) for plot in _of_predictions(comparison)]
+    return [save_plot(plot, folder) for plot in _of_predictions(comparison)]
 
 
 def _wanted(comparison: Comparison) -> Iterator[Plot]:
     yield Plot(
         "learning_curves",
-        _learning_curves,
+        partial(_learning_curves, comparison),
         "training loss, validation accuracy and validation AUC by epoch",
         "Learning curves. Dotted: always negative.",
     )
@@ -77,7 +77,7 @@ def _wanted(comparison: Comparison) -> Iterator[Plot]:
     ):
         yield Plot(
             name,
-            partial(_cost, key=axis, title=x),
+            partial(_cost, comparison, key=axis, title=x),
             f"AUC against {x}",
             f"AUC (micro) against {x}, with 95 % intervals where they were computed. The line "
             f"joins the Pareto front, where all were scored on the same rows: nothing else is "
@@ -88,7 +88,7 @@ def _wanted(comparison: Comparison) -> Iterator[Plot]:
     if best:
         yield Plot(
             "confusion",
-            lambda _: _confusion(best),
+            partial(_confusion, best),
             "confusion per label at the chosen threshold",
             f"{best.name}: rows and what was said of them, at the threshold with the best F1 on "
             f"validation.",
@@ -99,31 +99,32 @@ def _of_predictions(comparison: Comparison) -> Iterator[Plot]:
     first = _FIRST if any(len(s.runs) > 1 for s in comparison.settings) else ""
     yield Plot(
         "roc",
-        _roc,
+        partial(_roc, comparison),
         "receiver operating characteristic of each label",
         f"Receiver operating characteristic per label.{first}",
     )
     yield Plot(
         "precision_recall",
-        _precision_recall,
+        partial(_precision_recall, comparison),
         "precision against recall of each label",
         f"Precision and recall per label. Dotted: the share of positives, which chance "
         f"reaches.{first}",
     )
     yield Plot(
         "calibration",
-        _calibration,
+        partial(_calibration, comparison),
         "share of positives against predicted probability",
         f"Calibration: in {_BINS} bins of predicted probability, all labels pooled, the share "
         f"that is positive. On the diagonal a probability means what it says.{first}",
     )
 
 
-def _save(plot: Plot, comparison: Comparison, folder: Path) -> Picture:
+def save_plot(plot: Plot, folder: Path) -> Picture:
+    """Writes `<name>.png` and `.svg` into a folder that is there."""
     import matplotlib
 
     def draw() -> Any:
-        figure = plot.draw(comparison)
+        figure = plot.draw()
         # Without a date, so that equal figures are equal files.
         figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
         return figure

@@ -163,11 +163,12 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
             # A report on several sweeps stands in none of their folders: links would lead nowhere.
             lines += [f"[The data: counts, balance, leak, pictures](data-{key}/data_report.html)"]
             lines += [""]
-    # The two figures to look at first; the second is drawn only where there are predictions.
+    # The figures to look at first; the last is drawn only where there are predictions.
     if page and comparison.settings:
         lines += [
             "[Everything else: intervals, curves, calibration, hardest cases](report.html)",
             "",
+            "![AUC with intervals](figures/forest.png)",
             "![learning curves](figures/learning_curves.png)",
             "![AUC by size](figures/auc_by_size.png)",
             "",
