@@ -12,7 +12,8 @@ from ich.data.phantom.rendering import simulate_study
 from ich.data.phantom.spec import SUBTYPES, FloatArray, PhantomSlice, PhantomSpec
 
 FIGURE_PATIENTS = 40  # looked through, at most, for a good example of each subtype
-WINDOWS = (("brain 40/80", 40, 80), ("subdural 80/200", 80, 200), ("soft tissue 40/380", 40, 380))
+# Center and width in HU: brain, subdural, soft tissue.
+WINDOWS = ((40, 80), (80, 200), (40, 380))
 
 
 def _window(hu: npt.NDArray[np.int16], center: float, width: float) -> FloatArray:
@@ -40,34 +41,36 @@ def choose_examples(spec: PhantomSpec) -> dict[str, PhantomSlice]:
 
 
 def draw_figure(spec: PhantomSpec, path: Path) -> None:
-    """Draw examples in the three windows, their RGB composition and the masks."""
+    """Draw examples side by side: in the brain window, as the network's channels, with the masks.
+
+    The channels are the three windows, shown as red, green and blue.
+    """
     # Imported here: most phantoms are written without a figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     examples = choose_examples(spec)
     side = 1.9
-    figure = Figure(figsize=(5 * side + 0.6, len(examples) * side + 0.35), facecolor="black")
+    figure = Figure(figsize=(len(examples) * side + 0.3, 3 * side + 0.3), facecolor="black")
     FigureCanvasAgg(figure)
-    edges = {"left": 0.06, "right": 1, "bottom": 0, "top": 0.97}
+    edges = {"left": 0.025, "right": 1, "bottom": 0, "top": 0.95}
     gaps = {"wspace": 0.02, "hspace": 0.02}
-    grid = figure.subplots(len(examples), 5, squeeze=False, gridspec_kw=edges | gaps)
-    for row, s in zip(grid, examples.values(), strict=True):
-        panels = [_window(s.hu, center, width) for _, center, width in WINDOWS]
-        for axes, panel in zip(row, [*panels, np.dstack(panels), panels[0]], strict=True):
+    grid = figure.subplots(3, len(examples), squeeze=False, gridspec_kw=edges | gaps)
+    for column, s in zip(grid.T, examples.values(), strict=True):
+        windows = [_window(s.hu, center, width) for center, width in WINDOWS]
+        for axes, panel in zip(column, [windows[0], np.dstack(windows), windows[0]], strict=True):
             axes.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="bilinear")
             margin = 0.06 * spec.size  # of air
             limits = (margin, spec.size - margin)
             axes.set(xticks=[], yticks=[], xlim=limits, ylim=limits[::-1])
             axes.spines[:].set_visible(False)
-        _draw_contours(row[-1], s)
-        name = "\n".join(k for k in SUBTYPES if s.labels[k]) or "no hemorrhage"
-        row[0].set_ylabel(name, color="white", fontsize=9)
-    titles = [*(name for name, _, _ in WINDOWS), "the three as RGB", "mask"]
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, color="white", fontsize=9, pad=4)
+        _draw_contours(column[-1], s)
+        name = ", ".join(k for k in SUBTYPES if s.labels[k]) or "no hemorrhage"
+        column[0].set_title(name, color="white", fontsize=9, pad=4)
+    for axes, name in zip(grid[:, 0], ("brain window", "three windows", "bleed"), strict=True):
+        axes.set_ylabel(name, color="white", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=1200 / (5 * side + 0.6), facecolor="black")
+    figure.savefig(path, dpi=1200 / figure.get_figwidth(), facecolor="black")
 
 
 def _draw_contours(axes: Any, s: PhantomSlice) -> None:
