@@ -24,6 +24,7 @@ from ich.base.config import Config, to_yaml
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
 from ich.base.records import FAILED, KILLED, NOT_STARTED, Origin, RunResult
 from ich.base.results import RunPaths, State
+from ich.base.workers import available_cores
 from ich.tracking.mirror import Mirror
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def cpu_slots(jobs: int) -> list[Slot]:
     if jobs == 1:
         return [Slot()]
     # Each training would take all cores: with more threads than cores both are slower than alone.
-    share = thread_limit(max(1, len(os.sched_getaffinity(0)) // jobs))
+    share = thread_limit(max(1, available_cores() // jobs))
     return [Slot(f"CPU {n}", share) for n in range(1, jobs + 1)]
 
 
