@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from ich.base.results import RunPaths
-from ich.training.run import train_run
+from ich.base.memory import importing, leave
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +20,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", help="MLflow run of the sweep")
     parser.add_argument("--watched-by", type=int, help="process without which this one ends")
     args = parser.parse_args(argv)
+    with importing():  # torch: help and a mistake do not wait for it
+        from ich.base.results import RunPaths
+        from ich.training.run import train_run
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     return train_run(RunPaths(args.run_dir), args.parent, args.watched_by)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -32,8 +32,6 @@ from ich.base.progress import StageCallback, stage
 from ich.data.cache_folder import CacheFolder
 from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
 from ich.data.patients import KEYS, Pseudonyms, read_metadata, scan_headers
-from ich.data.phantom.files import ensure_phantom
-from ich.data.phantom.rendering import count_slices
 from ich.data.phantom.spec import PhantomSpec
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.data.store import SliceStore
@@ -66,6 +64,9 @@ def find_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceSto
         return SliceStore.open(cfg.root)
     if cfg.source is not Source.phantom:
         return None
+    # Imported here: a tenth of a second that whoever reads a cache need not wait for.
+    from ich.data.phantom.files import ensure_phantom
+
     folder, progress = phantom_folder(cfg), stage(report, "simulating patients")
     try:
         return SliceStore(ensure_phantom(folder, _phantom_spec(cfg), progress=progress))
@@ -155,7 +156,7 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
     """
     data, store = cfg.data, _existing_store(cfg.data)
     if store is None:
-        return _guess(cfg, count_slices(_phantom_spec(data)))
+        return _guess(cfg, _phantom_slices(data))
     files = CohortFiles(Path(data.cache_dir), _fingerprint(cfg, store))
     if files.facts.exists():
         rows = files.read_columns("image_id", "split")
@@ -188,7 +189,7 @@ def _missing_bytes(cfg: CohortConfig, images: int, store: SliceStore | None) -> 
     size, folder = cfg.data.cache_size, Path(cfg.data.cache_dir)
     # Rows of the same store's other images count as decoded: an estimate, and no journal is read.
     decoded = CacheFolder.of(store, folder, size).count_rows() if store else 0
-    phantom = 0 if store else count_slices(_phantom_spec(cfg.data)) * cfg.data.phantom.size**2
+    phantom = 0 if store else _phantom_slices(cfg.data) * cfg.data.phantom.size**2
     return 2 * (max(0, images - decoded) * size * size + phantom)  # int16
 
 
@@ -330,6 +331,12 @@ def _phantom_spec(cfg: DataConfig) -> PhantomSpec:
         return PhantomSpec(p.patients, p.seed, p.size, p.prevalence)
     except ValueError as error:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
+
+
+def _phantom_slices(cfg: DataConfig) -> int:
+    from ich.data.phantom.rendering import count_slices
+
+    return count_slices(_phantom_spec(cfg))
 
 
 def phantom_folder(cfg: DataConfig) -> Path:

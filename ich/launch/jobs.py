@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from ich.base import provenance
 from ich.base.config import Config, to_yaml
+from ich.base.memory import importing
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
 from ich.base.records import FAILED, KILLED, NOT_STARTED, Origin, RunResult
 from ich.base.results import RunPaths, State
@@ -79,7 +80,8 @@ def slurm_thread_limit() -> dict[str, str]:
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES."""
-    import torch  # takes seconds: only where a job may run on a GPU
+    with importing():  # takes seconds: only where a job may run on a GPU
+        import torch
 
     named = os.environ.get(VISIBLE)
     count = torch.cuda.device_count()

@@ -20,6 +20,7 @@ from typing import IO
 
 from ich.base import provenance
 from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, to_dict
+from ich.base.memory import importing
 from ich.base.progress import StageCallback
 from ich.base.records import Origin, SweepRecord
 from ich.base.results import RunPaths, State, SweepPaths
@@ -109,8 +110,8 @@ def check_weights(configs: Sequence[Config]) -> None:
     """
     if not configs:
         return
-    # Imported here: torch takes seconds, which a typo need not wait for.
-    from ich.training.model import check_architecture, ensure_weights
+    with importing():  # torch takes seconds, which a typo need not wait for
+        from ich.training.model import check_architecture, ensure_weights
 
     # One job for each network and its input: a sweep over seeds would build it for each seed.
     for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():

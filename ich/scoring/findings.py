@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 
+from ich.scoring.metrics import mean_ranks
 from ich.scoring.uncertainty import Interval
 
 # The report's Table 1: top-1 and top-5 accuracy on ImageNet, millions of parameters.
@@ -185,8 +185,9 @@ class Trend:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    # Scores that are all alike have no ranks, and scipy would warn.
-    return float(spearmanr(one, other).statistic) if len(set(other)) > 1 else float("nan")
+    if len(set(other)) == 1:  # scores that are all alike: no correlation, and numpy would warn
+        return float("nan")
+    return float(np.corrcoef(mean_ranks(one), mean_ranks(other))[0, 1])
 
 
 def imagenet_trend(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import rankdata
 
 ANY = "any"  # the RSNA set's name for the label that one of the others is positive
 
@@ -64,8 +63,18 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
         return float("nan")
     # Of the positives' ranks, what they would have among themselves is taken off: left are the
     # pairs in which a positive stands above a negative.
-    rank_sum = float(rankdata(score)[positive].sum())  # ties share their mean rank
+    rank_sum = float(mean_ranks(score)[positive].sum())
     return (rank_sum - p * (p + 1) / 2) / (p * n)
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties sharing their mean rank: float64 [N] of [N].
+
+    scipy's `rankdata` takes three times as long, and half a second to import.
+    """
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = np.cumsum(count) - (count - 1) / 2
+    return ranks[place]
 
 
 def always_negative(target: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
