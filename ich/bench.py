@@ -1,4 +1,4 @@
-"""Speed as ratios measured side by side in one run: `python -m ich.bench`, or `make bench`.
+"""Speed as ratios measured side by side in one run: `ich bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
 minutes, is worth writing down. Eight parts: `prepare` (decoding), `input` (batches for the
@@ -10,17 +10,18 @@ multirun_reports/benchmarks/. Keep the machine otherwise idle.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from ich.benchmarks.measure import MODELS, Settings
-from ich.benchmarks.parts import PARTS, measure_parts
-from ich.benchmarks.report import write_report
+from ich.base.entry import Parser, Status, end_on_signals, exit_status
+from ich.base.memory import importing
+from ich.benchmarks.settings import MODELS, PARTS, Settings
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ich.bench", description=__doc__)
+def parser() -> Parser:
+    """The command's options."""
+    parser = Parser("bench", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--image-size", type=int, nargs="+", default=[96, 224], help="pixels")
     parser.add_argument("--patients", type=int, default=120, help="phantom patients to decode")
@@ -32,15 +33,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints and saves the table."""
+    end_on_signals()
     given = sys.argv[1:] if argv is None else argv
-    args = vars(_parser().parse_args(given))
+    args = vars(parser().parse_args(given))
     parts, out = args.pop("parts"), args.pop("out")
-    path = write_report(measure_parts(parts, Settings(**args)), out, " ".join(given) or "defaults")
+    return exit_status(lambda: _measure(parts, Settings(**args), out, " ".join(given)))
+
+
+def _measure(parts: Sequence[str], settings: Settings, out: Path, given: str) -> int:
+    with importing():  # torch: help and a mistake do not wait for it
+        from ich.benchmarks.parts import measure_parts
+        from ich.benchmarks.report import write_report
+
+    path = write_report(measure_parts(parts, settings), out, given or "defaults")
     print(path.read_text())
     print(f"saved as {path} and {path.with_suffix('.json').name}")
-    return 0
+    return Status.DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained model as one file for other programs: `python -m ich.export --model RUN --format onnx`.
+"""A trained model as one file for other programs: `ich export --model RUN --format onnx`.
 
 HU in, probabilities out: averaging, windows and normalization are inside the graph. The file is
 compared with our own prediction before anything says it is there, and a model card lies beside it.
@@ -6,33 +6,51 @@ compared with our own prediction before anything says it is there, and a model c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ich.base import entry
-from ich.inference.export import FORMATS, ExportOptions, run
-from ich.scoring.uncertainty import RESAMPLES
+from ich.base.config import EXPORTS, RESAMPLES
+from ich.base.entry import Parser, end_on_signals, exit_status
+from ich.base.memory import importing
+
+if TYPE_CHECKING:
+    from ich.inference.export import ExportOptions
 
 
-def parse(argv: Sequence[str] | None = None) -> ExportOptions:
-    """The command line as options; exits as argparse does after a mistake."""
-    parser = argparse.ArgumentParser("python -m ich.export", description=__doc__)
+def parser() -> Parser:
+    """The command's options."""
+    parser = Parser("export", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="a run's folder, an MLflow run id, or models:/ich@ALIAS")
-    add("--format", choices=tuple(FORMATS), required=True)
+    add("--format", choices=tuple(EXPORTS), required=True)
     add("-o", "--out", type=Path, help="a folder; else exports/<run>")
     add("--size", type=int, default=512, help="side of the slices it takes, pixels (512)")
     add("--resamples", type=int, default=RESAMPLES, help="of the card's intervals; 0 for none")
     add("--tracking-uri", help="MLflow's; else the database in this folder")
-    return ExportOptions(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> ExportOptions:
+    """The command line as options; exits as argparse does after a mistake."""
+    given = vars(parser().parse_args(argv))
+    with importing():  # torch: help and a mistake do not wait for it
+        from ich.inference.export import ExportOptions
+
+    return ExportOptions(**given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, 1 after a mistake, 130 or 143 after Ctrl-C or SIGTERM."""
-    options = parse(argv)
-    return entry.exit_status(lambda: run(options))
+    """Exports, checks and says so; the exit status, see `ich.base.entry.Status`."""
+    end_on_signals()
+    return exit_status(lambda: _export(parse(argv)))
+
+
+def _export(options: ExportOptions) -> int:
+    from ich.inference.export import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

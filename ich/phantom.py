@@ -3,26 +3,26 @@
 None of it is patient data, and nothing learned from it says anything about a patient. What is
 simulated, and where in ich/data/phantom, says the head of ich/data/phantom/spec.py.
 
-Run:  python -m ich.phantom OUT --patients 96 --seed 0 --figure phantom.png
+Run:  ich phantom OUT --patients 96 --seed 0 --figure phantom.png
 """
 
 from __future__ import annotations
 
-import argparse
+import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from ich.data.phantom.figure import draw_figure
-from ich.data.phantom.files import write_phantom
+from ich.base.config import UserError
+from ich.base.entry import Parser, Status, end_on_signals, exit_status
 from ich.data.phantom.spec import LABELS, PhantomSpec
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
+    """The command's options."""
     default = PhantomSpec()
-    parser = argparse.ArgumentParser(
-        prog="python -m ich.phantom", description="Write synthetic head CT in the RSNA layout."
-    )
+    parser = Parser("phantom", "Write synthetic head CT in the RSNA layout.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--patients", type=int, default=default.patients, metavar="N")
     parser.add_argument("--seed", type=int, default=default.seed, metavar="S")
@@ -49,21 +49,29 @@ def _show_progress(done: int, patients: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a phantom from the command line; 0, or 2 after a user's mistake."""
-    args = _parser().parse_args(argv)
+    """Writes a phantom; the exit status, see `ich.base.entry.Status`."""
+    end_on_signals()
+    args = parser().parse_args(argv)
+    return exit_status(lambda: _write(args))
+
+
+def _write(args: Namespace) -> int:
+    # Imported here: a picture takes matplotlib, for which help and a mistake need not wait.
+    from ich.data.phantom.figure import draw_figure
+    from ich.data.phantom.files import write_phantom
+
     try:
         spec = PhantomSpec(args.patients, args.seed, args.size, args.prevalence)
         write_phantom(args.out, spec, args.workers, _show_progress)
         if args.figure is not None:
             draw_figure(spec, args.figure)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:  # its text is of one line, and for the user
+        raise UserError(str(error)) from None
     print(_summarize(args.out))
     if args.figure is not None:
         print(f"figure: {args.figure}")
-    print(f"next: python -m ich.sweep experiment=demo data.root={args.out}")
-    return 0
+    print(f"next: ich sweep experiment=demo data.root={shlex.quote(str(args.out))}")
+    return Status.DONE
 
 
 if __name__ == "__main__":

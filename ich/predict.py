@@ -1,4 +1,4 @@
-"""New scans through a trained network: `python -m ich.predict --model RUN scans -o out.csv`.
+"""New scans through a trained network: `ich predict --model RUN scans -o out.csv`.
 
 RUN is a run's folder, an MLflow run id or `models:/ich@ALIAS`; scans are DICOM files, folders or
 zip archives. Decoding, windows, sizes, labels and thresholds are those that the network was trained
@@ -17,22 +17,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ich.base import entry
-from ich.base.config import Device
-from ich.base.memory import keep_memory
-from ich.inference.predict import ENGINES, NAMES, PredictOptions, predict
+from ich.base.config import ENGINES, NAMES, Device
+from ich.base.entry import Parser, end_on_signals, exit_status
+from ich.base.memory import importing, keep_memory
 from ich.inference.session import TTA
 
+if TYPE_CHECKING:
+    from ich.inference.predict import PredictOptions
 
-def parse(argv: Sequence[str] | None = None) -> PredictOptions:
-    """The command line as options; exits as argparse does after a mistake."""
-    parser = argparse.ArgumentParser(
-        "python -m ich.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+def parser() -> Parser:
+    """The command's options."""
+    parser = Parser(
+        "predict",
+        __doc__,
         epilog="Exit status: 0, all files predicted; 3, some left out (listed in "
-        "OUT.left_out.csv); 1, a mistake, or a disk that is full.",
+        "OUT.left_out.csv); 2, a mistake, or a disk that is full.",
     )
     add = parser.add_argument
     several = "several are averaged"
@@ -51,8 +53,16 @@ def parse(argv: Sequence[str] | None = None) -> PredictOptions:
     add("--workers", type=_positive, help="decoding processes; else one per core")
     add("--tracking-uri", help="MLflow's; else the database in this folder")
     add("--cache-dir", type=Path, default=Path(".ich-cache"), help="where the pseudonyms' key is")
-    options = vars(parser.parse_args(argv))
-    return PredictOptions(**options | {"device": Device(options["device"])})
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> PredictOptions:
+    """The command line as options; exits as argparse does after a mistake."""
+    given = vars(parser().parse_args(argv))
+    with importing():  # torch: help and a mistake do not wait for it
+        from ich.inference.predict import PredictOptions
+
+    return PredictOptions(**given | {"device": Device(given["device"])})
 
 
 def _positive(text: str) -> int:
@@ -62,10 +72,16 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status as the help says; 130 or 143 after Ctrl-C or SIGTERM."""
-    options = parse(argv)
+    """Predicts and writes; the exit status, see `ich.base.entry.Status`."""
+    end_on_signals()
     keep_memory()
-    return entry.exit_status(lambda: predict(options))
+    return exit_status(lambda: _predict(parse(argv)))
+
+
+def _predict(options: PredictOptions) -> int:
+    from ich.inference.predict import predict
+
+    return predict(options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sweep: `python -m ich.sweep -m model=vgg16,resnet50,...`, or `experiment=report`.
+"""The sweep: `ich sweep -m model=vgg16,resnet50,...`, or `experiment=report`.
 
 Method. Hydra composes one config per job from `conf/`. Before the first job starts, all of them
 are checked and their data prepared once (`ich.launch.preflight`): labels become a manifest, the
@@ -13,28 +13,28 @@ became of single jobs, there is a comparison with intervals (`ich.report`).
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ich.base.config import CONF_DIR, register_schemas, to_dataclass
-from ich.base.entry import end_on_signals
+from ich.base.config import CONF_DIR, RESAMPLES, Config
+from ich.base.entry import Status, end_on_signals, exit_status, is_interrupt
 from ich.launch import steps
+from ich.launch.command import carrying, run_hydra, typed
 from ich.launch.composing import register_resolvers
-from ich.pages.tables import compare
-from ich.scoring.uncertainty import RESAMPLES
-from ich.tracking.sweep_run import close_sweep_run
 
 _PATIENCE_INTERRUPTED = 10  # seconds for MLflow after Ctrl-C or SIGTERM
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
+@carrying
 def train_one(cfg: DictConfig) -> float | None:
     """One job of the sweep; returns the monitored metric, for sweepers that optimize it."""
     steps.enter()
-    config = to_dataclass(cfg)
+    config = typed(cfg, Config)
     if config.sweep.plan:
         steps.plan([config])
         return None
@@ -47,7 +47,12 @@ def train_one(cfg: DictConfig) -> float | None:
 def close(interrupted: bool) -> bool:
     """Writes the tables of what this process launched; True if every job finished."""
     all_ok = True
-    for sweep in steps.launched:
+    while steps.launched:
+        # Imported here: they take seconds, which a mistake in an override need not wait for.
+        from ich.pages.tables import compare
+        from ich.tracking.sweep_run import close_sweep_run
+
+        sweep = steps.launched.pop(0)
         ok = all(r.is_finished for r in sweep.read_results())
         compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
@@ -56,19 +61,23 @@ def close(interrupted: bool) -> bool:
     return all_ok
 
 
-def main() -> None:
-    """Exit status 0 if every job finished, 1 if one failed, 130 or 143 after Ctrl-C or SIGTERM."""
-    register_schemas()
+def sweep(argv: Sequence[str] | None) -> int:
+    """Launches what the command asks for, and closes it, whatever became of it."""
+    try:
+        run_hydra(train_one, "sweep", argv)
+    except BaseException as end:
+        close(interrupted=is_interrupt(end))
+        raise
+    return Status.DONE if close(interrupted=False) else Status.FAILED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 if every job finished, 1 if one failed; the others, see
+    `ich.base.entry.Status`."""
     register_resolvers()
     end_on_signals()  # so that `except` is reached
-    try:
-        train_one()
-    except (KeyboardInterrupt, SystemExit) as end:
-        status = 130 if isinstance(end, KeyboardInterrupt) else end.code
-        close(interrupted=status in (130, 143))
-        sys.exit(status)
-    sys.exit(0 if close(interrupted=False) else 1)
+    return exit_status(lambda: sweep(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

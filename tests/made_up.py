@@ -94,7 +94,7 @@ def write_sweep(
             name=root.name,
             jobs=tuple(jobs),
             started="2026-11-25 12:00",
-            command="python -m ich.sweep -m ...",
+            command="ich sweep -m ...",
             configs=configs,
         )
     )

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from ich.base.config import UserError, WindowConfig
+from ich.base.config import EXPORTS, UserError, WindowConfig
 from ich.base.metadata import Metadata
 from ich.base.results import RunPaths, SweepPaths
 from ich.data.decode import resize_area, square
@@ -85,7 +85,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first run of the sweep in all three formats, for slices of 64 pixels."""
     sweep = SweepPaths(trained / "multirun_reports" / "s")
     root, out = sweep.run(sweep.read_record().jobs[0]).root, tmp_path_factory.mktemp("exports")
-    for kind in exporting.FORMATS:
+    for kind in EXPORTS:
         words = ["--model", root, "--format", kind, "-o", out, "--size", 64, "--resamples", 50]
         assert main([str(w) for w in words]) == 0
     return out
@@ -184,7 +184,7 @@ def test_without_its_packages_onnx_is_refused(
 def test_a_value_out_of_range_is_refused(
     run: RunPaths, words: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main(["--model", str(run.root), "--format", "onnx", *words]) == 1
+    assert main(["--model", str(run.root), "--format", "onnx", *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -233,11 +233,11 @@ def test_a_model_without_its_run_has_no_card(
 ) -> None:
     shutil.copy(run.best, tmp_path / "alone.safetensors")
     words = ["--model", str(tmp_path / "alone.safetensors"), "--format", "safetensors"]
-    assert main([*words, "-o", str(tmp_path / "out")]) == 1
+    assert main([*words, "-o", str(tmp_path / "out")]) == 2
     assert "has no finished run beside it" in capsys.readouterr().err
     shutil.copytree(run.root, tmp_path / "run")
     (tmp_path / "run" / "predictions.npz").write_bytes(b"x")
-    assert main(["--model", str(tmp_path / "run"), "--format", "safetensors"]) == 1
+    assert main(["--model", str(tmp_path / "run"), "--format", "safetensors"]) == 2
     assert "so the model card would have no metric" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

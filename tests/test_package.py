@@ -30,7 +30,7 @@ BELOW |= dict.fromkeys(("inference", "launch"), "training tracking pages scoring
 BELOW |= dict.fromkeys(("benchmarks", ENTRY), "inference launch benchmarks " + BELOW["launch"])
 # The only places that may import each library; the benchmarks compare with several.
 HOMES = {
-    "hydra": {ENTRY, "launch", "base.config", "base.entry"},
+    "hydra": {ENTRY, "launch", "base.config"},
     "mlflow": {"tracking"},
     "timm": {"training.model"},
     "pydicom": {"data.dicom", "data.phantom"},
@@ -99,8 +99,13 @@ def test_packages_are_rooms_and_no_corridors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "absent"),
+    ("modules", "absent"),
     [
+        ("cli", "torch hydra rich"),
+        ("completion", "torch hydra rich"),
+        # The help of a command, and what completes its options.
+        ("sweep prepare evaluate", "torch pandas mlflow scipy"),
+        ("predict export report rerun bench train", "torch pandas mlflow scipy"),
         ("base.config", "torch pandas numpy"),
         ("launch.clusters", "torch mlflow ray submitit"),  # composing
         ("data.decode", "torch pandas hydra"),  # a decoding process
@@ -108,8 +113,9 @@ def test_packages_are_rooms_and_no_corridors() -> None:
         ("inference.session", "torch pandas hydra"),
     ],
 )
-def test_what_starts_often_starts_light(module: str, absent: str) -> None:
-    code = f"import sys, ich.{module}; print(*set({absent.split()}) & set(sys.modules))"
+def test_what_starts_often_starts_light(modules: str, absent: str) -> None:
+    names = ", ".join(f"ich.{module}" for module in modules.split())
+    code = f"import sys, {names}; print(*set({absent.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

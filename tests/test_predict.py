@@ -27,6 +27,7 @@ from made_up import Bomb
 from sweeps import alive, wait_for
 
 from ich.base.config import UserError
+from ich.base.entry import Status
 from ich.base.results import RunPaths, SweepPaths
 from ich.data.dicom import read_hu, read_slice
 from ich.data.inputs import Inputs
@@ -36,7 +37,7 @@ from ich.inference import ensemble as ensembles
 from ich.inference import predicted_files
 from ich.inference.ensemble import Ensemble, load_ensemble
 from ich.inference.outputs import RSNA_LABELS, image_id_of
-from ich.inference.predict import LEFT_OUT, conversion_folder
+from ich.inference.predict import conversion_folder
 from ich.inference.predicted_files import predict_files
 from ich.predict import main, parse
 from ich.scoring.metrics import best_thresholds, sigmoid
@@ -93,7 +94,7 @@ def test_the_callers_folder_and_workers_change_nothing(
     runs: list[Path], phantom: Path, predict: Predict
 ) -> None:
     for n, options in enumerate(([], ["--workers", 3], ["--batch-size", 7])):
-        assert predict("--model", runs[0], phantom, "-o", f"{n}.csv", *options) == LEFT_OUT
+        assert predict("--model", runs[0], phantom, "-o", f"{n}.csv", *options) == Status.LEFT_OUT
     first, second, third = (pd.read_csv(f"{n}.csv") for n in range(3))
     pd.testing.assert_frame_equal(first, second)
     np.testing.assert_allclose(probabilities(third), probabilities(first), atol=1e-5)
@@ -381,7 +382,7 @@ def test_nothing_vanishes(
     (tmp_path / "tail.dcm").write_bytes(files[1].read_bytes() + b"PK\5\6" + bytes(18))
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4")
     given = [scans, tmp_path / "cut.zip", tmp_path / "tail.dcm"]
-    assert predict("--model", runs[0], *given, "-o", "out.csv") == LEFT_OUT
+    assert predict("--model", runs[0], *given, "-o", "out.csv") == Status.LEFT_OUT
     read = [str(scans / "a.dcm"), str(tmp_path / "tail.dcm")]
     assert pd.read_csv("out.csv")["file"].tolist() == read
     listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
@@ -467,7 +468,7 @@ def test_what_is_no_slice_is_listed_and_stops_nothing(
     os.mkfifo(scans / "pipe.dcm")
     (scans / "link.dcm").symlink_to(scans / "tall.dcm")
     (scans / "\x1b[31mred.dcm").write_bytes(b"")
-    assert predict("--model", runs[0], scans, "-o", "out.csv") == LEFT_OUT
+    assert predict("--model", runs[0], scans, "-o", "out.csv") == Status.LEFT_OUT
     assert pd.read_csv("out.csv")["file"].tolist() == [str(scans / "tall.dcm")]
     listed = pd.read_csv("out.left_out.csv").set_index("file")["reason"]
     expected = {k: message for k, (_, message) in REFUSED.items()}
@@ -593,10 +594,10 @@ def test_names_that_differ_little_have_their_own_pseudonyms(
         shutil.copy(slices_of(phantom)[0], os.fsencode(tmp_path / "scans") + b"/" + name)
     (tmp_path / "CANARY.zip").write_bytes(b"PK\3\4")
     words = [tmp_path / "scans", tmp_path / "CANARY.zip", "-o", "out.csv"]
-    assert predict("--model", runs[0], *words, "--names", "pseudonym") == LEFT_OUT
+    assert predict("--model", runs[0], *words, "--names", "pseudonym") == Status.LEFT_OUT
     assert pd.read_csv("out.csv")["file"].nunique() == 4
     assert "CANARY" not in Path("out.left_out.csv").read_text() + capsys.readouterr().out
-    assert predict("--model", runs[0], *words) == LEFT_OUT
+    assert predict("--model", runs[0], *words) == Status.LEFT_OUT
     assert pd.read_csv("out.csv")["file"].nunique() == 4
 
 
@@ -637,7 +638,7 @@ def test_a_killed_decoding_process_costs_what_it_had(
     monkeypatch.setattr(predicted_files, "run_parallel", broken)
     files = slices_of(phantom)[:40]
     words = ["--model", runs[0], *files, "-o", "out.csv", "--batch-size", 8, "--workers", 1]
-    assert predict(*words) == LEFT_OUT
+    assert predict(*words) == Status.LEFT_OUT
     assert len(pd.read_csv("out.csv")) == 24
     listed = pd.read_csv("out.left_out.csv")
     assert len(listed) == 16
@@ -734,7 +735,7 @@ def test_a_full_disk_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 1
+    assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert Path("out.csv").read_text() == "earlier"
 
@@ -764,7 +765,7 @@ def test_no_identifier_is_in_any_output(
     words = ("--model", runs[0], canaries.root, "-o", "out.csv", "--names", "pseudonym")
     pages = ("--explain", "explained", "--threshold", "any=0.01")
     done = run_module("predict", *words, *pages, cwd=tmp_path)
-    assert done.returncode == LEFT_OUT, done.stderr
+    assert done.returncode == Status.LEFT_OUT, done.stderr
     assert canaries.seen_in(tmp_path, done.stdout, done.stderr) == []
     assert "left out" in done.stdout
     assert len(pd.read_csv(tmp_path / "out.studies.csv")) > 1

@@ -349,7 +349,7 @@ def test_few_patients_have_no_interval(tmp_path: Path, composed: Compose) -> Non
 
 
 def test_the_page_names_no_path_of_the_machine(three: SweepPaths) -> None:
-    command = "python -m ich.sweep data.root=/home/alice/rsna.zip data.labels='/srv/a b/l.csv'"
+    command = "ich sweep data.root=/home/alice/rsna.zip data.labels='/srv/a b/l.csv'"
     three.write_record(replace(three.read_record(), command=command))
     compare(three, resamples=0)
     for file in (three.page, three.markdown):

@@ -341,7 +341,7 @@ def test_a_finished_rerun_is_kept_and_the_run_repeated_again(
     assert RunPaths(shelf / f"{JOB}.1").comparison.exists()
     with pytest.raises(SystemExit):
         main([str(run.root), "--tolerance", "-1"])
-    assert "invalid _tolerance value: '-1'" in capsys.readouterr().err
+    assert "'-1' is not a finite number, 0 or more" in capsys.readouterr().err
 
 
 def test_a_rerun_that_fails_says_why_and_compares_nothing(
@@ -471,7 +471,7 @@ def test_a_folder_without_a_run_is_refused(
 ) -> None:
     assert "holds no run (no config.yaml)" in refused(capsys, Path("no/such/run"))
     error = refused(capsys, run.root.parent)
-    assert f"is a sweep. Give one of its runs, as in python -m ich.rerun {run.root};" in error
+    assert f"is a sweep. Give one of its runs, as in ich rerun {run.root};" in error
     again = rerun_of(run)
     shutil.copytree(run.root, again.root)
     again.best.unlink()
@@ -485,7 +485,7 @@ def test_a_run_that_did_not_finish_is_refused(
     error = refused(capsys, run.root)
     assert "did not finish" in error
     assert "It is failed: the loss is not finite." in error
-    assert "goes on with it: python -m ich.sweep -m model=mobilenet_v2" in error
+    assert "goes on with it: ich sweep -m model=mobilenet_v2" in error
     run.result.unlink()
     assert "It is not started: it has no result." in refused(capsys, run.root)
 

@@ -43,6 +43,13 @@ class UserError(ValueError):
     """A mistake the user can mend. Its text is one paragraph: what, value, allowed, how to mend."""
 
 
+# What options of commands offer: here, so that a command's help and completion need no torch.
+ENGINES = ("auto", "torch", "onnx")  # of `ich predict`
+NAMES = ("file", "pseudonym")  # by which it calls slices
+EXPORTS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}
+RESAMPLES = 2000  # of a bootstrap over patients
+
+
 # Enumerations, for OmegaConf knows no `Literal`; YAML has the names of their members.
 class Source(Enum):
     """Where slices come from: `phantom` and `rsna` in the RSNA layout, `folder` in any."""
@@ -358,7 +365,7 @@ class Config:
 
 @dataclass
 class PrepareConfig:
-    """What `python -m ich.prepare` composes: data, protocol, and the windows of its pictures."""
+    """What `ich prepare` composes: data, protocol, and the windows of its pictures."""
 
     dry_run: bool = MISSING
     verify: bool = MISSING
@@ -379,7 +386,7 @@ class Rows(Enum):
 
 @dataclass
 class EvaluateConfig:
-    """What `python -m ich.evaluate` composes. `models` is one model or a list, whose logits are
+    """What `ich evaluate` composes. `models` is one model or a list, whose logits are
     averaged. Of `data`, sizes are not used: those of the model are."""
 
     # A text or a list of texts: OmegaConf's unions are of primitive types alone.

@@ -1,16 +1,33 @@
-"""What commands have in common: mistakes in one paragraph, signals, and the exit status."""
+"""What commands have in common: options, signals, mistakes in one paragraph, and exit statuses.
+
+`ich --help` imports this: whatever takes longer than Python's own modules is left to the functions.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from enum import IntEnum
+from typing import NoReturn
 
-from hydra.errors import CompactHydraException
 
-from ich.base.config import UserError, register_schemas
-from ich.base.terminal import printable
+class Status(IntEnum):
+    """Exit statuses, the same of every command."""
+
+    DONE = 0
+    FAILED = 1  # a job failed, or a rerun differs; after a bug of ours, Python has the same
+    MISTAKE = 2  # the user's, or a folder or file that cannot be used; argparse has the same
+    LEFT_OUT = 3  # predictions are written, and some files had none
+    # As a shell has it: 128 and the signal.
+    INTERRUPTED = 128 + signal.SIGINT
+    TERMINATED = 128 + signal.SIGTERM
+
 
 _received: list[int] = []  # signals that ended this process
 
@@ -21,7 +38,6 @@ def end_on_signals() -> None:
 
     def end(number: int, _: object) -> None:
         _received.append(number)
-        # As a shell has it: 128 and the signal.
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
@@ -29,41 +45,82 @@ def end_on_signals() -> None:
         signal.signal(signal.SIGINT, end)
 
 
-@contextmanager
-def without_traceback() -> Iterator[None]:
-    """Turns a user's mistake, or a file that cannot be used, into text without a traceback."""
-    try:
-        yield
-    except Exception as error:
-        if _received:  # an extension module turns what interrupts its import into an ImportError
-            sys.exit(128 + _received[0])
-        if not isinstance(error, UserError | OSError):
-            raise
-        what = "" if isinstance(error, UserError) else "a folder or file cannot be used: "
-        # The one error that Hydra prints as its text alone; the exit status is then 1.
-        raise CompactHydraException(printable(f"ich: {what}{error}")) from None
-
-
-def run_hydra(command: Callable[[], object]) -> None:
-    """Runs a command that composes one config with Hydra: exit status 0, 1 after a mistake, 130 or
-    143 after Ctrl-C or SIGTERM."""
-    register_schemas()
-    end_on_signals()
-    try:
-        command()
-    except KeyboardInterrupt:
-        sys.exit(130)
+def is_interrupt(error: BaseException) -> bool:
+    """Whether a signal ended the command, whatever has become of the exception it raised."""
+    # An extension module turns what interrupts its import into an ImportError.
+    ended = (Status.INTERRUPTED, Status.TERMINATED)
+    by_code = isinstance(error, SystemExit) and error.code in ended
+    return by_code or isinstance(error, KeyboardInterrupt) or bool(_received)
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """The exit status of a command without Hydra: its own, else as `run_hydra` has it."""
-    end_on_signals()
+    """The exit status of a command: what it returns, or 2 after a mistake, said in one paragraph.
+
+    A bug of ours is raised, and so is SystemExit, by which SIGTERM ends the command.
+    """
     try:
-        # Commands without Hydra share its error, so that a mistake looks the same everywhere.
-        with without_traceback():
-            return command()
-    except CompactHydraException as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        return command()
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interrupt(error):
+            return 128 + (_received or [signal.SIGINT])[0]
+        if isinstance(error, BrokenPipeError):  # what read the output has ended, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return Status.FAILED
+        # Imported here, for they import Hydra and rich. Every command that can fail has them.
+        from ich.base.config import UserError
+        from ich.base.terminal import printable
+
+        if not isinstance(error, UserError | OSError):
+            raise
+        print(printable(f"ich: {_paragraph(error)}"), file=sys.stderr)
+        return Status.MISTAKE
+
+
+def _paragraph(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"a folder or file cannot be used: {error}. {keep_traceback()}"
+
+
+def keep_traceback() -> str:
+    """Writes the traceback of the exception at hand to a file, and says where: what reads like a
+    full disk may be a bug of ours."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="ich-", suffix=".log")
+        with os.fdopen(handle, "w") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return "Nor can a log with its traceback be written."
+    return f"If nothing is wrong with it, that is a bug of ich, and its traceback is in {path}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean X?`, or nothing if no known word is like it."""
+    found = get_close_matches(word, list(known), 1)
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of `ich NAME`; a mistake is one paragraph, with the nearest option."""
+
+    def __init__(
+        self, name: str, about: str | None, epilog: str | None = None, add_help: bool = True
+    ) -> None:
+        super().__init__(
+            f"ich {name}",
+            description=about,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=add_help,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        # What argparse says of an option that it does not know.
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        options = [text for action in self._actions for text in action.option_strings]
+        # Without the dashes, which would make all of them alike.
+        named = {option.lstrip("-"): option for option in options if option.startswith("--")}
+        found = get_close_matches(unknown.lstrip("-"), named, 1) if unknown[:1] == "-" else []
+        hint = f" Did you mean {named[found[0]]}?" if found else ""
+        self.exit(Status.MISTAKE, f"ich: {message}.{hint} See {self.prog} --help.\n")

@@ -102,5 +102,5 @@ def read_metadata(path: Path) -> Metadata:
         raise UserError(
             f"the weights {path} do not say how their input is made (windows, sizes, labels), or "
             f"say it wrongly: they are of another tool or an earlier version of ich. Train again, "
-            f"for example with python -m ich.rerun on the folder of a run, and use what that makes."
+            f"for example with ich rerun on the folder of a run, and use what that makes."
         ) from None

@@ -253,7 +253,7 @@ class SweepPaths:
 
     @property
     def reruns(self) -> Path:
-        """The folder of what `python -m ich.rerun` repeated, one folder per run."""
+        """The folder of what `ich rerun` repeated, one folder per run."""
         return self.root / "reruns"
 
     def rerun(self, job: str) -> RunPaths:

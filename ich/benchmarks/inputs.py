@@ -15,13 +15,13 @@ from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.measure import (
     PartResult,
-    Settings,
     compare,
     compose_job,
     copy_rate,
     wait_for_device,
 )
 from ich.benchmarks.peers import Rate, rate_of
+from ich.benchmarks.settings import Settings
 from ich.data.cache import build_cache
 from ich.data.cohorts import open_store
 from ich.data.dataset import Dataset, load_dataset

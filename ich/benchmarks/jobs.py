@@ -19,9 +19,10 @@ import pandas as pd
 from ich.base.config import Config, Precision, to_yaml
 from ich.base.records import Origin
 from ich.base.results import RunPaths
-from ich.benchmarks.measure import PartResult, Settings, alternate, compare_rates, compose_job
+from ich.benchmarks.measure import PartResult, alternate, compare_rates, compose_job
 from ich.benchmarks.peers import rate_of
 from ich.benchmarks.predictions import write_random_weights
+from ich.benchmarks.settings import Settings
 from ich.data.dataset import load_dataset
 from ich.training.timing import select_mode
 

@@ -17,33 +17,12 @@ from hydra import compose, initialize_config_dir
 
 from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
 from ich.benchmarks.peers import Rate
+from ich.benchmarks.settings import Settings
 from ich.launch.composing import register_resolvers
 
-MODELS = (
-    "vgg16",
-    "resnet50",
-    "inception_v3",
-    "mobilenet_v2",
-    "xception",
-    "efficientnet_b0",
-    "efficientnet_b2",
-    "efficientnet_b3",
-)
 _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
 REPORT = {"train": 65_859, "val": 11_623, "epochs": 10}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured and how long; the options of `python -m ich.bench`."""
-
-    models: Sequence[str]
-    image_size: Sequence[int]  # sides of the networks' input, pixels
-    patients: int  # of the phantom, 512 x 512
-    images: int  # files that the loaders and loops of others read
-    rounds: int  # alternations of the two sides
-    seconds: float  # length of one timing of a training step
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ich.base.config import Config, image_size
+from ich.base.config import RESAMPLES, Config, image_size
 from ich.base.metadata import Metadata
 from ich.base.workers import available_cores
 from ich.benchmarks import peers
 from ich.benchmarks.measure import (
     REPORT,
     PartResult,
-    Settings,
     compare,
     compose_job,
     geometric_mean,
 )
 from ich.benchmarks.peers import Rate, rate_of
+from ich.benchmarks.settings import Settings
 from ich.data.inputs import Inputs
 from ich.inference.ensemble import Ensemble, load_ensemble
 from ich.inference.predicted_files import predict_files
-from ich.scoring.uncertainty import RESAMPLES, ScoredRows, bootstrap, draw_counts, group_rows
+from ich.scoring.uncertainty import ScoredRows, bootstrap, draw_counts, group_rows
 from ich.training.devices import pick_device
 from ich.training.model import build_model, input_spec, save_weights
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base import provenance
-from ich.benchmarks.measure import MODELS, REPORT, PartResult, compose_job
+from ich.benchmarks.measure import REPORT, PartResult, compose_job
+from ich.benchmarks.settings import MODELS
 from ich.training.devices import device_name, pick_device
 
 

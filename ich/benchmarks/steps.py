@@ -18,7 +18,6 @@ from ich.benchmarks.measure import (
     REPORT,
     PartResult,
     RatioRow,
-    Settings,
     alternate,
     compare_rates,
     compose_job,
@@ -27,6 +26,7 @@ from ich.benchmarks.measure import (
 )
 from ich.benchmarks.peers import BATCH, Rate
 from ich.benchmarks.report import projection
+from ich.benchmarks.settings import Settings
 from ich.data.dataset import Dataset, load_dataset
 from ich.training.devices import pick_device
 from ich.training.mode import CONTIGUOUS, pick_fastest

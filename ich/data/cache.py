@@ -124,7 +124,7 @@ def read_cache(images: pd.DataFrame, store: SliceStore, folder: Path, size: int)
     if absent:
         raise UserError(
             f"{absent:,} of the {len(images):,} slices are not decoded yet under {cache.folder}. "
-            f"Run `python -m ich.prepare` with the same data settings first."
+            f"Run `ich prepare` with the same data settings first."
         )
     return cache
 
@@ -144,7 +144,7 @@ def verify_cache(
     if not target.index.exists():
         raise UserError(
             f"no slice of {store.root} has been decoded at {size} pixels under {folder}, so there "
-            f"is nothing to verify. Run `python -m ich.prepare` with the same data settings first."
+            f"is nothing to verify. Run `ich prepare` with the same data settings first."
         )
     with _disk_errors(target.path), lock(target.lock):
         target.mend_index()

@@ -1,4 +1,4 @@
-"""What `python -m ich.predict` is given: files, folders and zip archives, in any mixture.
+"""What `ich predict` is given: files, folders and zip archives, in any mixture.
 
 `Inputs` numbers all files in the order given. A number is what a file is called from there on, in
 reading processes and in what comes back from them; its name is made of it for people alone.

@@ -189,7 +189,7 @@ def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Itera
     yield (
         f"One training with one seed, scored on {scored.scored.group_count:,} "
         f"{scored.unit} of one data set. How it does elsewhere is unknown until it has been "
-        f"measured there: python -m ich.evaluate."
+        f"measured there: ich evaluate."
     )
     yield (
         "Probabilities are not calibrated for another prevalence: oversampling and the data set's "

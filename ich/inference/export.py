@@ -1,4 +1,4 @@
-"""What `python -m ich.export` does: a network as one file, checked against ours, and its card.
+"""What `ich export` does: a network as one file, checked against ours, and its card.
 
 `run` is the command and `export` its work; below them stand the writers and readers of the formats,
 and the slices on which what was written is compared with the network itself.
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from ich.base.config import TrackingConfig, UserError
+from ich.base.config import EXPORTS, TrackingConfig, UserError
 from ich.base.files import write_text
 from ich.base.metadata import Metadata
 from ich.base.terminal import Terminal
@@ -30,7 +30,6 @@ from ich.inference.graph import Graph, has_onnx, quiet, write_onnx
 from ich.inference.session import Session
 from ich.scoring.metrics import sigmoid
 
-FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}
 CARD = "model_card.md"
 _LARGEST_DIFFERENCE = 1e-3  # of a probability, above which an export is refused
 _CHECKED = 8  # slices
@@ -39,7 +38,7 @@ Predict = Callable[[np.ndarray], np.ndarray]  # int16 HU [B, S, S] -> probabilit
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The command's options, as its help has them. format: one of `FORMATS`. size: side of the
+    """The command's options, as its help has them. format: one of `EXPORTS`. size: side of the
     slices that the file takes, pixels. resamples: of the card's intervals, 0 for none."""
 
     model: str
@@ -64,7 +63,7 @@ def run(options: ExportOptions) -> int:
     folder = options.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
     difference = export(model, options.format, folder, options.size, options.resamples)
     say = Terminal().say
-    say(f"{folder / FORMATS[options.format]}: {input_text(options.format, options.size)}")
+    say(f"{folder / EXPORTS[options.format]}: {input_text(options.format, options.size)}")
     say(f"Largest difference from ich's own probabilities: {difference:.2g}")
     say(f"Model card: {folder / CARD}")
     return 0
@@ -75,7 +74,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
 
     Args:
         model: it.
-        kind: one of `FORMATS`.
+        kind: one of `EXPORTS`.
         folder: gets both; what is there already is replaced, whole or not at all.
         side: of the slices that the graph takes, pixels.
         resamples: of the card's intervals.
@@ -96,7 +95,7 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         ) from None
     # In the folder itself: from another file system a rename would be a copy, which can be cut off.
     with TemporaryDirectory(dir=folder) as scratch:
-        part = Path(scratch) / FORMATS[kind]
+        part = Path(scratch) / EXPORTS[kind]
         if kind == "safetensors":
             shutil.copyfile(member.weights, part)
         else:
@@ -120,9 +119,9 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
 def input_text(kind: str, side: int) -> str:
     """What an exported file takes and gives, in a sentence. side: of its slices, pixels."""
     if kind == "safetensors":
-        return f"The file {FORMATS[kind]} holds weights and metadata, for ich itself to read."
+        return f"The file {EXPORTS[kind]} holds weights and metadata, for ich itself to read."
     return (
-        f"The file {FORMATS[kind]} takes `hu`, int16 [batch, {side}, {side}], Hounsfield units of "
+        f"The file {EXPORTS[kind]} takes `hu`, int16 [batch, {side}, {side}], Hounsfield units of "
         f"square slices (pad with -1024), and gives `probability`, float32 [batch, labels]."
     )
 

@@ -1,4 +1,4 @@
-"""What `python -m ich.predict` does: from its options to tables, pages and the exit status.
+"""What `ich predict` does: from its options to tables, pages and the exit status.
 
 `predict` is the command. How files go through networks is in `predicted_files`, what is written in
 `outputs` and `explain`.
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from ich.base.config import Device, TrackingConfig, UserError
+from ich.base.entry import Status
 from ich.base.terminal import Terminal
 from ich.data.inputs import Inputs
 from ich.data.patients import Pseudonyms
@@ -35,10 +36,6 @@ from ich.inference.outputs import (
 from ich.inference.predicted_files import PredictedFiles, predict_files
 from ich.training.devices import pick_device
 
-# Not 1, a mistake, nor 2, with which argparse ends: a script can tell them apart.
-LEFT_OUT = 3  # exit status: predictions are written, and some files had none
-ENGINES = ("auto", "torch", "onnx")
-NAMES = ("file", "pseudonym")
 _WORTH_CONVERTING = 3000  # files: a conversion takes 2 to 8 s
 _SHOWN = 20  # studies, and files left out, in the terminal
 
@@ -48,8 +45,8 @@ class PredictOptions:
     """The command's options, as its help has them.
 
     inputs: DICOM files, folders or archives. models: what names each network of the ensemble.
-    threshold: as `Ensemble.with_thresholds` reads it. names: one of `NAMES`, how outputs call a
-    file. engine: one of `ENGINES`. workers: decoding processes, None for one per core.
+    threshold: as `Ensemble.with_thresholds` reads it. names: how outputs call a file, of `NAMES` in
+    `ich.base.config`, where `ENGINES` is too. workers: decoding processes, None for one per core.
     """
 
     inputs: Sequence[str]
@@ -127,7 +124,7 @@ def predict(options: PredictOptions) -> int:
             progress = partial(report, "explaining")
             pages = explain(model, inputs, predicted, names, paths.explain, progress)
         terminal.say(f"{len(pages)} studies with findings: {paths.explain / 'index.html'}")
-    return LEFT_OUT if len(left_out) else 0
+    return Status.LEFT_OUT if len(left_out) else Status.DONE
 
 
 def _load(options: PredictOptions, files: int) -> Ensemble:

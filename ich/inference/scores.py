@@ -1,4 +1,4 @@
-"""What `python -m ich.evaluate` does: which rows, their predictions, and what a reader must know.
+"""What `ich evaluate` does: which rows, their predictions, and what a reader must know.
 
 Slices are decoded and windowed as the model's weights file says, whatever the config's sizes.
 `evaluate` is the command; `wanted_rows`, `score` and `predict_images` are its steps.

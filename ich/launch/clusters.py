@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ich.base.config import Config, UserError
-from ich.base.entry import without_traceback
 from ich.base.results import SweepPaths
 from ich.base.terminal import Board
 from ich.launch.composing import ComposedJob
@@ -85,8 +84,7 @@ class ClusterLauncher(SweepLauncher):
         """Refuses settings, before anything is prepared.
 
         Raises:
-            CompactHydraException: a setting is out of range.
-            UserError: the engine does not know a setting.
+            UserError: a setting is out of range, or the engine does not know it.
         """
 
     @property
@@ -111,13 +109,12 @@ class ClusterLauncher(SweepLauncher):
             PlacedJob(job.config, folder, self.environment | dict(job.composed.hydra.job.env_set))
             for job in jobs
         ]
-        with without_traceback():
-            self.check()
+        self.check()
         sweep = prepare(configs)
         # These are left in reverse. When an exception ends the launch, running jobs are first asked
         # to end, and have time for a checkpoint; then the engine takes back what still waits, and
         # the follower shows the last news.
-        with without_traceback(), ExitStack() as stack:
+        with ExitStack() as stack:
             board = stack.enter_context(Board(sweep.read_record().jobs))
             follower = Follower(configs, sweep, board)
             stack.enter_context(follower.following())

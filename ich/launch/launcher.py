@@ -8,7 +8,6 @@ or any other launcher of Hydra's, wrapped (`CheckFirst`).
 
 from __future__ import annotations
 
-import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,15 +18,14 @@ from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from ich.base.config import Device
-from ich.base.entry import without_traceback
+from ich.base.config import Device, UserError
 from ich.base.terminal import Board
+from ich.launch.command import Carried
 from ich.launch.composing import ComposedJob, compose_jobs
 from ich.launch.jobs import VISIBLE, Slot, cpu_slots, gpu_slots, run_in_slots, visible_gpus
 from ich.launch.remote import ending_jobs
@@ -103,13 +101,13 @@ def check_range(key: str, value: object, low: float, high: float = float("inf"))
     """Refuses a launcher's setting that is no number from `low` to `high`.
 
     Raises:
-        CompactHydraException: it is not.
+        UserError: it is not.
     """
     if isinstance(value, int | float) and low <= value <= high:
         return
     allowed = f"from {low} to {high}" if high < float("inf") else f"at least {low}"
     allowed = f"{low}" if low == high else allowed
-    raise CompactHydraException(f"ich: hydra.launcher.{key} is {value}, but must be {allowed}.")
+    raise UserError(f"hydra.launcher.{key} is {value}, but must be {allowed}.")
 
 
 class LocalLauncher(SweepLauncher):
@@ -144,7 +142,7 @@ class LocalLauncher(SweepLauncher):
         """The places for these jobs on this machine.
 
         Raises:
-            CompactHydraException: a setting is out of range.
+            UserError: a setting is out of range.
         """
         check_range("jobs_per_gpu", self.jobs_per_gpu, 1, 64)
         check_range("cpu_jobs", self.cpu_jobs, 1, 64)
@@ -186,7 +184,7 @@ class CheckedLauncher(SweepLauncher):
         named = [
             [*job.overrides, f"name={job.config.name}", f"job='{job.config.job}'"] for job in jobs
         ]
-        with without_traceback(), ending_jobs([sweep.run(job.config.job) for job in jobs], sweep):
+        with ending_jobs([sweep.run(job.config.job) for job in jobs], sweep):
             first: int = jobs[0].composed.hydra.job.num
             done: Sequence[JobReturn] = self.launcher.launch(named, first)
         return done
@@ -217,13 +215,15 @@ class PlanLauncher(SweepLauncher):
 class CheckFirst(Callback):
     """Wraps whatever launcher was chosen, if it is not one of ours, and plans if that is asked.
 
-    Exits where it refuses: of an exception in a callback, Hydra would only warn.
+    What it refuses is carried past Hydra, which would only warn of an exception in a callback.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         # Without -m, Hydra would run the one job here and say nothing.
         if _target(config.hydra.launcher) in _CLUSTERS:
-            sys.exit("ich: only a sweep's jobs are given to a launcher. Add -m, for one job too.")
+            raise Carried(
+                UserError("only a sweep's jobs are given to a launcher. Add -m, for one job too.")
+            )
         if config.sweep.plan:
             self._write_nothing(config, "run")
 
@@ -231,7 +231,7 @@ class CheckFirst(Callback):
         launcher, sweeper = _target(config.hydra.launcher), _target(config.hydra.sweeper)
         for target in (launcher, sweeper):
             if missing := missing_extra(target):
-                sys.exit(f"ich: {missing}")
+                raise Carried(UserError(missing))
         if config.sweep.plan:
             self._write_nothing(config, "sweep")
             _wrap(config, f"{_OURS}PlanLauncher")
@@ -258,8 +258,12 @@ def missing_extra(target: str) -> str | None:
     return None
 
 
-def _target(node: DictConfig) -> str:
-    return str(node.get("_target_", ""))
+def _target(node: DictConfig | str) -> str:
+    if isinstance(node, DictConfig):
+        return str(node.get("_target_", ""))
+    raise Carried(
+        UserError(f"a launcher or sweeper is chosen with a slash: hydra/launcher={node}.")
+    )
 
 
 def _wrap(config: DictConfig, wrapper: str) -> None:

@@ -247,5 +247,5 @@ def _lock_sweep(sweep: SweepPaths) -> bool:
 
 
 def _command() -> str:
-    module = Path(sys.argv[0]).stem  # with `python -m` it is the module's file
-    return shlex.join(["python", "-m", f"ich.{module}", *sys.argv[1:]])
+    # `ich sweep`, as `ich.launch.command.run_hydra` has it.
+    return shlex.join([*Path(sys.argv[0]).name.split(), *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""What `python -m ich.prepare` does: decoded slices and the data report, and no job."""
+"""What `ich prepare` does: decoded slices and the data report, and no job."""
 
 from __future__ import annotations
 

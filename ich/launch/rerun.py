@@ -1,4 +1,4 @@
-"""Repeats a finished run from its record: `python -m ich.rerun multirun_reports/<name>/<job>`.
+"""Repeats a finished run from its record: `ich rerun multirun_reports/<name>/<job>`.
 
 Method. The run's own config, with as many CPU threads as it had, is trained again in
 `multirun_reports/<name>/reruns/<job>/`, without MLflow; then the two are compared
@@ -42,7 +42,6 @@ from ich.launch.jobs import run_job
 from ich.launch.preflight import check_weights, weights_digest
 from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe
 
-TOLERANCE = 1e-3
 _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.different: "red"}
 
 
@@ -110,7 +109,7 @@ def _sweep_of(folder: Path) -> SweepPaths:
         )
     if jobs := SweepPaths(folder).read_record().jobs:
         raise UserError(
-            f"{folder} is a sweep. Give one of its runs, as in python -m ich.rerun "
+            f"{folder} is a sweep. Give one of its runs, as in ich rerun "
             f"{folder / jobs[0]}; it has {', '.join(jobs)}."
         )
     return SweepPaths(folder.parent.parent if _is_subfolder(above, "superseded") else folder.parent)
@@ -130,13 +129,13 @@ def _read_fit(run: RunPaths, sweep: SweepPaths) -> FitResult:
     if not run.config.exists():
         raise UserError(
             f"{run.root} holds no run (no {run.config.name}). Give the folder of a finished run, "
-            f"as in python -m ich.rerun multirun_reports/demo/resnet50."
+            f"as in ich rerun multirun_reports/demo/resnet50."
         )
     result = run.read_result()
     if result.fit:
         return result.fit
     reason = result.reason or ("it has no result" if result.status == NOT_STARTED else "")
-    command = sweep.read_record().command or "python -m ich.sweep ..."
+    command = sweep.read_record().command or "ich sweep ..."
     raise UserError(
         f"the run in {run.root} did not finish, and only a finished run can be repeated. It is "
         f"{result.status}{f': {reason}' if reason else ''}. Give its sweep's command again, "

@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 
-from ich.base.config import Config
-from ich.base.entry import without_traceback
+from ich.base.config import Config, UserError
+from ich.base.entry import keep_traceback
 from ich.base.records import FAILED, RunResult
 from ich.base.results import State, SweepPaths
 from ich.base.terminal import Board, Terminal
 from ich.launch.composing import register_resolvers
 from ich.launch.jobs import Slot, run_job, slurm_thread_limit
-from ich.launch.preflight import open_sweep
 from ich.launch.remote import Interruption
 
 # The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
@@ -28,8 +26,11 @@ launched: list[SweepPaths] = []
 
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
-    """Opens the sweep of these jobs with a progress display; a user's mistake is one paragraph."""
-    with without_traceback(), Terminal().preparing() as report:
+    """Opens the sweep of these jobs with a progress display."""
+    # Imported here: it takes a second or two, which a mistake in an override need not wait for.
+    from ich.launch.preflight import open_sweep
+
+    with Terminal().preparing() as report:
         sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:
         launched.append(sweep)
@@ -40,12 +41,11 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
 
 def plan(configs: Sequence[Config], at_once: int = 1) -> None:
     """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
-    with without_traceback():
-        # Imported here: it counts operations with torch, which takes seconds to import.
-        from ich.launch.plan import describe_plan, make_plan
+    # Imported here: it counts operations with torch, which takes seconds to import.
+    from ich.launch.plan import describe_plan, make_plan
 
-        with Terminal().preparing() as report:
-            made = make_plan(configs, report)
+    with Terminal().preparing() as report:
+        made = make_plan(configs, report)
     headings, rows, sentences = describe_plan(made, at_once)
     folder = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).root
     Terminal().tables(f"Plan of {folder} (nothing is started)", [(headings, rows)], sentences)
@@ -66,13 +66,13 @@ def train(
         The monitored metric, None if the job did not finish.
 
     Raises:
-        CompactHydraException: the sweep's folder is not to be seen from here.
+        UserError: the sweep's folder is not to be seen from here.
     """
     sweep = SweepPaths(Path(config.sweep.output) / config.name)
     record, run = sweep.read_record(), sweep.run(config.job)
     if config.job not in record.origins:
-        raise CompactHydraException(
-            f"ich: {sweep.root} does not know the job {config.job!r}. A job on another machine "
+        raise UserError(
+            f"{sweep.root} does not know the job {config.job!r}. A job on another machine "
             f"needs the launching folder at the same place, on a file system that both share."
         )
     # Jobs that waited while another failed or Ctrl-C was pressed return at once.
@@ -87,7 +87,7 @@ def train(
     try:
         result = run_job(config, run, origin, record.mlflow_run, watch, slot, stop)
     except OSError as error:  # a full disk, mostly; the other jobs may have better luck
-        result = RunResult(FAILED, f"its folder cannot be used: {error}")
+        result = RunResult(FAILED, f"its folder cannot be used: {error}. {keep_traceback()}")
     board.ended(config, result, before)
     if result.status == FAILED and config.sweep.on_failure.value == "stop":
         sweep.stop_after(config.job)

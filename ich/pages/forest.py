@@ -115,14 +115,14 @@ def redraw_forest(sweep: SweepPaths) -> Path:
     if not sweep.csv.exists():
         raise UserError(
             f"{sweep.root} has no {sweep.csv.name}, which the forest plot is drawn from. Make it "
-            f"first: python -m ich.report {sweep.root}"
+            f"first: ich report {sweep.root}"
         )
     # As texts: fingerprints of digits alone, or 12e3, would be read as numbers.
     table = pd.read_csv(sweep.csv, dtype=dict.fromkeys(_TEXTS, str))
     if missing := [name for name in _NEEDED if name not in table]:
         raise UserError(
             f"{sweep.csv} lacks the columns {', '.join(missing)}: an earlier version wrote it. "
-            f"Make it again: python -m ich.report {sweep.root}"
+            f"Make it again: ich report {sweep.root}"
         )
     if draw_forest(table, sweep.figures) is None:
         raise UserError(f"{sweep.csv} has no finished job: there is nothing to draw.")

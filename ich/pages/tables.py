@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from ich.base.config import UserError
+from ich.base.config import RESAMPLES, UserError
 from ich.base.files import write_text
 from ich.base.results import SweepPaths
 from ich.base.terminal import console
@@ -33,7 +33,6 @@ from ich.scoring.comparison import (
     SettingResult,
     load_comparison,
 )
-from ich.scoring.uncertainty import RESAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def report_folder(sweeps: Sequence[SweepPaths], out: Path | None) -> SweepPaths:
     if len(sweeps) > 1:
         raise UserError(
             f"{len(sweeps)} sweeps are compared, and -o DIR is not given. Name a folder for their "
-            f"report, as in python -m ich.report A B -o multirun_reports/A-and-B."
+            f"report, as in ich report A B -o multirun_reports/A-and-B."
         )
     return sweeps[0]
 
@@ -232,7 +231,7 @@ def _print(folder: SweepPaths, name: str, heading: list[str], table: pd.DataFram
     console.print(f"\nTables, figures, report.html: {folder.root}/", markup=False)
     console.print(
         "Next: open report.html; make ui compares the runs in MLflow; "
-        f"python -m ich.report {folder.root} rebuilds this.",
+        f"ich report {folder.root} rebuilds this.",
         markup=False,
     )
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from ich.base.config import UserError
+from ich.base.config import RESAMPLES, UserError
 from ich.base.records import FitResult, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
-from ich.scoring.uncertainty import MIN_GROUPS, RESAMPLES, UNDEFINED, Interval, draw_counts
+from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, draw_counts
 
 RANKING_METRIC = "auc"  # what runs are ranked by: micro-averaged over the labels
 COMPARED_METRICS = ("auc", "accuracy")  # the report's two metrics, whose differences have intervals
@@ -222,7 +222,7 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
         if not sweep.record.exists():
             raise UserError(
                 f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a "
-                f"sweep, as in python -m ich.report multirun_reports/demo."
+                f"sweep, as in ich report multirun_reports/demo."
             )
         records.append(record)
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""

@@ -19,7 +19,6 @@ from scipy import sparse
 
 from ich.scoring.metrics import ANY, log_losses, sigmoid
 
-RESAMPLES = 2000
 _AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches
 _DEFINED = 0.95  # of the resamples, at least, for an interval
 # Resamples of fewer patients are too much alike: one would have an interval without width.

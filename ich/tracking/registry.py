@@ -124,7 +124,7 @@ class Registration:
             return f"{registered}, and its alias {BEST}."
         return (
             f"{registered}. The alias {BEST} stays with {self.present.sweep}/{self.present.job}, "
-            f"which {self.move.value}; python -m ich.report {self.folder} --promote moves it."
+            f"which {self.move.value}; ich report {self.folder} --promote moves it."
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from ich.base.config import Config, UserError, load_config
+from ich.base.entry import Status
 from ich.base.memory import keep_memory
 from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run, watch_supervisor
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, JobProgress, RunResult
@@ -48,8 +49,10 @@ class GracefulStop:
 
     def __init__(self, on_step: StepCallback) -> None:
         self._on_step, self._is_training, self._requested = on_step, False, False
+        self.signal = signal.SIGTERM  # which it was, for the exit status
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number)
         if not self._is_training:
             raise Terminated
         self._requested = True
@@ -80,6 +83,8 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     stop = GracefulStop(ProgressFile(run, cfg.train.epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
+        signal.signal(signal.SIGINT, stop)
     # After the handlers are set, for it sends SIGTERM as soon as the supervisor is gone.
     if supervisor:
         watch_supervisor(supervisor)
@@ -89,7 +94,7 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
             stack.enter_context(lock_run(run, EARLIER_PROCESS_SECONDS))
         except BlockingIOError:
             log.error("another process trains in this folder, and did not end")
-            return 1
+            return Status.FAILED
         # The mirror too only under the lock: it notes its MLflow run in the folder.
         return _train_and_close(cfg, run, Mirror(cfg, run, parent), stop)
 
@@ -100,7 +105,7 @@ def _train_and_close(cfg: Config, run: RunPaths, mirror: Mirror, stop: GracefulS
     _close(cfg, run, result)
     patience = _MIRROR_SECONDS if result.status != KILLED else _MIRROR_SECONDS_KILLED
     mirrored = mirror.finish(patience)
-    status = 0 if result.is_finished else 1
+    status = {FINISHED: Status.DONE, KILLED: 128 + stop.signal}.get(result.status, Status.FAILED)
     if not mirrored:  # its thread is inside MLflow: leave without waiting for it
         # os._exit flushes nothing.
         logging.shutdown()

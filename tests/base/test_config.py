@@ -128,7 +128,7 @@ def test_every_yaml_opens_with_the_command_that_runs_it() -> None:
         if path.parts[-2] in ("job_logging", "hydra_logging"):
             continue
         first = next(line for line in path.read_text().splitlines() if "@package" not in line)
-        assert re.match(r"# (make sweep|python -m ich\.)", first), path
+        assert re.match(r"# (make sweep|ich )", first), path
 
 
 def test_defaults_are_the_reports(composed: Compose) -> None:

@@ -196,7 +196,7 @@ def test_a_sweeps_record_comes_back(sweep: SweepPaths) -> None:
         cohorts=("c",),
         mlflow_run="1234",
         started="2026-11-25 12:00",
-        command="python -m ich.sweep",
+        command="ich sweep",
         modes={"vgg16 32x3x96 cpu": MODE},
         origins={"a": Origin("c", "w", "x", MODE), "b": Origin("c", "w", "x")},
         configs={"a": {"seed": 0}},

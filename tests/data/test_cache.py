@@ -402,7 +402,7 @@ def test_a_cache_is_read_without_the_files(copy: Path, tmp_path: Path) -> None:
 def test_slices_that_are_not_there_are_counted(phantom: Path, tmp_path: Path) -> None:
     store = SliceStore(phantom)
     images = images_of(store)
-    message = r"{} of the {} slices are not decoded yet under .*Run `python -m ich.prepare`"
+    message = r"{} of the {} slices are not decoded yet under .*Run `ich prepare`"
     with pytest.raises(UserError, match=message.format(len(images), len(images))):
         read_cache(images, store, tmp_path, SIZE)
     build(phantom, tmp_path, images[:-2])
@@ -444,7 +444,7 @@ def test_slices_that_are_gone_are_found(phantom: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_to_verify_is_said(phantom: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has been decoded at 32 pixels .*`python -m ich.prepare`"):
+    with pytest.raises(UserError, match=r"has been decoded at 32 pixels .*`ich prepare`"):
         verify_cache(SliceStore(phantom), tmp_path, SIZE)
 
 

@@ -389,7 +389,7 @@ def test_main_writes_and_says_what_is_next(
     assert main([*argv, "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^\d+ slices in .*\npositive: epidural \d", printed)
-    assert f"python -m ich.sweep experiment=demo data.root={out}" in printed
+    assert f"ich sweep experiment=demo data.root={out}" in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

@@ -188,7 +188,8 @@ def test_optuna_minimizes_the_log_loss_and_survives_a_failed_trial(folder: Folde
 # What is said without the extras
 
 
-ABSENT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ich.sweep import main; main()"
+ABSENT = """import sys; sys.modules[sys.argv.pop(1)] = None
+from ich.sweep import main; sys.exit(main())"""
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ ABSENT = "import sys; sys.modules[sys.argv.pop(1)] = None; from ich.sweep import
 def test_a_missing_extra_is_named(tmp_path: Path, option: str, extra: str, package: str) -> None:
     command = [sys.executable, "-c", ABSENT, package, "-m", option]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     message = f"ich: {option} needs a package that is not installed: pip install 'ich[{extra}]'"
     assert message in done.stderr.splitlines()
     assert "Traceback" not in done.stderr
@@ -212,6 +213,6 @@ def test_a_missing_extra_is_named(tmp_path: Path, option: str, extra: str, packa
 def test_a_cluster_is_not_asked_for_in_vain(tmp_path: Path) -> None:
     """Without -m, Hydra would run the one job here and say nothing."""
     done = run_module("sweep", "hydra/launcher=ich_slurm", "model=mobilenet_v2", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Add -m" in done.stderr
     assert not (tmp_path / "multirun_reports").exists()

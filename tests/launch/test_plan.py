@@ -68,7 +68,7 @@ def test_a_plan_says_what_would_run_and_writes_nothing(
 def test_a_plan_refuses_what_a_sweep_would_refuse(tmp_path: Path) -> None:
     swept = ("-m", "model=vgg16", "optimizer.lr=1e-3,nan", "sweep.plan=true")
     done = run_module("sweep", *swept, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "optimizer.lr is nan" in done.stderr
     assert "Traceback" not in done.stderr
 

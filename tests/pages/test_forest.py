@@ -122,7 +122,7 @@ def test_without_a_table_to_draw_it_from_the_remedy_is_named(
         assert main([str(seeds.root), "--forest"]) == 2
         return capsys.readouterr().err
 
-    assert re.search(r"has no comparison\.csv.*Make it first: python -m ich\.report", message())
+    assert re.search(r"has no comparison\.csv.*Make it first: ich report", message())
     table = table_of(seeds, 0)
     table.drop(columns="told_from_best").to_csv(seeds.csv, index=False)
     assert "lacks the columns told_from_best: an earlier version wrote it" in message()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from sweeps import TINY
 
 from ich.base.config import Config, Device, Monitor, UserError, to_yaml
+from ich.base.entry import Status
 from ich.base.records import ComputeMode, FitResult, Origin
 from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
@@ -219,7 +220,7 @@ def test_however_a_training_ends_its_result_says_so(
     run = RunPaths(tmp_path)
     run.config.write_text(to_yaml(config))
     monkeypatch.setattr("ich.training.run.fit", fail)
-    assert main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == (Status.TERMINATED if status == "killed" else Status.FAILED)
     assert run.read_result().status == status
     assert run.read_result().reason.startswith(reason)
 

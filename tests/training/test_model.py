@@ -299,5 +299,5 @@ def test_weights_that_do_not_say_how_they_are_used(
     tmp_path: Path, entries: dict[str, str] | None
 ) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", entries)
-    with pytest.raises(UserError, match=r"do not say how .* python -m ich.rerun"):
+    with pytest.raises(UserError, match=r"do not say how .* ich rerun"):
         load_trained(tmp_path / "w.safetensors")

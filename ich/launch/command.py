@@ -1,0 +1,286 @@
+"""A command that Hydra composes: run without Hydra's frame around a mistake, which is explained.
+
+Hydra announces what a job raises by its overrides, turns what a callback raises into a warning, and
+ends a mistake with advice on a variable, or a traceback. Here all of them reach the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from enum import EnumMeta
+from io import StringIO
+from typing import Any, get_type_hints
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ich.base.config import (
+    CONF_DIR,
+    Config,
+    EvaluateConfig,
+    PrepareConfig,
+    Schema,
+    UserError,
+    register_schemas,
+    to_dataclass,
+)
+from ich.base.entry import Parser, Status, nearest
+from ich.launch.composing import register_resolvers
+
+# The config in conf/ that each command composes, and its schema.
+CONFIGS: dict[str, tuple[str, type]] = {
+    "sweep": ("config", Config),
+    "prepare": ("prepare", PrepareConfig),
+    "evaluate": ("evaluate", EvaluateConfig),
+}
+
+
+class Carried(BaseException):
+    """An error on its way through Hydra, which sees to every Exception itself."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+Task = Callable[[DictConfig], Any]
+
+
+def carrying(task: Task) -> Task:
+    """A task function whose errors reach the caller of `run_hydra` as they are."""
+
+    @functools.wraps(task)
+    def carry(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            raise Carried(error) from None
+
+    return carry
+
+
+def run_hydra(task: Callable[[], Any], command: str, argv: Sequence[str] | None) -> int:
+    """Runs what `hydra.main` made of a task function, as `ich COMMAND ARGV`; returns 0.
+
+    Args:
+        task: it.
+        command: one of `CONFIGS`.
+        argv: options and overrides; by default this process's.
+
+    Raises:
+        UserError: what Hydra does not understand, and what is nearest to it.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    register_schemas()
+    options(command).parse_args(words)
+    try:
+        with _process_as(f"ich {command}", words):
+            task()
+    except Carried as carried:
+        raise carried.error from None
+    except Exception as error:
+        if not _is_hydras(error):
+            raise
+        raise UserError(explain(error, command, words)) from None
+    return Status.DONE
+
+
+def options(command: str) -> Parser:
+    """Hydra's options, as its own parser takes them: a mistake in one is a paragraph here."""
+    parser = Parser(command, None, add_help=False)
+    add = parser.add_argument
+    for flag, short in (("help", "h"), ("resolve", ""), ("run", "r"), ("multirun", "m")):
+        add(f"--{flag}", *([f"-{short}"] if short else []), action="store_true")
+    add("--cfg", "-c", choices=("job", "hydra", "all"))
+    add("--package", "-p")
+    add("--config-path", "-cp")
+    add("--config-name", "-cn")
+    add("--config-dir", "-cd")
+    kinds = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+    add("--info", "-i", const="all", nargs="?", choices=kinds)
+    add("--hydra-help", action="store_true")
+    add("--version", action="store_true")
+    add("--shell-completion", "-sc", action="store_true")
+    add("--experimental-rerun")
+    add("overrides", nargs="*")
+    return parser
+
+
+def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
+    """What a task function is given, as dataclasses.
+
+    Raises:
+        UserError: a key that the schema does not have, or a value that it does not take.
+    """
+    # As plain values: a composed config has the type of its schema, and takes what was added to it.
+    plain: Any = OmegaConf.create(OmegaConf.to_container(cfg))
+    try:
+        return to_dataclass(plain, schema)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the settings cannot be used: {_flat(error)}.") from None
+
+
+@contextmanager
+def _process_as(name: str, words: list[str]) -> Iterator[None]:
+    """Lets Hydra find a command line, and raise what it would otherwise print."""
+    before, variable = sys.argv, "HYDRA_FULL_ERROR"
+    full = os.environ.get(variable)
+    sys.argv, os.environ[variable] = [name, *words], "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = full
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf raised it: over the command line, or a YAML file."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        # A class of ours that cannot be imported is no mistake of the user's.
+        return not isinstance(error.__cause__, ImportError)
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    where = str(trace.tb_frame.f_globals.get("__name__")) if trace else ""
+    return isinstance(error, ValueError | RuntimeError) and where.startswith("hydra.")
+
+
+def complete_override(command: str, words: Sequence[str], word: str) -> list[str]:
+    """What Hydra's shell completion knows of an override.
+
+    Args:
+        command: one of `CONFIGS`.
+        words: the command line between the command and the word.
+        word: the beginning of an override; of values after commas the last is completed.
+    """
+    config, schema = CONFIGS[command]
+    key, equals, value = word.rpartition("=")
+    *earlier, last = value.split(",")
+    head = key + equals + "".join(f"{v}," for v in earlier)
+    if allowed := _allowed_words(schema, key):
+        return [head + name for name in allowed if name.startswith(last)]
+    # Of what stands before, only choices such as data=rsna tell which keys there are; several
+    # values, and what is half a quotation, would keep Hydra from composing anything.
+    plain = [w for w in words if re.fullmatch(r"[\w/.@]+=[\w./-]+", w)]
+    os.environ["COMP_LINE"] = " ".join([command, *plain, f"{key}{equals}{last}"])
+    wrap = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)
+    register_resolvers()
+    with redirect_stdout(StringIO()) as found:
+        # Of its shells, the one with an answer to a line.
+        run_hydra(wrap(lambda _: None), command, ["-sc", "query=fish"])
+    return [head + line[len(key + equals) :] for line in found.getvalue().split()]
+
+
+def _allowed_words(schema: Any, key: str) -> list[str]:
+    """The values of a setting that has a few by its type; Hydra knows only the one it has."""
+    for part in key.split("."):
+        schema = get_type_hints(schema).get(part) if is_dataclass(schema) else None
+    if schema is bool:
+        return ["true", "false"]
+    return list(schema.__members__) if isinstance(schema, EnumMeta) else []
+
+
+def explain(error: Exception, command: str, words: Sequence[str]) -> str:
+    """What Hydra says of a mistake in one paragraph, with what is nearest.
+
+    Args:
+        error: Hydra's or OmegaConf's.
+        command: one of `CONFIGS`.
+        words: the command line after it.
+    """
+    text, cause = _flat(error), _flat(error.__cause__ or "")
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        hint = nearest(f"{group}={option}", [f"{group}={o}" for o in error.options])
+        return f"there is no {group}={option}.{hint} {group} is one of {', '.join(error.options)}."
+    if isinstance(error, OverrideParseException):
+        return _explain_unread(error, command)
+    # Two texts of Hydra's, of model=a,b and of lr=range(1, 3).
+    if several := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", text):
+        return (
+            f"{several[1]} gives several values, and so several jobs, which takes -m: "
+            f"ich {command} -m ... For one value that is a list, write key=[a,b]."
+        )
+    override = re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text)
+    if override or re.match("Key '.*' (not in|is not in)", cause):
+        key = override[1] if override else text.split()[-1].lstrip("+").split("=")[0]
+        return _explain_unknown(key, command, words)
+    if override := re.search(r"Error merging override (.+)", text):
+        allowed = re.search(r"expected one of \[(.*)\]", cause)
+        key, _, value = override[1].partition("=")
+        hint = nearest(value, allowed[1].split(", ")) if allowed else ""
+        return f"{override[1]} does not fit: {cause or text}.{hint}"
+    return f"the settings cannot be composed: {' '.join(dict.fromkeys([text, cause]))}".strip()
+
+
+def _explain_unread(error: OverrideParseException, command: str) -> str:
+    """Of a word that is no key=value."""
+    if "=" in error.override:
+        reason = _flat(error.message.splitlines()[0])
+        return (
+            f"{error.override} cannot be read as key=value ({reason}). A value with spaces, "
+            f"commas, brackets or quotes is quoted twice, as in 'data.root=\"/data/a scan, old\"'."
+        )
+    groups, _ = _names(command, ())
+    choices = [f"{group}={option}" for group, options in groups.items() for option in options]
+    same = [c for c in choices if c.endswith(f"={error.override}")]
+    like = nearest(error.override, [c.partition("=")[2] for c in choices])
+    hint = f" Did you mean {same[0]}?" if same else like
+    return f"{error.override} is no key=value, such as seed=1 or data=rsna.{hint}"
+
+
+def _explain_unknown(key: str, command: str, words: Sequence[str]) -> str:
+    """Of a key that is none."""
+    groups, keys = _names(command, words)
+    ends = {name.rpartition(".")[2]: name for name in reversed(keys)}
+    # lr for optimizer.lr; then modle for model; then epohs for train.epochs.
+    found = [ends[key]] if key in ends else get_close_matches(key, [*groups, *keys], 1)
+    found = found or [ends[end] for end in get_close_matches(key, ends, 1)]
+    hint = f" Did you mean {found[0]}?" if found else ""
+    return (
+        f"`ich {command}` has no setting {key}.{hint} Its groups are "
+        f"{', '.join(g for g in groups if '/' not in g)}; ich {command} --cfg job shows all keys."
+    )
+
+
+def _names(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The groups of a command with their options, and its keys, those of the chosen launcher and
+    sweeper among them."""
+    chosen = [word for word in words if re.fullmatch(r"hydra/(launcher|sweeper)=\w+", word)]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose(CONFIGS[command][0], overrides=chosen, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        groups = {
+            str(group): loader.get_group_options(group, ObjectType.CONFIG)
+            for group in cfg.hydra.runtime.choices
+        }
+    keys: list[str] = []
+
+    def walk(prefix: str, node: Any) -> None:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            keys.append(f"{prefix}{name}")
+            walk(f"{prefix}{name}.", value)
+
+    values: Any = OmegaConf.to_container(cfg)
+    walk("", {k: v for k, v in values.items() if k != "hydra"} | {"hydra": values["hydra"]})
+    return groups, keys
+
+
+def _flat(text: object) -> str:
+    """Hydra's text in one line, without where its documentation and OmegaConf's node are."""
+    return " ".join(re.split(r"\s+(?:full_key:|See https:)", str(text))[0].split())
