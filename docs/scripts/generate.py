@@ -117,9 +117,9 @@ def networks_table(parts: Sequence[str]) -> str:
     for (network, report), rows in lines.items():
         ratios = [f"**{r.ratio:.3g}** ({_limits(r)})" if r else "" for r in map(rows.get, sides)]
         first = next(iter(rows.values()))
-        what = f"{network}, {first.mode}" if first.mode else network
-        table.append([what, _number(first.rates[0]), *ratios, report])
-    return _table(["network", "images per s", *sides, "commit"], table)
+        mode = first.mode.replace("_", " ")
+        table.append([network, mode, _number(first.rates[0]), *ratios, report])
+    return _table(["network", "in", "images per s", *sides, "commit"], table, 2)
 
 
 def summary_table(parts: Sequence[str]) -> str:
