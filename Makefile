@@ -47,6 +47,7 @@ bench: $(READY)  ## measure decoding and training steps against the plain way
 	$(BIN)/python -m ich.bench $(ARGS)
 
 docs: $(READY)  ## docs/ as a site, in site/: opens from a disk, without a network
+	$(BIN)/python docs/scripts/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## remove the environment and build leftovers; never results, data or the MLflow database
