@@ -127,7 +127,7 @@ def test_columns_of_another_name_are_refused(run: RunPaths) -> None:
 
 @pytest.fixture
 def served(trained: Path) -> Iterator[str]:
-    """`mlflow models serve`, as the README has it, on a free port."""
+    """`mlflow models serve`, as docs/use-the-winner.md has it, on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -206,7 +206,7 @@ def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
         metadata = read_metadata(run.best)
     except UserError:
         return run.best
-    # The README has the examples that MLflow would warn are missing.
+    # docs/use-the-winner.md has the examples that MLflow would warn are missing.
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
