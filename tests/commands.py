@@ -18,7 +18,9 @@ from typing import Any
 # of them is ours: `ich` itself starts anew each time.
 _PRELOADED = ("torch", "timm", "mlflow", "sqlalchemy", "alembic", "pandas", "scipy.stats", "hydra")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([*_PRELOADED, "pydicom", "rich.live", "matplotlib.figure", "jinja2"])
+_context.set_forkserver_preload(
+    [*_PRELOADED, "pydicom", "rich.live", "matplotlib.figure", "jinja2"]
+)
 
 
 def command_of(module: str, *args: object) -> list[str]:
