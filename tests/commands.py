@@ -16,11 +16,10 @@ from typing import Any
 
 # Processes are forked off one that has imported these, which takes seconds in each otherwise. None
 # of them is ours: `ich` itself starts anew each time.
-_PRELOADED = ("torch", "timm", "mlflow", "sqlalchemy", "alembic", "pandas", "scipy.stats", "hydra")
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [*_PRELOADED, "pydicom", "rich.live", "matplotlib.figure", "jinja2"]
-)
+_PRELOADED = ["torch", "timm", "mlflow", "sqlalchemy", "alembic", "pandas", "scipy.stats"]
+_PRELOADED += ["hydra", "pydicom", "rich.live", "matplotlib.figure", "jinja2"]
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(_PRELOADED)
 
 
 def command_of(module: str, *args: object) -> list[str]:
@@ -34,7 +33,7 @@ def run_module(
     command, env = command_of(module, *args), {**os.environ, **env}
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _context.Process(target=_run, args=(command[2:], cwd, env, out, err))
+        process = forkserver.Process(target=_run, args=(command[2:], cwd, env, out, err))
         process.start()
         process.join(timeout)  # below pytest's, which would leave the process behind
         if process.exitcode is None:

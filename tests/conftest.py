@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the threads of several workers would 
 from canaries import Canaries
 from commands import run_module
 from hydra import compose, initialize_config_dir
+from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from sweeps import SMALL, Folder
 
@@ -50,6 +52,14 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, to be copied: MLflow takes seconds to make the tables of one."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project folder with a finished sweep of two seeds, `multirun_reports/s`, and its MLflow
     database. Two epochs at 32 pixels, slices decoded at 48."""
@@ -62,9 +72,10 @@ def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, phantom: Path) -> Iterator[Folder]:
+def folder(tmp_path: Path, phantom: Path, database: Path) -> Iterator[Folder]:
     if not Path("/proc/self/environ").exists():
         pytest.skip("finds processes in /proc, which only Linux has")
+    shutil.copy(database, tmp_path)
     folder = Folder(tmp_path, phantom)
     yield folder
     folder.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -258,11 +259,12 @@ def test_the_best_is_by_auc(three: SweepPaths) -> None:
 def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
     tmp_path: Path,
     composed: Compose,
+    database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{shutil.copy(database, tmp_path)}")
 
     def close(name: str, signal: float, **rows: dict[str, np.ndarray]) -> SweepPaths:
         sweep = write_sweep(tmp_path / name, {"xception": signal, "vgg16": 0.5}, composed, rows)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from commands import forkserver
 from made_up import FIT
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -26,7 +27,8 @@ from ich.tracking.sweep_run import check_tracking, close_sweep_run, open_sweep_r
 
 
 @pytest.fixture
-def config(composed: Callable[..., Config], tmp_path: Path) -> Config:
+def config(composed: Callable[..., Config], database: Path, tmp_path: Path) -> Config:
+    shutil.copy(database, tmp_path / "ml.db")
     return composed(
         "model=mobilenet_v2",
         f"tracking.uri=sqlite:///{tmp_path / 'ml.db'}",
@@ -227,7 +229,8 @@ def test_eight_jobs_that_open_a_new_database_at_once_are_eight_runs(
     config: Config, tmp_path: Path
 ) -> None:
     """FAULTS 13."""
-    with ProcessPoolExecutor(8, mp_context=get_context("spawn")) as pool:
+    (tmp_path / "ml.db").unlink()
+    with ProcessPoolExecutor(8, mp_context=forkserver) as pool:
         ids = list(pool.map(open_one, [config.tracking] * 8))
     assert len(set(ids)) == 8
     assert {r.info.run_id for r in runs_of(config)["job"]} == set(ids)
