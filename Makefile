@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A worker takes 2 GB; tests of one file share what is costly to make, and stay together.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -25,17 +27,16 @@ sweep: $(READY)  ## the demo; ARGS="experiment=report data=rsna data.root=FILE" 
 	$(BIN)/python -m ich.sweep experiment=demo $(ARGS)
 
 test: $(READY)  ## the quick tests, without network and GPU; ARGS="-k name" picks some
-	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+	$(PYTEST) -m "not faults" $(ARGS)
 
 test-faults: $(READY)  ## the slow ones: sweeps in which jobs crash, hang and are killed
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(PYTEST) -m faults $(ARGS)
 
 check: $(READY)  ## what CI runs: ruff, mypy, all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) test-faults
-	$(MAKE) test
+	$(PYTEST) $(ARGS)
 
 ui: $(READY)  ## the MLflow UI on 127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
