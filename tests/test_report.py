@@ -28,7 +28,7 @@ from ich.scoring.comparison import RANKING_METRIC, load_comparison
 from ich.scoring.effects import compute_effects
 from ich.scoring.findings import REPORT_TABLE_2
 from ich.tracking.registry import promote
-from ich.tracking.sweep_run import close_sweep_run
+from ich.tracking.sweep_run import close_in_this_process
 
 Compose = Callable[..., Config]
 EIGHT = dict.fromkeys(REPORT_TABLE_2, 2.0)
@@ -269,7 +269,7 @@ def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
     def close(name: str, signal: float, **rows: dict[str, np.ndarray]) -> SweepPaths:
         sweep = write_sweep(tmp_path / name, {"xception": signal, "vgg16": 0.5}, composed, rows)
         compare(sweep, resamples=0)
-        close_sweep_run(sweep, "FINISHED")
+        close_in_this_process(sweep, "FINISHED")
         return sweep
 
     def alias(name: str) -> str:
@@ -288,7 +288,7 @@ def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
     assert main([str(other.root), "--resamples", "0", "--promote"]) == 0
     assert "is version 4 of the model ich, and its alias best" in capsys.readouterr().out
     assert alias("best") == "other"
-    close_sweep_run(first, "FINISHED")  # again, as after the same command
+    close_in_this_process(first, "FINISHED")  # again, as after the same command
     assert len(client.search_model_versions("name = 'ich'")) == 4
     version = client.get_model_version_by_alias("ich", "other")
     assert version.tags["ich.job"] == "xception"

@@ -93,9 +93,8 @@ def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None
         log.warning("MLflow is slow or away; the next launch copies what it misses")
 
 
-def main() -> None:
-    """`python -m ich.tracking.sweep_run SWEEP_DIR STATUS`: `close_sweep_run`, here and now."""
-    sweep, status = SweepPaths(Path(sys.argv[1])), sys.argv[2]
+def close_in_this_process(sweep: SweepPaths, status: str) -> None:
+    """What `close_sweep_run` starts a process for."""
     record = sweep.read_record()
     # Any job's will do: the jobs of a sweep share its store.
     config = to_dataclass(next(iter(record.configs.values())))
@@ -135,4 +134,4 @@ def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    close_in_this_process(SweepPaths(Path(sys.argv[1])), sys.argv[2])

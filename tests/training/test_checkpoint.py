@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import start_module
+from sweeps import SMALL
 
 from ich.base.config import Config, to_yaml
 from ich.base.records import FitResult, Origin
@@ -39,22 +40,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def config(composed: Compose, phantom: Path) -> Config:
-    cfg = composed(
-        "model=mobilenet_v2",
-        "model.pretrained=false",
-        "train.precision=fp32",
-        "data.image_size=32",
-        "data.cache_size=32",
-        "data.workers=1",
-        "data.subset=0.5",
-        "tracking=none",
-        "scheduler=cosine",
-        "optimizer.lr=3e-3",
-        "train.batch_size=4",
-        "train.epochs=3",
-        "train.threads=1",
-        f'data.root="{phantom}"',
-    )
+    own = ("tracking=none", "scheduler=cosine", "optimizer.lr=3e-3", "train.threads=1")
+    of = ("model=mobilenet_v2", f'data.root="{phantom}"')
+    cfg = composed(*of, *SMALL, "train.batch_size=4", *own)
     load_dataset(cfg)
     return cfg
 
