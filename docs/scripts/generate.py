@@ -117,8 +117,8 @@ def networks_table(parts: Sequence[str]) -> str:
     for (network, report), rows in lines.items():
         ratios = [f"**{r.ratio:.3g}** ({_limits(r)})" if r else "" for r in map(rows.get, sides)]
         first = next(iter(rows.values()))
-        mode = first.mode.replace("_", " ")
-        table.append([network, mode, _number(first.rates[0]), *ratios, report])
+        precision = first.mode.partition(",")[0]  # the layout is the same for all
+        table.append([network, precision, _number(first.rates[0]), *ratios, report])
     return _table(["network", "in", "images per s", *sides, "commit"], table, 2)
 
 
