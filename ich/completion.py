@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = asked.parse_args(argv)
     if args.query is not None:
         try:
-            print("\n".join(complete(args.query)))
+            for word in complete(args.query):
+                print(word)
         except Exception:
             # Whatever is wrong with half a command: an error has no place in a line being typed.
             return Status.FAILED

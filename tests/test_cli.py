@@ -131,7 +131,7 @@ def test_every_other_command_has_help_too(name: str, capsys: Capture) -> None:
         ("sweep +colour=red", "settings cannot be used: Key 'colour' not in 'Config'"),
         ("sweep name=${nope}", "Interpolation key 'nope' not found"),
         ("sweep --multirn", "unrecognized arguments: --multirn. Did you mean --multirun?"),
-        ("sweep -m --cfg job", "Only one of --run, --multirun, --cfg"),
+        ("sweep -m --cfg job", "Only one of --run, --multirun, --cfg.* traceback is in"),
         ("sweep optimizer.lr=nan", "optimizer.lr is nan, but must be"),  # of a single training
         ("sweep data.root=nowhere", "data.root is 'nowhere', which does not exist"),
         ("prepare data.rot=x", "`ich prepare` has no setting data.rot. Did you mean data.root?"),
@@ -202,11 +202,11 @@ def test_what_reads_like_a_full_disk_keeps_its_traceback(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert exit_status(raising(OSError(28, "No space left on device"))) == 2
     err = capsys.readouterr().err
-    assert "a folder or file cannot be used: [Errno 28] No space left on device. If nothing" in err
+    assert "a folder or file cannot be used: [Errno 28] No space left on device. If that" in err
     assert err.count("\n") == 1
     (log,) = tmp_path.glob("ich-*.log")
-    assert err.rstrip().endswith(f"its traceback is in {log}")
+    assert err.rstrip().endswith(f"the traceback is in {log}")
     assert "in command\n    raise error" in log.read_text()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     assert exit_status(raising(PermissionError(13, "Permission denied", "/x"))) == 2
-    assert "Nor can a log with its traceback be written." in capsys.readouterr().err
+    assert "Nor can a log with the traceback be written." in capsys.readouterr().err

@@ -110,6 +110,7 @@ LINES = [
     ("ich sweep -m seed=0,1 model=vgg16,res", "net50"),
     ("ich sweep data=rsna optimizer.l", "r="),
     ("ich predict --tt", "a"),
+    ("ich predict bi", "n/"),
 ]
 
 

@@ -327,10 +327,10 @@ def test_a_runs_folder_with_code_or_other_weights_is_refused(
     best = tmp_path / "run" / "best.safetensors"
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("name: mobilenet_v2", "name: vgg16"))
-    assert predict("--model", tmp_path / "run", tmp_path, "-o", "out.csv") == 1
+    assert predict("--model", tmp_path / "run", tmp_path, "-o", "out.csv") == 2
     assert "holds weights of mobilenet_v2, but the run beside it" in capsys.readouterr().err
     best.write_bytes(pickle.dumps(Bomb()))
-    assert predict("--model", tmp_path / "run", tmp_path, "-o", "out.csv") == 1
+    assert predict("--model", tmp_path / "run", tmp_path, "-o", "out.csv") == 2
     assert "can carry code and are not read" in capsys.readouterr().err
     assert [p.name for p in Path().iterdir()] == [".ich-cache"]  # nor "executed"
 
@@ -482,7 +482,7 @@ def test_what_is_no_slice_is_listed_and_stops_nothing(
     assert r"\x1b[31mred.dcm: the file is empty" in said
     assert "16 files left out, listed in out.left_out.csv" in said
     # Given themselves, the same; and with nothing else there is nothing to write.
-    assert predict("--model", runs[0], scans / "pipe.dcm", scans / "link.dcm", "-o", "x.csv") == 1
+    assert predict("--model", runs[0], scans / "pipe.dcm", scans / "link.dcm", "-o", "x.csv") == 2
     assert "none of the 2 files is a CT slice" in capsys.readouterr().err
     assert not Path("x.csv").exists()
     assert predict("--model", runs[0], scans / "tall.dcm", "-o", "out.csv") == 0
@@ -508,7 +508,7 @@ def test_weights_with_a_nan_predict_nothing(
 
     save_weights(model, tmp_path / "nan.safetensors", metadata)
     files = slices_of(phantom)[:3]
-    assert predict("--model", tmp_path / "nan.safetensors", *files, "-o", "out.csv") == 1
+    assert predict("--model", tmp_path / "nan.safetensors", *files, "-o", "out.csv") == 2
     assert "its logits are not finite" in capsys.readouterr().err
 
 
@@ -554,7 +554,7 @@ def test_outputs_in_each_others_way_are_refused(
 ) -> None:
     Path("full").mkdir()
     Path("full/file").touch()
-    assert predict("--model", "none", "nothing", "-o", "out.csv", *words) == 1
+    assert predict("--model", "none", "nothing", "-o", "out.csv", *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -563,11 +563,11 @@ def test_an_input_is_not_written_over_nor_half_the_outputs(
 ) -> None:
     shutil.copy(slices_of(phantom)[0], "in.csv")
     before = Path("in.csv").read_bytes()
-    assert predict("--model", runs[0], "in.csv", "-o", "./in.csv") == 1
+    assert predict("--model", runs[0], "in.csv", "-o", "./in.csv") == 2
     assert "-o in.csv would write over the input in.csv" in capsys.readouterr().err
     assert Path("in.csv").read_bytes() == before
     Path("out.studies.csv").mkdir()
-    assert predict("--model", runs[0], "in.csv", "-o", "out.csv") == 1
+    assert predict("--model", runs[0], "in.csv", "-o", "out.csv") == 2
     assert "-o is 'out.studies.csv', which cannot be written" in capsys.readouterr().err
     assert not Path("out.csv").exists()
 
@@ -579,7 +579,7 @@ def test_an_image_with_two_files_makes_no_submission(
         (tmp_path / folder).mkdir()
         shutil.copy(file, tmp_path / folder / "ID_1.dcm")
     given = [tmp_path / "a", tmp_path / "b"]
-    assert predict("--model", runs[0], *given, "-o", "out.csv", "--submission", "s.csv") == 1
+    assert predict("--model", runs[0], *given, "-o", "out.csv", "--submission", "s.csv") == 2
     assert "1 images have several files (the first: ID_1), so s.csv" in capsys.readouterr().err
     assert len(pd.read_csv("out.csv")) == 2
     assert not Path("s.csv").exists()
@@ -656,7 +656,7 @@ def test_out_of_gpu_memory_says_what_to_change(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
     monkeypatch.setattr(ensembles.Network, "logits", full)
-    assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 1
+    assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 2
     said = capsys.readouterr().err
     assert "out of GPU memory at 32 slices at a time: CUDA out of memory. Tried to" in said
     assert "Lower the batch size" in said
@@ -717,7 +717,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything(
 ) -> None:
     Path("file").touch()
     Path("folder.csv").mkdir()
-    assert predict("--model", runs[0], "nothing", "-o", out) == 1
+    assert predict("--model", runs[0], "nothing", "-o", out) == 2
     assert message in capsys.readouterr().err
 
 

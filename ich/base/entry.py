@@ -90,8 +90,8 @@ def keep_traceback() -> str:
         with os.fdopen(handle, "w") as file:
             traceback.print_exc(file=file)
     except OSError:
-        return "Nor can a log with its traceback be written."
-    return f"If nothing is wrong with it, that is a bug of ich, and its traceback is in {path}"
+        return "Nor can a log with the traceback be written."
+    return f"If that seems wrong, it is a bug of ich: the traceback is in {path}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

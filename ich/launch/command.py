@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
@@ -26,6 +27,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import ich
 from ich.base.config import (
     CONF_DIR,
     Config,
@@ -36,7 +38,7 @@ from ich.base.config import (
     register_schemas,
     to_dataclass,
 )
-from ich.base.entry import Parser, Status, nearest
+from ich.base.entry import Parser, Status, keep_traceback, nearest
 from ich.launch.composing import register_resolvers
 
 # The config in conf/ that each command composes, and its schema.
@@ -88,13 +90,14 @@ def run_hydra(task: Callable[[], Any], command: str, argv: Sequence[str] | None)
     try:
         with _process_as(f"ich {command}", words):
             task()
+        return Status.DONE
     except Carried as carried:
-        raise carried.error from None
-    except Exception as error:
-        if not _is_hydras(error):
+        error = carried.error
+    except Exception as raised:
+        if not _is_hydras(raised):
             raise
-        raise UserError(explain(error, command, words)) from None
-    return Status.DONE
+        raise UserError(explain(raised, command, words)) from None
+    raise error  # not while Carried is handled, so that its own causes stand alone
 
 
 def options(command: str) -> Parser:
@@ -111,9 +114,10 @@ def options(command: str) -> Parser:
     kinds = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
     add("--info", "-i", const="all", nargs="?", choices=kinds)
     add("--hydra-help", action="store_true")
-    add("--version", action="store_true")
-    add("--shell-completion", "-sc", action="store_true")
-    add("--experimental-rerun")
+    hydras = f"ich {ich.__version__}, composed by Hydra {hydra.__version__}"
+    add("--version", action="version", version=hydras)
+    add("--shell-completion", "-sc", action="store_true", help=SUPPRESS)  # `ich completion`
+    add("--experimental-rerun", help=SUPPRESS)
     add("overrides", nargs="*")
     return parser
 
@@ -149,7 +153,7 @@ def _process_as(name: str, words: list[str]) -> Iterator[None]:
 
 
 def _is_hydras(error: Exception) -> bool:
-    """Whether Hydra or OmegaConf raised it: over the command line, or a YAML file."""
+    """Whether Hydra, OmegaConf or a sweeper raised it: over the command line, or a YAML file."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         # A class of ours that cannot be imported is no mistake of the user's.
         return not isinstance(error.__cause__, ImportError)
@@ -157,7 +161,8 @@ def _is_hydras(error: Exception) -> bool:
     while trace and trace.tb_next:
         trace = trace.tb_next
     where = str(trace.tb_frame.f_globals.get("__name__")) if trace else ""
-    return isinstance(error, ValueError | RuntimeError) and where.startswith("hydra.")
+    kinds = ValueError | RuntimeError | TypeError
+    return isinstance(error, kinds) and where.startswith(("hydra.", "hydra_plugins.", "optuna."))
 
 
 def complete_override(command: str, words: Sequence[str], word: str) -> list[str]:
@@ -225,7 +230,9 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         key, _, value = override[1].partition("=")
         hint = nearest(value, allowed[1].split(", ")) if allowed else ""
         return f"{override[1]} does not fit: {cause or text}.{hint}"
-    return f"the settings cannot be composed: {' '.join(dict.fromkeys([text, cause]))}".strip()
+    known = isinstance(error, HydraException | OmegaConfBaseException)
+    said = (text if cause in text else f"{text} {cause}").rstrip(".")
+    return f"the settings cannot be used: {said}. {'' if known else keep_traceback()}".rstrip()
 
 
 def _explain_unread(error: OverrideParseException, command: str) -> str:
@@ -237,10 +244,9 @@ def _explain_unread(error: OverrideParseException, command: str) -> str:
             f"commas, brackets or quotes is quoted twice, as in 'data.root=\"/data/a scan, old\"'."
         )
     groups, _ = _names(command, ())
-    choices = [f"{group}={option}" for group, options in groups.items() for option in options]
-    same = [c for c in choices if c.endswith(f"={error.override}")]
-    like = nearest(error.override, [c.partition("=")[2] for c in choices])
-    hint = f" Did you mean {same[0]}?" if same else like
+    choices = {option: f"{group}={option}" for group in groups for option in groups[group]}
+    found = get_close_matches(error.override, choices, 1)
+    hint = f" Did you mean {choices[found[0]]}?" if found else ""
     return f"{error.override} is no key=value, such as seed=1 or data=rsna.{hint}"
 
 
@@ -252,9 +258,10 @@ def _explain_unknown(key: str, command: str, words: Sequence[str]) -> str:
     found = [ends[key]] if key in ends else get_close_matches(key, [*groups, *keys], 1)
     found = found or [ends[end] for end in get_close_matches(key, ends, 1)]
     hint = f" Did you mean {found[0]}?" if found else ""
+    own = ", ".join(sorted(group for group in groups if "/" not in group))
     return (
-        f"`ich {command}` has no setting {key}.{hint} Its groups are "
-        f"{', '.join(g for g in groups if '/' not in g)}; ich {command} --cfg job shows all keys."
+        f"`ich {command}` has no setting {key}.{hint} Its groups are {own}; "
+        f"ich {command} --cfg job shows all keys."
     )
 
 
