@@ -45,6 +45,8 @@ def _report(args: Namespace) -> int:
         raise UserError(f"--promote takes one sweep, and {len(args.sweeps)} are given.")
     if args.resamples < 0:
         raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
+    if args.forest and (args.out or args.promote):
+        raise UserError("--forest draws into the sweep's own folder, and takes no -o or --promote.")
     # Imported here: they take seconds, which help and a mistake need not wait for.
     from ich.pages.forest import redraw_forest
     from ich.pages.tables import compare

@@ -65,6 +65,10 @@ def documented(name: str) -> list[list[str]]:
     return [shlex.split(text.partition(" | ")[0], comments=True) for text in given]
 
 
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len((REPOSITORY / "README.md").read_text().split()) <= 1800
+
+
 # Links and anchors
 
 

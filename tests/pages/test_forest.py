@@ -128,3 +128,5 @@ def test_without_a_table_to_draw_it_from_the_remedy_is_named(
     assert "lacks the columns told_from_best: an earlier version wrote it" in message()
     table.assign(status="failed").to_csv(seeds.csv, index=False)
     assert "has no finished job: there is nothing to draw" in message()
+    assert main([str(seeds.root), "--forest", "--promote"]) == 2
+    assert "takes no -o or --promote" in capsys.readouterr().err
