@@ -43,11 +43,6 @@ def _summarize(out: Path) -> str:
     return f"{slices} slices in {out}\npositive: {rates}"
 
 
-def _show_progress(done: int, patients: int) -> None:
-    end = "\n" if done == patients else ""
-    print(f"\rpatients {done}/{patients}", end=end, file=sys.stderr, flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes a phantom; the exit status, see `ich.base.entry.Status`."""
     end_on_signals()
@@ -57,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(args: Namespace) -> int:
     # Imported here: a picture takes matplotlib, for which help and a mistake need not wait.
+    from ich.base.progress import stage
+    from ich.base.terminal import Terminal
     from ich.data.phantom.figure import draw_figure
     from ich.data.phantom.files import write_phantom
 
     try:
         spec = PhantomSpec(args.patients, args.seed, args.size, args.prevalence)
-        write_phantom(args.out, spec, args.workers, _show_progress)
+        with Terminal().preparing() as report:
+            write_phantom(args.out, spec, args.workers, stage(report, "simulating patients"))
         if args.figure is not None:
             draw_figure(spec, args.figure)
     except ValueError as error:  # its text is of one line, and for the user

@@ -1,18 +1,19 @@
 """What a person at the terminal sees: jobs with a time estimate, one line per epoch.
 
-`Terminal` says what a command does, `Board` shows the jobs of a sweep while they run. In a pipe
-or a log file there are no bars, only the lines.
+`Terminal` says what a command does, `Board` shows the jobs of a sweep while they run. In a pipe, a
+log file or a notebook there are no bars; what they would show is a line every half minute.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.live import Live
@@ -21,6 +22,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -30,52 +32,80 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from ich.base.config import Config
-from ich.base.progress import StageCallback
+from ich.base.progress import Pace, StageCallback, repeating
 from ich.base.records import FAILED, FINISHED, KILLED, EpochMetrics, JobProgress, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
 
 _TEXTS = ("what", "state", "weights", "time from")  # columns that are not numbers
 _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
+# Between two lines of progress: at most 30 s are promised, and a busy machine is late.
+LINE_SECONDS = 25.0
 
 # Without colours of its own for numbers and paths. Rich takes a pipe to be 80 wide.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
 
 
-class Terminal:
-    """Prints to one console; a progress bar only where the console is a terminal."""
+def shows_bars(out: Console) -> bool:
+    """Whether what changes can be drawn over: not in a file or a pipe, even if FORCE_COLOR asks for
+    colours there, nor in a notebook, whose cells are terminals without a cursor to move."""
+    return out.is_interactive and out.file.isatty() and "JPY_PARENT_PID" not in os.environ
 
-    def __init__(self, out: Console = console):
-        self.out = out
+
+class Terminal:
+    """Prints to one console.
+
+    Args:
+        out: the console.
+        seconds: between two lines of progress where no bar can be drawn.
+    """
+
+    def __init__(self, out: Console = console, seconds: float = LINE_SECONDS):
+        self.out, self._seconds = out, seconds
 
     @contextmanager
-    def preparing(self) -> Iterator[StageCallback]:
-        """Yields `report(what, done, total)`; a line when each kind of work is complete."""
-        tasks: dict[str, TaskID] = {}
-        with self._bar(MofNCompleteColumn()) as bar:
+    def preparing(
+        self, otherwise: str = "preparing", lasting: bool = True
+    ) -> Iterator[StageCallback]:
+        """Yields `report(what, done, total)`: a bar for each kind of work, or lines.
 
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bar.add_task(what, total=total)
-                bar.update(tasks[what], completed=done)
-                if done == total:
-                    # A finished kind of work is a line above the bars: it stays when they are gone.
-                    bar.remove_task(tasks.pop(what))
+        Args:
+            otherwise: what is done where nothing reports, as while weights are downloaded or
+                another process is waited for.
+            lasting: whether a line stays of each kind of work that is complete.
+        """
+        tasks: dict[str, TaskID] = {}
+        bar, whole = self._bar(), Pace()
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                pace = Pace(done / total if total else 0.0)
+                tasks[what] = bar.add_task(what, total=total, pace=pace)
+            bar.update(tasks[what], completed=done)
+            if done == total:
+                # A finished kind of work is a line above the bars: it stays when they are gone.
+                bar.remove_task(tasks.pop(what))
+                if lasting:
                     self._line(f"{what}: {total:,} done")
 
+        def tell() -> None:
+            nothing = [f"{otherwise}: {format_duration(whole.seconds)} so far"]
+            for line in [_task_line(task) for task in bar.tasks] or nothing:
+                self._line(line, markup=False)
+
+        with bar if shows_bars(self.out) else repeating(tell, self._seconds):
             yield report
 
-    def _bar(self, *columns: TextColumn | MofNCompleteColumn) -> Progress:
+    def _bar(self) -> Progress:
         return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            *columns,
+            MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.out,
             # Bars are no news afterwards, and would stand between the lines.
             transient=True,
-            disable=not self.out.is_terminal,  # or a log would have a line for every step
         )
 
     def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
@@ -140,37 +170,45 @@ class Terminal:
 class Board:
     """The jobs of a sweep while they run: what stays is printed, what changes is shown below it.
 
+    Without a terminal what changes is a line now and then.
+
     Args:
         jobs: their names, in the order of the table.
-        out: where to print; without a terminal only what stays is shown.
+        out: where to print.
+        seconds: between two lines of what changes.
+        others: how the jobs stand that this process does not run.
     """
 
     ROWS = 16  # of the changing part; running jobs come first
+    NAMED = 4  # running jobs in a line: with more, a line could not be read
 
-    def __init__(self, jobs: Sequence[str], out: Console = console):
+    def __init__(
+        self,
+        jobs: Sequence[str],
+        out: Console = console,
+        seconds: float = LINE_SECONDS,
+        others: Mapping[str, str] = {},
+    ):
         self._out = out
-        self._rows = {job: _Row(job) for job in jobs}
-        self._live = Live(
-            console=out,
-            get_renderable=self._render,
-            refresh_per_second=4,
-            transient=True,
-            auto_refresh=out.is_terminal,
-        )
+        self._rows = {job: _Row(job, others.get(job, "waiting")) for job in jobs}
+        self._display: AbstractContextManager[object] = repeating(self._tell, seconds)
+        if shows_bars(out):
+            self._display = Live(
+                console=out, get_renderable=self._render, refresh_per_second=4, transient=True
+            )
 
     def __enter__(self) -> Board:
-        if self._out.is_terminal:
-            self._live.start()
+        self._display.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._display.__exit__(*error)
 
     def started(self, config: Config, run: RunPaths, slot: str) -> Callable[[], None]:
         """A job starts; returns what shows the news its process has written."""
         # A job that was not announced, as an optimizing sweeper makes one after the other.
         row = self._rows.setdefault(config.job, _Row(config.job))
-        row.status, row.began = "running", time.monotonic()
+        row.status, row.note = "running", _STARTING
         number = list(self._rows).index(config.job) + 1
         on_slot = f"  on {slot}" if slot else ""
         title = escape(f"[{number}/{len(self._rows)}] {config.job}")
@@ -183,7 +221,8 @@ class Board:
             for line in journal[shown:]:
                 self._line(_epoch_line(config, line))
             shown = max(shown, len(journal))  # a resumed training cuts its journal first
-            row.follow(run.read_progress())
+            # Its process says nothing while it imports, nor while it writes to MLflow at its end.
+            row.follow(run.read_progress(), "ending" if run.result.exists() else _STARTING)
 
         return watch
 
@@ -208,9 +247,19 @@ class Board:
     def _line(self, text: str) -> None:
         self._out.print(printable(text), soft_wrap=True)
 
+    def _tell(self) -> None:
+        """One line of what `_render` would show."""
+        rows = list(self._rows.values())
+        running = [f"{row.job} {row.note}" for row in rows if row.status == "running"]
+        parts = [f"{len(rows)} jobs: {_totals(rows)}"] if len(rows) > 1 else []
+        parts += running[: self.NAMED]
+        if len(running) > self.NAMED:
+            parts.append(f"{len(running) - self.NAMED} more are running")
+        if parts:  # not between the start of a rerun and that of its one job
+            self._line(escape("; ".join(parts)))
+
     def _render(self) -> Table:
         rows = sorted(self._rows.values(), key=lambda r: _ORDER.get(r.status, 1))
-        counts = Counter(r.status for r in rows)
         table = Table(box=None, pad_edge=False, show_header=False)
         for _ in range(4):
             table.add_column(no_wrap=True, overflow="ellipsis")
@@ -220,44 +269,52 @@ class Board:
                 f"[{color}]{row.status}[/{color}]", escape(row.job), row.bar(), escape(row.note)
             )
         rest = f", {len(rows) - self.ROWS} not shown" if len(rows) > self.ROWS else ""
-        totals = ", ".join(f"{n} {status}" for status, n in counts.items())
-        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {totals}{rest}", "", "")
+        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {_totals(rows)}{rest}", "", "")
         return table
 
 
+def _totals(rows: Sequence[_Row]) -> str:
+    """How many of the jobs are in each state."""
+    return ", ".join(f"{n} {status}" for status, n in Counter(r.status for r in rows).items())
+
+
+_STARTING = "starting"
+# What validating takes of an epoch, about: rows are 15 % as many as those that are trained on, and
+# need no backward pass.
+_VALIDATION = 0.05
 _ORDER = {"running": 0, "waiting": 1, FAILED: 2, FINISHED: 3}
 _COLORS = {"running": "cyan", FAILED: "red", FINISHED: "green", KILLED: "yellow"}
 
 
 @dataclass
 class _Row:
-    """One job on the board. fraction: of its training that is done, at first sight and now."""
+    """One job on the board. fraction: of its training that is done. pace: since it is seen here,
+    for before that it may have run elsewhere, or paused."""
 
     job: str
     status: str = "waiting"
     note: str = ""
-    began: float = 0.0
-    first_fraction: float | None = None  # a resumed training begins in its midst
+    pace: Pace | None = None
     fraction: float = 0.0
 
-    def follow(self, progress: JobProgress | None) -> None:
-        """Takes over what the job's process says of itself."""
+    def follow(self, progress: JobProgress | None, otherwise: str) -> None:
+        """Takes over what the job's process says of itself, or `otherwise`."""
         if progress is None:
-            self.note = "starting"
+            self.note = otherwise
             return
-        self.fraction = (progress.epoch - 1 + progress.step / progress.steps) / progress.epochs
-        if self.first_fraction is None:
-            self.first_fraction, self.began = self.fraction, time.monotonic()
-        note = f"epoch {progress.epoch}/{progress.epochs}, {progress.phase}"
-        # By what was done since it is seen here: before that it may have run elsewhere, or paused.
-        gained = self.fraction - self.first_fraction
-        if gained > 0:
-            left = (time.monotonic() - self.began) * (1 - self.fraction) / gained
-            note += f" {progress.step}/{progress.steps}, {format_duration(left)} left"
-        self.note = note
+        part = progress.step / progress.steps
+        if progress.phase == "training":
+            part *= 1 - _VALIDATION
+        else:
+            part = 1 - _VALIDATION * (1 - part)
+        self.fraction = (progress.epoch - 1 + part) / progress.epochs
+        self.pace = self.pace or Pace(self.fraction)
+        step = f"{progress.phase} {progress.step}/{progress.steps}"
+        left = _left(self.pace.seconds_left(self.fraction))
+        self.note = f"epoch {progress.epoch}/{progress.epochs}, {step}{left}"
 
     def bar(self) -> ProgressBar | str:
-        if self.first_fraction is None:
+        if self.pace is None:
             return ""
         return ProgressBar(total=1, completed=self.fraction, width=24)
 
@@ -273,6 +330,19 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _task_line(task: Task) -> str:
+    """What the bar of a task of `Terminal.preparing` would show."""
+    pace: Pace = task.fields["pace"]
+    total, so_far = task.total or 0, format_duration(pace.seconds)
+    left = _left(pace.seconds_left(task.percentage / 100))
+    return f"{task.description}: {task.completed:,.0f} of {total:,.0f} done in {so_far}{left}"
+
+
+def _left(seconds: float | None) -> str:
+    """The end of a line of progress; empty while nothing tells the time left."""
+    return "" if seconds is None else f", {format_duration(seconds)} left"
 
 
 def _epoch_line(config: Config, line: EpochMetrics) -> str:

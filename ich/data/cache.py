@@ -154,6 +154,8 @@ def verify_cache(
         entries = sorted((row, value, path) for path, (row, value) in latest.items() if row >= 0)
         del latest
         length = target.slice_bytes
+        if progress and entries:
+            progress(0, len(entries))
         # "a+": where the file is gone, an empty one says of every slice that it is damaged.
         with target.slices.open("a+b", buffering=0) as slices:
             for done, (row, value, path) in enumerate(entries, 1):
@@ -198,6 +200,8 @@ def _decode(
     )
     processes = worker_count(workers, len(todo), _SLICES_PER_START)
     done = failed = 0
+    if progress:
+        progress(done, len(todo))
     # Left in this order: no process decodes any more when the journal is written for the last time.
     with (
         JournalWriter(target) as journal,

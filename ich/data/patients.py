@@ -181,6 +181,8 @@ def scan_headers(
             )
             processes = worker_count(workers, len(missing), _HEADERS_PER_START)
             done = len(wanted) - len(missing)
+            if progress:
+                progress(done, len(wanted))
             with journal.open("a", newline="") as file:
                 for lines in run_parallel(_scan_chunk, jobs, processes):
                     csv.writer(file).writerows(lines)

@@ -101,6 +101,8 @@ def explain(
         for key, members in _by_study(predicted, positive).items()
     ]
     total, done = sum(len(s.members) for s in studies), 0
+    if total:
+        progress(done, total)
     _clear(folder)
     write_text(folder / _INDEX, _index(model, studies))  # first: by it the folder is known as ours
     pages = []

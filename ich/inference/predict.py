@@ -93,9 +93,9 @@ def predict(options: PredictOptions) -> int:
     # anything is decoded.
     options.check()
     paths, terminal, keys = options.paths, Terminal(), Pseudonyms.beside(options.cache_dir)
-    inputs = Inputs.find(options.inputs)
-    model = _load(options, len(inputs))
     with terminal.preparing() as report:
+        inputs = Inputs.find(options.inputs)
+        model = _load(options, len(inputs))
         progress = partial(report, "predicting")
         predicted = predict_files(
             model, inputs, keys.key, progress, options.tta, options.batch_size, options.workers

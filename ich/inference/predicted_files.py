@@ -108,6 +108,8 @@ def predict_files(
     predicted = PredictedFiles.of_none(count, len(ensemble.members), len(ensemble.labels))
     processes = worker_count(workers, count, _SLICES_PER_START)
     unread, done = set(range(count)), 0
+    if count:
+        progress(done, count)
     try:
         batches = inputs.batches(batch_size, ensemble.sizes)
         for batch in _predict_batches(ensemble, batches, processes, tta):

@@ -80,7 +80,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         rows, available = wanted_rows(config, model, store, report)
         labels = common_labels(model, available)
         evaluation = score(config, model, store, rows, labels, partial(report, "predicting"))
-    table = metrics_table(evaluation, config.resamples)
+    with terminal.preparing(lasting=False) as report:
+        table = metrics_table(evaluation, config.resamples, partial(report, "resampling"))
     page = write_evaluation(evaluation, table, folder)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     (folder / "config.yaml").write_text(text)

@@ -31,7 +31,7 @@ from ich.launch.composing import ComposedJob
 from ich.launch.jobs import VISIBLE, Slot, slurm_thread_limit, thread_limit, write_lost
 from ich.launch.launcher import SweepLauncher, check_range
 from ich.launch.remote import Follower, ending_jobs
-from ich.launch.steps import prepare, train
+from ich.launch.steps import board_for, prepare, train
 from ich.tracking.store import one_line
 
 
@@ -115,7 +115,7 @@ class ClusterLauncher(SweepLauncher):
         # to end, and have time for a checkpoint; then the engine takes back what still waits, and
         # the follower shows the last news.
         with ExitStack() as stack:
-            board = stack.enter_context(Board(sweep.read_record().jobs))
+            board = stack.enter_context(board_for(*configs))
             follower = Follower(configs, sweep, board)
             stack.enter_context(follower.following())
             waits = stack.enter_context(self.submitted(calls))

@@ -24,12 +24,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from ich.base.config import Device, UserError
-from ich.base.terminal import Board
 from ich.launch.command import Carried
 from ich.launch.composing import ComposedJob, compose_jobs
 from ich.launch.jobs import VISIBLE, Slot, cpu_slots, gpu_slots, run_in_slots, visible_gpus
 from ich.launch.remote import ending_jobs
-from ich.launch.steps import plan, prepare, train
+from ich.launch.steps import board_for, plan, prepare, train
 
 _OURS = "hydra_plugins.ich_launcher."
 _LOCAL = f"{_OURS}LocalLauncher"
@@ -125,7 +124,7 @@ class LocalLauncher(SweepLauncher):
     def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
         # First: a setting out of range is refused before data are prepared.
         slots = self.slots(jobs)
-        sweep = prepare([job.config for job in jobs])
+        prepare([job.config for job in jobs])
         stop, lock = threading.Event(), threading.Lock()
 
         def work(job: ComposedJob, slot: Slot) -> JobReturn:
@@ -135,7 +134,7 @@ class LocalLauncher(SweepLauncher):
             with lock:
                 return self.on_end(job, score)
 
-        with Board(sweep.read_record().jobs) as board:
+        with board_for(*(job.config for job in jobs)) as board:
             return run_in_slots(work, jobs, slots, stop)
 
     def slots(self, jobs: Sequence[ComposedJob]) -> list[Slot]:

@@ -175,6 +175,8 @@ def assign_modes(
         and workload_key(j.config) not in modes
     }
     chosen = timing.select_modes(list(unknown.values())) if unknown else ()
+    if unknown and report:
+        report("timing precision", 0, len(unknown))
     for number, (of_kind, mode) in enumerate(chosen, start=1):
         modes[of_kind] = mode
         if report:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ich.base.config import Config
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
+from ich.base.progress import repeating
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.terminal import Board
 
@@ -85,22 +86,16 @@ class Follower:
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
         """Looks again and again, in a thread."""
-        over = threading.Event()
 
-        def follow() -> None:
-            while not over.wait(_POLL_SECONDS):
-                with contextlib.suppress(OSError):  # a network file system's bad moment
-                    self.look()
-
-        thread = threading.Thread(target=follow, daemon=True, name="follow jobs")
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            with contextlib.suppress(OSError):
+        def look() -> None:
+            with contextlib.suppress(OSError):  # a network file system's bad moment
                 self.look()
+
+        try:
+            with repeating(look, _POLL_SECONDS):
+                yield
+        finally:
+            look()
 
 
 def _version(path: Path) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ich.base.config import Config, UserError
 from ich.base.entry import keep_traceback
-from ich.base.records import FAILED, RunResult
+from ich.base.records import FAILED, NOT_STARTED, RunResult
 from ich.base.results import State, SweepPaths
 from ich.base.terminal import Board, Terminal
 from ich.launch.composing import register_resolvers
@@ -95,10 +95,14 @@ def train(
     return result.fit.val_scores[config.train.monitor.value] if result.fit else None
 
 
-def board_for(config: Config) -> Board:
-    """What shows a job that Hydra, or a launcher not of ours, runs by our task function."""
-    jobs = SweepPaths(Path(config.sweep.output) / config.name).read_record().jobs
-    return Board(jobs)
+def board_for(*configs: Config) -> Board:
+    """What shows the jobs that are run from this process, among all of their sweep: the others are
+    of an earlier batch, or another process runs them."""
+    results = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).read_results()
+    others = {r.job: r.status for r in results if r.job not in {c.job for c in configs}}
+    # Whether another process has begun with it is not known here.
+    others |= {job: "waiting or elsewhere" for job, s in others.items() if s == NOT_STARTED}
+    return Board([r.job for r in results], others=others)
 
 
 def enter() -> None:

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from ich.base.config import RESAMPLES, UserError
 from ich.base.files import write_text
+from ich.base.progress import stage
 from ich.base.results import SweepPaths
-from ich.base.terminal import console
+from ich.base.terminal import Terminal, console
 from ich.pages.columns import (
     INDISTINGUISHABLE,
     Shown,
@@ -66,8 +67,9 @@ def compare(
         UserError: a folder holds no sweep, or there are several and no `out`.
     """
     folder = report_folder(sweeps, out)
-    comparison = load_comparison(sweeps, resamples)
-    table = build_table(comparison)
+    with Terminal().preparing("comparing runs", lasting=False) as report:
+        comparison = load_comparison(sweeps, resamples, stage(report, "resampling"))
+        table = build_table(comparison)
     folder.root.mkdir(parents=True, exist_ok=True)
     heading = describe(comparison)
     # Files, then the terminal, and last the page, which is the likeliest to fail.
@@ -78,7 +80,8 @@ def compare(
     _print(folder, comparison.name, heading, table)
     if page:
         try:
-            write_page(comparison, folder, heading)
+            with Terminal().preparing("drawing report.html"):
+                write_page(comparison, folder, heading)
         except Exception:  # the tables are written, and a sweep's status is that of its jobs
             log.exception("report.html could not be made; the tables are whole")
     return table

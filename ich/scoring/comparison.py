@@ -21,6 +21,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ich.base.config import RESAMPLES, UserError
+from ich.base.progress import ProgressCallback
 from ich.base.records import FitResult, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
@@ -200,12 +201,17 @@ class Comparison:
 # --- Reading folders -----------------------------------------------------------------------------
 
 
-def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) -> Comparison:
+def load_comparison(
+    sweeps: Sequence[SweepPaths],
+    resamples: int = RESAMPLES,
+    progress: ProgressCallback | None = None,
+) -> Comparison:
     """Reads the jobs of the latest launch of each sweep, and compares them.
 
     Args:
         sweeps: their folders; of several, runs are named `<sweep>/<job>`.
         resamples: of the bootstrap; 0 leaves intervals out, which takes most of the time.
+        progress: told of runs on the same rows that are resampled.
 
     Raises:
         UserError: a folder holds no sweep.
@@ -228,7 +234,8 @@ def load_comparison(sweeps: Sequence[SweepPaths], resamples: int = RESAMPLES) ->
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
         runs += [_load_run(sweep, r, prefix) for r in sweep.read_results()]
     title = " + ".join(str(r.name or s.root.name) for r, s in zip(records, sweeps, strict=True))
-    return Comparison(title, runs, _evaluation_sets(runs, resamples), resamples, records)
+    evaluation_sets = _evaluation_sets(runs, resamples, progress)
+    return Comparison(title, runs, evaluation_sets, resamples, records)
 
 
 def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
@@ -244,7 +251,9 @@ def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
 # --- Pairing and resampling ----------------------------------------------------------------------
 
 
-def _evaluation_sets(runs: Sequence[Run], resamples: int) -> list[EvaluationSet]:
+def _evaluation_sets(
+    runs: Sequence[Run], resamples: int, progress: ProgressCallback | None
+) -> list[EvaluationSet]:
     """Runs by the rows they were scored on, then by setting; intervals only if asked for."""
     # Dictionaries keep the order of the runs, which is that of the table.
     runs_of: dict[str, dict[str, list[Run]]] = {}
@@ -256,7 +265,7 @@ def _evaluation_sets(runs: Sequence[Run], resamples: int) -> list[EvaluationSet]
     for fingerprint, of_rows in runs_of.items():
         settings = [SettingResult(members[0].setting, members) for members in of_rows.values()]
         if resamples and settings[0].predictions.scored.group_count >= MIN_GROUPS:
-            _resample(settings, resamples)
+            _resample(settings, resamples, progress)
         _mark_best(settings)
         sets.append(EvaluationSet(fingerprint, settings))
     return sets
@@ -274,14 +283,20 @@ def _setting_key(run: Run) -> str:
     return json.dumps([sweep, kept], sort_keys=True, default=str)
 
 
-def _resample(settings: Sequence[SettingResult], resamples: int) -> None:
+def _resample(
+    settings: Sequence[SettingResult], resamples: int, progress: ProgressCallback | None
+) -> None:
     """Sets the replicates of all settings: of the same patients in each resample, so that they can
     be subtracted; the seeds of a setting are drawn too."""
     counts = draw_counts(settings[0].predictions.scored.group_count, resamples)
     predictions = [r.predictions for s in settings for r in s.runs if r.predictions is not None]
+    progress, replicates = progress or (lambda *_: None), []
+    progress(0, len(predictions))
     # In threads: nearly all of it is in numpy and scipy, which let others run.
     with ThreadPoolExecutor(available_cores()) as threads:
-        replicates = list(threads.map(lambda p: bootstrap_predictions(p, counts), predictions))
+        for values in threads.map(lambda p: bootstrap_predictions(p, counts), predictions):
+            replicates.append(values)
+            progress(len(replicates), len(predictions))
     # In the order of `predictions`: setting by setting, and seed by seed.
     remaining = iter(replicates)
     for number, setting in enumerate(settings):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from ich.base.progress import ProgressCallback
 from ich.scoring.metrics import sigmoid
 from ich.scoring.predictions import Predictions, bootstrap_predictions
 from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, ScoredRows, draw_counts
@@ -36,8 +37,15 @@ class Evaluation:
         return other is not None and np.array_equal(self.here.image_id, other.image_id)
 
 
-def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
+def metrics_table(
+    evaluation: Evaluation, resamples: int, progress: ProgressCallback | None = None
+) -> pd.DataFrame:
     """Every metric of the comparison, and the decisions at the model's thresholds.
+
+    Args:
+        evaluation: of one or two sides.
+        resamples: of the bootstrap; 0 for no intervals.
+        progress: told of sides.
 
     Returns:
         `level` (slice or study), `metric`, `here` with `here_low` and `here_high`, the same of
@@ -55,10 +63,12 @@ def metrics_table(evaluation: Evaluation, resamples: int) -> pd.DataFrame:
     values = {k: _values(p, evaluation.thresholds) for k, p in sides.items()}
     # Of two sets of rows each side has its own seed: with one seed, patient 3 of one would be drawn
     # whenever patient 3 of the other is, as if they had something in common.
-    resampled = {
-        k: _resample(p, evaluation.thresholds, resamples, 0 if evaluation.is_paired else seed)
-        for seed, (k, p) in enumerate(sides.items())
-    }
+    resampled = {}
+    for seed, (k, p) in enumerate(sides.items()):
+        if progress and resamples:
+            progress(seed, len(sides))
+        seed = 0 if evaluation.is_paired else seed
+        resampled[k] = _resample(p, evaluation.thresholds, resamples, seed)
     lines = []
     for name in values[HERE]:
         level = "study" if name.startswith("study_") else "slice"

@@ -238,7 +238,7 @@ def test_files_do_not_depend_on_the_workers(written: Path, tmp_path: Path) -> No
     calls: list[tuple[int, int]] = []
     again = write_phantom(tmp_path / "two", SMALL, workers=2, progress=lambda *c: calls.append(c))
     assert files(again) == files(written)
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_a_script_without_a_main_guard_may_write(tmp_path: Path) -> None:

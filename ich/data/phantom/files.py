@@ -87,6 +87,8 @@ def _write_studies(
     """Write all patients; labels by image id."""
     rows: dict[str, dict[str, int]] = {}
     jobs = [(spec, patient, folder) for patient in range(spec.patients)]
+    if progress is not None:
+        progress(0, spec.patients)
     for done, study in enumerate(run_parallel(_write_study, jobs, workers), 1):
         rows.update(study)
         if progress is not None:
