@@ -20,7 +20,7 @@ _GIT_SECONDS = 10
 _MAX_DIFF = 1 << 20
 # Those whose version can change a number or a file of a run.
 _PACKAGES = (
-    *("ich", "torch", "timm", "numpy", "pandas", "scipy", "pydicom", "safetensors", "isal"),
+    *("torch", "timm", "numpy", "pandas", "scipy", "pydicom", "safetensors", "isal"),
     *("iterative-stratification", "hydra-core", "omegaconf", "mlflow"),
 )
 
@@ -100,9 +100,9 @@ def _git(folder: Path, *args: str) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter."""
-    installed = {"python": platform.python_version()}
+    # Our own from the code that runs: what is installed may be of another checkout, or nothing.
+    installed = {"python": platform.python_version(), "ich": ich.__version__}
     for name in _PACKAGES:
-        # ich itself is not installed where it runs from a checkout on the path.
         with contextlib.suppress(PackageNotFoundError):
             installed[name] = version(name)
     return installed

@@ -388,7 +388,7 @@ def test_main_writes_and_says_what_is_next(
     argv = [str(out), "--patients", "2", "--size", "64", "--workers", "1", "--prevalence", "1"]
     assert main([*argv, "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^\d+ slices in .*\npositive: epidural \d", printed)
+    assert re.search(r"^simulating patients: 2 done\n\d+ slices in .*\npositive: epidural", printed)
     assert f"ich sweep experiment=demo data.root={out}" in printed
     assert figure.read_bytes().startswith(b"\x89PNG")
 
