@@ -109,10 +109,9 @@ def apply_protocol(
             f"protocol.oversample is {cfg.oversample!r}, but the labels are {', '.join(labels)}. "
             f"Name one of them, or leave it out with protocol.oversample=null."
         )
-    # `make` notes the rows after each of its steps; the splits follow as the last ones.
-    make = _sound if cfg.name is ProtocolName.sound else _report
+    # It notes the rows after each of its steps; the splits follow as the last ones.
     steps: dict[str, pd.DataFrame] = {"images": manifest}
-    rows, apart = make(manifest, labels, cfg, subset, steps)
+    rows, apart = PROTOCOLS[cfg.name](manifest, labels, cfg, subset, steps)
     steps |= {name: rows[rows["split"] == name] for name in SPLITS if (rows["split"] == name).any()}
     return Cohort(
         rows.reset_index(drop=True),
@@ -177,6 +176,11 @@ def _sound(
             f"image stands twice: mend data.metadata."
         )
     return rows, apart
+
+
+# Arguments as of `apply_protocol`, and where to note the rows after each step; the rows with their
+# `split`, and how far the rates of each label are apart between splits.
+PROTOCOLS = {ProtocolName.report: _report, ProtocolName.sound: _sound}
 
 
 def split_patients(
