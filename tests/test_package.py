@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import run_module
 from sweeps import SMALL
 
+import ich
 from ich.base.config import CONF_DIR
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,6 +31,11 @@ BELOW |= {"data": "base", "scoring": "base", "tracking": "scoring base"}
 BELOW |= {"training": "tracking scoring data base", "pages": "scoring data base"}
 BELOW |= dict.fromkeys(("inference", "launch"), "training tracking pages scoring data base")
 BELOW |= dict.fromkeys(("benchmarks", ENTRY), "inference launch benchmarks " + BELOW["launch"])
+# Beside the package, in a clone and in the sdist alike.
+FRESH_CLONE = (
+    *("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE"),
+    *("Makefile", "pyproject.toml", "constraints.txt", "mkdocs.yml", ".ci/run"),
+)
 # The only places that may import each library; the benchmarks compare with several.
 HOMES = {
     "hydra": {ENTRY, "launch", "base.config"},
@@ -151,8 +159,12 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
     }
     templates = {p.relative_to(REPOSITORY) for p in PACKAGE.rglob("templates/*")}
     assert {p.relative_to(site) for p in site.rglob("templates/*")} == templates
+    assert (site / "ich/py.typed").exists()
+    assert (site / f"ich-{ich.__version__}.dist-info").exists()
     with tarfile.open(next(iter(tmp_path.glob("*.tar.gz")))) as source:
-        assert templates <= {Path(*Path(name).parts[1:]) for name in source.getnames()}
+        names = {Path(*Path(name).parts[1:]) for name in source.getnames()}
+    assert templates <= names
+    assert {Path(name) for name in FRESH_CLONE} <= names
     env = {"PYTHONPATH": str(site)}
     swept = ("-m", "name=wheel", "model=mobilenet_v2", f'data.root="{phantom}"')
     done = run_module("sweep", *swept, *SMALL, "tracking=none", cwd=empty, env=env)
@@ -166,6 +178,13 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
     assert ours.startswith(str(site))
 
 
-@pytest.mark.parametrize("path", ["Makefile", "pyproject.toml", "constraints.txt", ".ci/run"])
-def test_files_a_fresh_clone_needs_are_there(path: str) -> None:
-    assert (REPOSITORY / path).exists()
+def test_what_the_hooks_and_the_workflow_run_is_there() -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].split()[0] for repo in hooks for hook in repo["hooks"]]
+    # In the versions of `make check`, which installs them there.
+    assert entries == [".venv/bin/ruff", ".venv/bin/ruff", ".venv/bin/mypy"]
+    job = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())["jobs"]["check"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    supported = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python ::" in c]
+    assert job["strategy"]["matrix"]["python-version"] == supported
