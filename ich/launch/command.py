@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
@@ -238,10 +239,12 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
 def _explain_unread(error: OverrideParseException, command: str) -> str:
     """Of a word that is no key=value."""
     if "=" in error.override:
-        reason = _flat(error.message.splitlines()[0])
+        key, _, value = error.override.partition("=")
+        # As for the folder of a job, whose name has commas and equal signs.
+        quoted = shlex.quote(f'{key}="{value}"')
         return (
-            f"{error.override} cannot be read as key=value ({reason}). A value with spaces, "
-            f"commas, brackets or quotes is quoted twice, as in 'data.root=\"/data/a scan, old\"'."
+            f"{error.override} cannot be read as key=value ({_flat(error.message.splitlines()[0])})"
+            f". If the value is one text with commas, spaces, brackets or =, quote it: {quoted}"
         )
     groups, _ = _names(command, ())
     choices = {option: f"{group}={option}" for group in groups for option in groups[group]}
