@@ -168,6 +168,24 @@ def test_a_mistake_is_one_paragraph_and_status_2(
     assert not (tmp_path / "multirun_reports").exists()
 
 
+@pytest.mark.parametrize(
+    ("group", "yaml", "message"),
+    [
+        ("model", "name: x\n  timm: [\n", "mapping values are not allowed here in .*own.yaml"),
+        ("loss", "name: bce\ngama: 2\n", "'loss/own': .*'gama' not in .* Did you mean loss.gamma?"),
+    ],
+)
+def test_a_mistake_in_a_yaml_file_of_the_users_is_one_too(
+    group: str, yaml: str, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_text(yaml)
+    assert main(["sweep", "--config-dir", str(tmp_path), f"{group}=own"]) == Status.MISTAKE
+    err = capsys.readouterr().err
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
+
+
 def test_a_mistake_in_a_single_training_is_what_its_process_ends_with(tmp_path: Path) -> None:
     done = run_module("sweep", "model.pretrained=false", "data.root=nowhere", cwd=tmp_path)
     assert done.returncode == Status.MISTAKE

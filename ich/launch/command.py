@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -27,6 +27,7 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import ich
 from ich.base.config import (
@@ -48,6 +49,10 @@ CONFIGS: dict[str, tuple[str, type]] = {
     "prepare": ("prepare", PrepareConfig),
     "evaluate": ("evaluate", EvaluateConfig),
 }
+
+
+# What is said of a command line or a YAML file; other errors of Hydra's own may be ours too.
+_TOLD = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 class Carried(BaseException):
@@ -155,7 +160,7 @@ def _process_as(name: str, words: list[str]) -> Iterator[None]:
 
 def _is_hydras(error: Exception) -> bool:
     """Whether Hydra, OmegaConf or a sweeper raised it: over the command line, or a YAML file."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if isinstance(error, _TOLD):
         # A class of ours that cannot be imported is no mistake of the user's.
         return not isinstance(error.__cause__, ImportError)
     trace = error.__traceback__
@@ -231,9 +236,11 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         key, _, value = override[1].partition("=")
         hint = nearest(value, allowed[1].split(", ")) if allowed else ""
         return f"{override[1]} does not fit: {cause or text}.{hint}"
-    known = isinstance(error, HydraException | OmegaConfBaseException)
     said = (text if cause in text else f"{text} {cause}").rstrip(".")
-    return f"the settings cannot be used: {said}. {'' if known else keep_traceback()}".rstrip()
+    more = "" if isinstance(error, _TOLD) else f" {keep_traceback()}"
+    if unknown := re.search(r"In '.*Key '(\w+)' (?:is )?not in", said):  # in a YAML file
+        more = _nearest_setting(unknown[1], *_names(command, words))
+    return f"the settings cannot be used: {said}.{more}"
 
 
 def _explain_unread(error: OverrideParseException, command: str) -> str:
@@ -256,16 +263,20 @@ def _explain_unread(error: OverrideParseException, command: str) -> str:
 def _explain_unknown(key: str, command: str, words: Sequence[str]) -> str:
     """Of a key that is none."""
     groups, keys = _names(command, words)
-    ends = {name.rpartition(".")[2]: name for name in reversed(keys)}
-    # lr for optimizer.lr; then modle for model; then epohs for train.epochs.
-    found = [ends[key]] if key in ends else get_close_matches(key, [*groups, *keys], 1)
-    found = found or [ends[end] for end in get_close_matches(key, ends, 1)]
-    hint = f" Did you mean {found[0]}?" if found else ""
+    hint = _nearest_setting(key, groups, keys)
     own = ", ".join(sorted(group for group in groups if "/" not in group))
     return (
         f"`ich {command}` has no setting {key}.{hint} Its groups are {own}; "
         f"ich {command} --cfg job shows all keys."
     )
+
+
+def _nearest_setting(key: str, groups: Iterable[str], keys: Sequence[str]) -> str:
+    """lr is near optimizer.lr, else modle near model, else epohs near train.epochs."""
+    ends = {name.rpartition(".")[2]: name for name in reversed(keys)}
+    found = [ends[key]] if key in ends else get_close_matches(key, [*groups, *keys], 1)
+    found = found or [ends[end] for end in get_close_matches(key, ends, 1)]
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def _names(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -30,6 +31,9 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
     # Imported here: it takes a second or two, which a mistake in an override need not wait for.
     from ich.launch.preflight import open_sweep
 
+    # With what closes the sweep hours later: whatever is edited meanwhile, it ends with the code
+    # that it began with.
+    import_module("ich.pages.tables")
     with Terminal().preparing() as report:
         sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:

@@ -83,13 +83,13 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     stop = GracefulStop(ProgressFile(run, cfg.train.epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
-        signal.signal(signal.SIGINT, stop)
     # After the handlers are set, for it sends SIGTERM as soon as the supervisor is gone.
     if supervisor:
         watch_supervisor(supervisor)
     # A stack, so that only taking the lock is tried, and not the training under it.
     with contextlib.ExitStack() as stack:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it
+            stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, stop))
         try:
             stack.enter_context(lock_run(run, EARLIER_PROCESS_SECONDS))
         except BlockingIOError:
