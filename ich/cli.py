@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "a trained network on other labelled scans",
-        "models=multirun_reports/demo/resnet50 data=folder data.root=scans data.labels=labels.csv",
+        "models=models:/ich@best data=folder data.root=scans data.labels=labels.csv",
     ),
     "export": Command(
         "a trained network as one file for other programs, with its model card",

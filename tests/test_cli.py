@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from commands import run_module
 from hydra import compose, initialize_config_dir
 
 import ich
-from ich.base.config import CONF_DIR, UserError, register_schemas
-from ich.base.entry import Status, exit_status
+from ich.base.config import CONF_DIR, register_schemas
+from ich.base.entry import Status
 from ich.cli import COMMANDS, HYDRA, help_text, main
 from ich.launch.command import CONFIGS
 from ich.launch.composing import register_resolvers
@@ -192,39 +191,3 @@ def test_a_mistake_in_a_single_training_is_what_its_process_ends_with(tmp_path: 
     assert done.stderr.startswith("ich: data.root is 'nowhere', which does not exist.")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
-
-
-# Exit statuses
-
-
-def raising(error: BaseException) -> Callable[[], int]:
-    def command() -> int:
-        raise error
-
-    return command
-
-
-def test_the_exit_status_says_what_happened(capsys: Capture) -> None:
-    assert [*map(int, Status)] == [0, 1, 2, 3, 130, 143]
-    assert exit_status(lambda: Status.LEFT_OUT) == 3
-    assert exit_status(raising(UserError("no such thing"))) == 2
-    assert capsys.readouterr().err == "ich: no such thing\n"
-    assert exit_status(raising(KeyboardInterrupt())) == 130
-    with pytest.raises(ZeroDivisionError):
-        exit_status(raising(ZeroDivisionError()))
-
-
-def test_what_reads_like_a_full_disk_keeps_its_traceback(
-    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert exit_status(raising(OSError(28, "No space left on device"))) == 2
-    err = capsys.readouterr().err
-    assert "a folder or file cannot be used: [Errno 28] No space left on device. If that" in err
-    assert err.count("\n") == 1
-    (log,) = tmp_path.glob("ich-*.log")
-    assert err.rstrip().endswith(f"the traceback is in {log}")
-    assert "in command\n    raise error" in log.read_text()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    assert exit_status(raising(PermissionError(13, "Permission denied", "/x"))) == 2
-    assert "Nor can a log with the traceback be written." in capsys.readouterr().err
