@@ -47,7 +47,9 @@ COMMANDS = {
         "repeat a finished run from its record, and compare", "multirun_reports/demo/resnet50"
     ),
     "phantom": Command("write synthetic head CT", "phantom --patients 96 --figure phantom.png"),
-    "bench": Command("measure the speed of this machine's sweeps", "--parts step --image-size 96"),
+    "bench": Command(
+        "measure how fast this machine decodes, trains and predicts", "--parts step --image-size 96"
+    ),
     "train": Command(
         "one job of a sweep, as the sweep starts it", "multirun_reports/demo/resnet50"
     ),

@@ -33,8 +33,8 @@ def parser() -> Parser:
     parser = Parser(
         "predict",
         __doc__,
-        epilog="Exit status: 0, all files predicted; 3, some left out (listed in "
-        "OUT.left_out.csv); 2, a mistake, or a disk that is full.",
+        "Exit status: 0, all files predicted; 3, some left out, listed in OUT.left_out.csv; 2,\n"
+        "a mistake, or a disk that is full.",
     )
     add = parser.add_argument
     several = "several are averaged"
