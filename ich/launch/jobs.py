@@ -42,10 +42,13 @@ class Slot:
     """A place for one job at a time.
 
     environment: what its child is given beside this process's own environment.
+    command: what starts a training there. It is given the run's folder, `--watched-by` with the
+        process without which it ends, and `--parent` with the MLflow run of its sweep.
     """
 
     name: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = (sys.executable, "-m", "ich.train")
 
 
 def gpu_slots(gpus: Sequence[str], jobs_per_gpu: int) -> list[Slot]:
@@ -202,7 +205,7 @@ def _run_child(
     stop: threading.Event,
 ) -> RunResult:
     # Watched by this process: killed, it could end no child, and a training would live on unseen.
-    command = [sys.executable, "-m", "ich.train", str(run.root), "--watched-by", str(os.getpid())]
+    command = [*slot.command, str(run.root), "--watched-by", str(os.getpid())]
     if parent:
         command += ["--parent", parent]
     try:

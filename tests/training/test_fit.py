@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +15,10 @@ from sweeps import TINY
 
 from ich.base.config import Config, Device, Monitor, UserError, to_yaml
 from ich.base.entry import Status
-from ich.base.records import ComputeMode, FitResult, Origin
+from ich.base.records import ComputeMode, FitResult
 from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
 from ich.data.phantom.spec import LABELS
-from ich.launch.jobs import JobTimeoutError, Slot, describe_exit, run_job, supervise
 from ich.scoring.metrics import multilabel_metrics
 from ich.tracking.journal import Journal
 from ich.train import main
@@ -33,8 +30,6 @@ from ich.training.trainer import Trainer
 Compose = Callable[..., Config]
 
 CPU, FP32 = torch.device("cpu"), ComputeMode("fp32", "channels_last")
-PLACE = (Slot(), threading.Event())
-ORIGIN = Origin(cohort="c", weights="random", code="x")
 
 
 def quiet(*_: object) -> None:
@@ -138,62 +133,7 @@ def test_the_head_learns_a_separable_label_with_the_real_weights(shared: Path) -
     assert torch.linalg.vector_norm(features[0] - features[2]) > 1
 
 
-# A job as a process
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", r"ended by SIGKILL \(out of memory\?\)"),
-        ("import os; os.abort()", "ended by SIGABRT"),
-        ("import sys; sys.exit(0)", "exited with code 0 without a result"),
-        ("import sys; sys.exit(3)", "exited with code 3 without a result"),
-    ],
-)
-def test_how_a_process_ended_is_said_in_words(tmp_path: Path, code: str, reason: str) -> None:
-    got = supervise([sys.executable, "-c", code], RunPaths(tmp_path), None, quiet, *PLACE)
-    assert got == reason.replace("\\", "")
-
-
-def test_a_hanging_job_is_ended_at_its_time_limit(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
-    with pytest.raises(JobTimeoutError, match="exceeded its time limit of 0.02 minutes"):
-        supervise(command, RunPaths(tmp_path), 0.02, quiet, *PLACE)
-    assert describe_exit(-15) == "ended by SIGTERM"
-    assert describe_exit(-40) == "ended by signal 40"
-
-
-def test_a_job_that_dies_has_a_result_and_a_second_start_keeps_the_first(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunPaths(tmp_path / "run")
-    monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "ended by SIGKILL (out of memory?)")
-    result = run_job(config, run, ORIGIN, None, quiet)
-    assert (result.status, result.job) == ("failed", "job")
-    run_job(config, run, ORIGIN, None, quiet)
-    kept = tmp_path / "superseded" / "run.1" / "result.json"
-    assert json.loads(kept.read_text())["reason"].startswith("ended by SIGKILL")
-
-
-def test_a_finished_job_is_not_run_again_and_a_changed_one_is(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config.train.epochs = 1
-    run = RunPaths(tmp_path / "run")
-    run.root.mkdir()
-    run.config.write_text(to_yaml(config))
-    run.write_origin(ORIGIN)
-    load_dataset(config)
-    assert main([str(run.root)]) == 0
-    before = {p.name: p.read_bytes() for p in run.root.iterdir()}
-    monkeypatch.setattr("ich.launch.jobs.supervise", lambda *_: "not reached")
-    assert run_job(config, run, ORIGIN, None, quiet).status == "finished"
-    assert {p.name: p.read_bytes() for p in run.root.iterdir()} == before
-    config.sweep.time_limit, config.train.threads = 90, 1  # no part of what a training is
-    assert run_job(config, run, ORIGIN, None, quiet).status == "finished"
-    config.optimizer.lr = 1e-3
-    assert run_job(config, run, ORIGIN, None, quiet).reason == "not reached"
-    assert (tmp_path / "superseded" / "run.1" / "best.safetensors").exists()
+# The end of a training
 
 
 @pytest.mark.parametrize(
