@@ -1,8 +1,6 @@
 """`python -m ich` is `ich`."""
 
-import sys
-
-from ich.cli import main
+from ich.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

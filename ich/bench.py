@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.entry import Parser, Status, end_on_signals, exit_status
-from ich.base.memory import importing
+from ich.base.memory import importing, leave
 from ich.benchmarks.settings import MODELS, PARTS, Settings
 
 
@@ -54,4 +54,4 @@ def _measure(parts: Sequence[str], settings: Settings, out: Path, given: str) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

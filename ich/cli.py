@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ich import __version__
 from ich.base.entry import Status, nearest
+from ich.base.memory import leave
 
 
 class Command(NamedTuple):
@@ -95,3 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Status.MISTAKE
     status: int = import_module(f"ich.{name}").main(words)
     return status
+
+
+def run() -> NoReturn:
+    """`ich` as a process of its own."""
+    leave(main())

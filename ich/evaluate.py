@@ -7,7 +7,6 @@ Slices are decoded and windowed as the model's weights file says, whatever the c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import hydra
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ich.base.config import CONF_DIR, EvaluateConfig, UserError
 from ich.base.entry import end_on_signals, exit_status
-from ich.base.memory import importing
+from ich.base.memory import importing, leave
 from ich.launch.command import carrying, run_hydra, typed
 
 
@@ -43,4 +42,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

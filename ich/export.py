@@ -6,14 +6,13 @@ compared with our own prediction before anything says it is there, and a model c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich.base.config import EXPORTS, RESAMPLES
 from ich.base.entry import Parser, end_on_signals, exit_status
-from ich.base.memory import importing
+from ich.base.memory import importing, leave
 
 if TYPE_CHECKING:
     from ich.inference.export import ExportOptions
@@ -54,4 +53,4 @@ def _export(options: ExportOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

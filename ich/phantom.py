@@ -9,13 +9,13 @@ Run:  ich phantom OUT --patients 96 --seed 0 --figure phantom.png
 from __future__ import annotations
 
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.config import UserError
 from ich.base.entry import Parser, Status, end_on_signals, exit_status
+from ich.base.memory import leave
 from ich.data.phantom.spec import LABELS, PhantomSpec
 
 
@@ -73,4 +73,4 @@ def _write(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

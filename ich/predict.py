@@ -14,14 +14,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ich.base.config import ENGINES, NAMES, Device
 from ich.base.entry import Parser, end_on_signals, exit_status
-from ich.base.memory import importing, keep_memory
+from ich.base.memory import importing, keep_memory, leave
 from ich.inference.session import TTA
 
 if TYPE_CHECKING:
@@ -85,4 +84,4 @@ def _predict(options: PredictOptions) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,7 +7,6 @@ report. `dry_run=true` prints the cohort's counts, class balance and leak from t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import hydra
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 
 from ich.base.config import CONF_DIR, PrepareConfig
 from ich.base.entry import end_on_signals, exit_status
+from ich.base.memory import importing, leave
 from ich.base.validation import validate
 from ich.launch.command import carrying, run_hydra, typed
 
@@ -25,8 +25,8 @@ def run(cfg: DictConfig) -> None:
     """One preparation."""
     config = typed(cfg, PrepareConfig)
     validate(config)
-    # Imported here: it takes a second or two, which a mistake need not wait for.
-    from ich.launch.prepare import dry_run, prepare_and_report
+    with importing():  # it takes a second or two, which a mistake need not wait for
+        from ich.launch.prepare import dry_run, prepare_and_report
 
     (dry_run if config.dry_run else prepare_and_report)(config)
 
@@ -38,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.config import RESAMPLES, UserError
 from ich.base.entry import Parser, Status, end_on_signals, exit_status
+from ich.base.memory import importing, leave
 from ich.base.results import SweepPaths
 
 
@@ -47,10 +47,10 @@ def _report(args: Namespace) -> int:
         raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
     if args.forest and (args.out or args.promote):
         raise UserError("--forest draws into the sweep's own folder, and takes no -o or --promote.")
-    # Imported here: they take seconds, which help and a mistake need not wait for.
-    from ich.pages.forest import redraw_forest
-    from ich.pages.tables import compare
-    from ich.tracking.registry import promote
+    with importing():  # they take seconds, which help and a mistake need not wait for
+        from ich.pages.forest import redraw_forest
+        from ich.pages.tables import compare
+        from ich.tracking.registry import promote
 
     if args.forest:
         for sweep in args.sweeps:
@@ -63,4 +63,4 @@ def _report(args: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,12 +6,12 @@ The method, the verdicts and the tolerance stand in `ich.launch.rerun`.
 from __future__ import annotations
 
 import math
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.entry import Parser, Status, end_on_signals, exit_status
+from ich.base.memory import importing, leave
 
 TOLERANCE = 1e-3
 
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rerun(args: Namespace) -> int:
-    # Imported here: it takes seconds, which help and a mistake need not wait for.
-    from ich.launch.rerun import rerun
+    with importing():  # it takes seconds, which help and a mistake need not wait for
+        from ich.launch.rerun import rerun
 
     return Status.DONE if rerun(args.run, args.tolerance) else Status.FAILED
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

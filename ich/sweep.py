@@ -12,7 +12,6 @@ became of single jobs, there is a comparison with intervals (`ich.report`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import hydra
@@ -22,6 +21,7 @@ from omegaconf import DictConfig
 
 from ich.base.config import CONF_DIR, RESAMPLES, Config
 from ich.base.entry import Status, end_on_signals, exit_status, is_interrupt
+from ich.base.memory import importing, leave
 from ich.launch import steps
 from ich.launch.command import carrying, run_hydra, typed
 from ich.launch.composing import register_resolvers
@@ -48,9 +48,9 @@ def close(interrupted: bool) -> bool:
     """Writes the tables of what this process launched; True if every job finished."""
     all_ok = True
     while steps.launched:
-        # Imported here: they take seconds, which a mistake in an override need not wait for.
-        from ich.pages.tables import compare
-        from ich.tracking.sweep_run import close_sweep_run
+        with importing():  # they take seconds, which a mistake in an override need not wait for
+            from ich.pages.tables import compare
+            from ich.tracking.sweep_run import close_sweep_run
 
         sweep = steps.launched.pop(0)
         ok = all(r.is_finished for r in sweep.read_results())
@@ -80,4 +80,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ich.base.config import Config, UserError
 from ich.base.entry import keep_traceback
+from ich.base.memory import importing
 from ich.base.records import FAILED, NOT_STARTED, RunResult
 from ich.base.results import State, SweepPaths
 from ich.base.terminal import Board, Terminal
@@ -28,8 +29,8 @@ launched: list[SweepPaths] = []
 
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display."""
-    # Imported here: it takes a second or two, which a mistake in an override need not wait for.
-    from ich.launch.preflight import open_sweep
+    with importing():  # it takes a second or two, which a mistake in an override need not wait for
+        from ich.launch.preflight import open_sweep
 
     # With what closes the sweep hours later: whatever is edited meanwhile, it ends with the code
     # that it began with.
