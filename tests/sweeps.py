@@ -23,7 +23,7 @@ SMALL = [*TINY, "train.precision=fp32", "data.subset=0.5", "train.epochs=3", "tr
 LOCAL = ["hydra.launcher.cpu_jobs=2"]
 
 
-def saboteur(faults: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+def saboteur(faults: Mapping[str, tuple[str, float]]) -> dict[str, str]:
     """The environment in which jobs meet these faults, by name; see saboteur/sitecustomize.py."""
     first = Path(__file__).parent / "saboteur"
     path = f"{first}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -38,7 +38,7 @@ class Folder:
         self.sweep = SweepPaths(root / "multirun_reports" / "s")
 
     def start(
-        self, seeds: int, *overrides: str, sabotage: Mapping[int, tuple[str, int]] = {}
+        self, seeds: int, *overrides: str, sabotage: Mapping[int, tuple[str, float]] = {}
     ) -> subprocess.Popen[str]:
         env = saboteur({self.job(seed): fault for seed, fault in sabotage.items()})
         env["ICH_TEST"] = str(self.root)  # by which its processes are found

@@ -576,22 +576,22 @@ def test_a_rerun_goes_on_unless_it_began_with_other_code(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    ("how", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
-def test_a_killed_rerun_goes_on_when_the_command_is_given_again(
-    run: RunPaths, how: signal.Signals, status: int
-) -> None:
-    slow = saboteur({JOB: ("slow", 0)})
-    process = start_module("rerun", run.root, cwd=Path.cwd(), env=slow)
-    again = rerun_of(run)
-    wait_for(lambda: again.has_checkpoint() or process.poll() is not None, 120)
-    assert process.poll() is None
-    process.send_signal(how)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == status, output
+def test_a_rerun_that_is_ended_goes_on_when_the_command_is_given_again(run: RunPaths) -> None:
+    for how, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        assert end_by(how, run) == status
     out = command(Path.cwd(), "rerun", str(run.root))
     assert "\nidentical\n" in out
-    fit = again.read_result().fit
+    fit = rerun_of(run).read_result().fit
     assert fit is not None, out
-    assert fit.resumed == 1
+    assert fit.resumed == 3
+
+
+def end_by(how: signal.Signals, run: RunPaths) -> int:
+    """Reruns a run until its training is under way, sends a signal, and returns the exit status."""
+    again, slow = rerun_of(run), saboteur({JOB: ("slow", 0.3)})
+    process = start_module("rerun", run.root, cwd=Path.cwd(), env=slow)
+    wait_for(lambda: again.progress.exists() or process.poll() is not None)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    wait_for(lambda: not again.progress.exists())  # of a killed rerun, the training saves and ends
+    return process.returncode

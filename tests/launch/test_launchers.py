@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,28 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
+from sweeps import SMALL
 
 from ich.base.config import CONF_DIR, Config, UserError, register_schemas
 from ich.base.records import Origin, RunResult
-from ich.base.results import RunPaths, State
+from ich.base.results import RunPaths, State, SweepPaths
 from ich.launch.clusters import LostJobError, PlacedJob, RayLauncher, SlurmLauncher
-from ich.launch.composing import register_resolvers
+from ich.launch.composing import ComposedJob, register_resolvers
 from ich.launch.jobs import write_lost
-from ich.launch.launcher import CheckedLauncher, CheckFirst, PlanLauncher
+from ich.launch.launcher import CheckedLauncher, CheckFirst, PlanLauncher, missing_extra
+
+
+def compose_hydra(*overrides: str) -> DictConfig:
+    """Hydra's own part of a composed config."""
+    register_schemas()
+    register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", overrides=list(overrides), return_hydra_config=True).hydra
 
 
 def settings(*overrides: str) -> dict[str, Any]:
     """A launcher's settings, as Hydra would give them to it."""
-    register_schemas()
-    register_resolvers()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
-        node: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+    node: Any = OmegaConf.to_container(compose_hydra(*overrides).launcher, resolve=True)
     return {k: v for k, v in node.items() if k != "_target_"}
 
 
@@ -85,6 +91,39 @@ def test_a_job_that_cannot_begin_is_lost_with_its_reason(
     assert "its process failed (FileNotFoundError: " in str(raised.value)
     log = Path(str(raised.value).split("see ")[1])
     assert "elsewhere" in log.read_text()
+
+
+def test_slurm_that_is_not_there_is_said_in_a_sentence(
+    tmp_path: Path, composed: Callable[..., Config], phantom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # on a Slurm site it would be found
+    monkeypatch.setattr("ich.launch.steps.launched", [])
+    config = composed(*SMALL, f'data.root="{phantom}"', "tracking=none")
+    hydra = OmegaConf.create({"hydra": {"job": {"env_set": {}}}})
+    job = ComposedJob([], hydra, config)
+    with pytest.raises(UserError, match="Slurm did not take the jobs: Could not detect"):
+        SlurmLauncher(str(tmp_path / "%j")).launch_jobs([job])
+    sweep = SweepPaths(Path(config.sweep.output) / config.name)
+    assert [r.status for r in sweep.read_results()] == ["not started"]
+
+
+@pytest.mark.parametrize(
+    ("option", "extra", "package"),
+    [
+        ("hydra/launcher=ich_ray", "ray", "ray"),
+        ("hydra/launcher=ich_slurm", "slurm", "submitit"),
+        ("hydra/sweeper=ich_optuna", "optuna", "hydra_plugins.hydra_optuna_sweeper"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, option: str, extra: str, package: str
+) -> None:
+    chosen = compose_hydra(option)
+    target = chosen.sweeper._target_ if "sweeper" in option else chosen.launcher._target_
+    assert missing_extra(target) is None
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"{option} needs a package that is not installed: pip install 'ich[{extra}]'"
+    assert missing_extra(target) == message
 
 
 def test_a_lost_process_does_not_undo_a_finished_run(

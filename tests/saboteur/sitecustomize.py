@@ -1,7 +1,8 @@
 """Python runs this file at its start where the folder is on PYTHONPATH: faults for trainings.
 
-SABOTAGE is JSON: job -> [what, at which training step of its process]. Nothing of it is known to
-`ich`: the loss that a training calls at every step is replaced from outside.
+SABOTAGE is JSON: job -> [what, at which training step of its process], or ["slow", seconds] for
+every step. Nothing of it is known to `ich`: the loss that a training calls at every step is
+replaced from outside.
 """
 
 import json
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 
-def strike(what: str, loss: object) -> object:
+def strike(what: str, at: float, loss: object) -> object:
     import torch
 
     if what == "raise":
@@ -27,7 +28,7 @@ def strike(what: str, loss: object) -> object:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worst kind
         time.sleep(3600)
     if what == "slow":
-        time.sleep(0.3)
+        time.sleep(at)
         return loss
     os.kill(os.getpid(), getattr(signal, what))
     return loss
@@ -48,7 +49,7 @@ if job in plan:
             global count
             count += 1
             value = whole(logits, target)  # type: ignore[operator]
-            return strike(what, value) if count == at or what == "slow" else value
+            return strike(what, at, value) if count == at or what == "slow" else value
 
         return call
 
