@@ -172,7 +172,7 @@ def test_the_wheel_runs_in_an_empty_folder(phantom: Path, tmp_path: Path) -> Non
     assert (empty / "multirun_reports/wheel/comparison.csv").exists()
     assert (empty / "multirun_reports/wheel/report.html").exists()
     (entry_points,) = site.glob("ich-*.dist-info/entry_points.txt")
-    assert entry_points.read_text() == "[console_scripts]\nich = ich.cli:main\n"
+    assert entry_points.read_text() == "[console_scripts]\nich = ich.cli:run\n"
     where = [sys.executable, "-c", "import ich; print(ich.__file__)"]
     ours = subprocess.check_output(where, cwd=empty, env={**os.environ, **env}, text=True)
     assert ours.startswith(str(site))

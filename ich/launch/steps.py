@@ -32,9 +32,9 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
     with importing():  # it takes a second or two, which a mistake in an override need not wait for
         from ich.launch.preflight import open_sweep
 
-    # With what closes the sweep hours later: whatever is edited meanwhile, it ends with the code
-    # that it began with.
-    import_module("ich.pages.tables")
+        # With what closes the sweep hours later: whatever is edited meanwhile, it ends with the
+        # code that it began with.
+        import_module("ich.pages.tables")
     with Terminal().preparing() as report:
         sweep, jobs = open_sweep(configs, report)
     if sweep not in launched:
