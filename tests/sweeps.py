@@ -74,6 +74,10 @@ class Folder:
                 continue
         return commands
 
+    def trainings(self) -> list[list[str]]:
+        """The commands of the jobs that run."""
+        return [words for words in self.processes().values() if "ich.train" in words]
+
     def kill(self) -> None:
         """Ends what a failed test has left."""
         for process in self.processes():
@@ -88,7 +92,7 @@ class Folder:
         }
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"

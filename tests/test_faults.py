@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import signal
 import sqlite3
-import time
 
 import pytest
 from canaries import Canaries
 from sweeps import LOCAL, Folder, wait_for
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 
 def runs_in(folder: Folder) -> dict[str, str]:
@@ -94,8 +93,8 @@ def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder, canaries: Canaries) 
 
 
 def test_a_sweep_that_is_ended_ends_its_jobs_and_goes_on_later(folder: Folder) -> None:
-    """FAULTS 5 and 6: by SIGTERM, by Ctrl-C, and killed, one after the other. Nothing is left;
-    told to end, the sweep does so in 30 s and writes its table. A hanging job ignores SIGTERM."""
+    """FAULTS 5 and 6: by SIGTERM, by Ctrl-C, and killed, one after the other. Its jobs end in 30 s,
+    a hanging one too, and nothing is left; told to end, the sweep writes its table."""
     slow = {0: ("slow", 0.3), 1: ("slow", 0.3)}
     rounds = [
         (signal.SIGTERM, 143, slow),
@@ -105,17 +104,16 @@ def test_a_sweep_that_is_ended_ends_its_jobs_and_goes_on_later(folder: Folder) -
     for how, status, sabotage in rounds:
         process = folder.start(3, sabotage=sabotage)
         wait_for(lambda: all(folder.of(n).progress.exists() for n in (0, 1)))
-        begin = time.monotonic()
         process.send_signal(how)
-        output, _ = process.communicate(timeout=60)
+        wait_for(lambda: not folder.trainings(), 30)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == status, output
         if how is signal.SIGKILL:
             break
-        assert time.monotonic() - begin < 30
         assert not folder.processes()
         assert folder.table()["status"].tolist() == ["killed", "killed", "not started"]
         assert runs_in(folder) == dict.fromkeys(["s", folder.job(0), folder.job(1)], "KILLED")
-    wait_for(lambda: not folder.processes(), 60)
+    wait_for(lambda: not folder.processes(), 30)
     status, output = folder.run(3)
     assert status == 0, output
     assert [folder.of(n).read_result().fit.resumed for n in range(3)] == [3, 2, 0]

@@ -592,6 +592,6 @@ def end_by(how: signal.Signals, run: RunPaths) -> int:
     process = start_module("rerun", run.root, cwd=Path.cwd(), env=slow)
     wait_for(lambda: again.progress.exists() or process.poll() is not None)
     process.send_signal(how)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     wait_for(lambda: not again.progress.exists())  # of a killed rerun, the training saves and ends
     return process.returncode
