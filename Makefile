@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A worker takes 2 GB; tests of one file share what is costly to make, and stay together.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(WORKERS)
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -53,7 +54,7 @@ docs: $(READY)  ## docs/ as a site, in site/: opens from a disk, without a netwo
 
 coverage: $(READY)  ## every line that the tests run, child processes included; page in htmlcov/
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest $(WORKERS) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet
 	$(BIN)/coverage report

@@ -30,6 +30,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ICH_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+# Files that take longest, by `make check` on two cores: a worker that meets one of them last works
+# on alone.
+_LONG = ("test_faults", "test_clusters", "test_predict", "test_sweep", "test_checkpoint")
+_LONG += ("test_bench", "test_report", "test_protocol", "test_rerun", "test_documents")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: n for n, name in enumerate(_LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight patients at 64 x 64, in the RSNA layout; the path has a space and a quote in it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -98,6 +98,8 @@ def test_slurm_that_is_not_there_is_said_in_a_sentence(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # on a Slurm site it would be found
     monkeypatch.setattr("ich.launch.steps.launched", [])
+    locks: dict[Path, IO[str]] = {}  # else open until the tests' process ends
+    monkeypatch.setattr("ich.launch.preflight._locks", locks)
     config = composed(*SMALL, f'data.root="{phantom}"', "tracking=none")
     hydra = OmegaConf.create({"hydra": {"job": {"env_set": {}}}})
     job = ComposedJob([], hydra, config)
@@ -105,6 +107,7 @@ def test_slurm_that_is_not_there_is_said_in_a_sentence(
         SlurmLauncher(str(tmp_path / "%j")).launch_jobs([job])
     sweep = SweepPaths(Path(config.sweep.output) / config.name)
     assert [r.status for r in sweep.read_results()] == ["not started"]
+    locks[sweep.root.absolute()].close()
 
 
 @pytest.mark.parametrize(
