@@ -60,8 +60,13 @@ def test_what_can_be_told_apart_is_and_what_cannot_is_marked(three: SweepPaths) 
     assert "One seed per setting" in text
 
 
-def test_without_resamples_nothing_is_called_distinguishable(three: SweepPaths) -> None:
+def test_without_resamples_nothing_is_called_distinguishable(
+    three: SweepPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = compare(three, resamples=0, page=False)
+    # As after Ctrl-C: what is not there is not offered.
+    assert not three.page.exists()
+    assert "report.html" in capsys.readouterr().out.split("Next: ")[1].split("makes ")[1]
     assert table["auc_low"].isna().all()
     assert set(table["told_from_best"].dropna()) == {"best"}
     assert "small differences mean nothing" in three.markdown.read_text()

@@ -77,7 +77,7 @@ def compare(
     write_text(folder.metrics, metrics_table(comparison).to_csv(index=False))
     write_text(folder.latex, _latex(comparison, heading))
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
-    _print(folder, comparison.name, heading, table)
+    _print(folder, comparison.name, heading, table, page)
     if page:
         try:
             with Terminal().preparing("drawing report.html"):
@@ -223,7 +223,9 @@ def _escape(text: str) -> str:
 # --- Terminal ------------------------------------------------------------------------------------
 
 
-def _print(folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame) -> None:
+def _print(
+    folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame, page: bool
+) -> None:
     console.print(f"\n[bold]{escape(name)}[/bold]")
     for text in heading:
         # Wrapped at a terminal alone: in a log, a line is a line.
@@ -231,12 +233,18 @@ def _print(folder: SweepPaths, name: str, heading: list[str], table: pd.DataFram
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
         console.print(_LEGEND, markup=False)
-    console.print(f"\nTables, figures, report.html: {folder.root}/", markup=False)
-    console.print(
-        "Next: open report.html; make ui compares the runs in MLflow; "
-        f"ich report {folder.root} rebuilds this.",
-        markup=False,
-    )
+    if page:
+        lines = [
+            f"Tables, figures, report.html: {folder.root}/",
+            "Next: open report.html; make ui compares the runs in MLflow; "
+            f"ich report {folder.root} rebuilds this.",
+        ]
+    else:
+        lines = [
+            f"Tables: {folder.root}/",
+            f"Next: ich report {folder.root} makes intervals, figures and report.html too.",
+        ]
+    console.print("", *lines, sep="\n", markup=False)
 
 
 def _fitting_table(table: pd.DataFrame) -> Table:
