@@ -188,3 +188,12 @@ def test_what_the_hooks_and_the_workflow_run_is_there() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     supported = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python ::" in c]
     assert job["strategy"]["matrix"]["python-version"] == supported
+
+
+def test_nothing_is_committed_that_is_to_be_ignored() -> None:
+    """A measurement's database, with paths of the machine it was made on, once was."""
+    command = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"no checkout that git would read: {done.stderr}")
+    assert done.stdout == ""
