@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 # A worker takes 2 GB; tests of one file share what is costly to make, and stay together.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest $(WORKERS)
+MARK ?= not faults
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ sweep: $(READY)  ## the demo; ARGS="experiment=report data=rsna data.root=FILE" 
 	$(BIN)/python -m ich.sweep experiment=demo $(ARGS)
 
 test: $(READY)  ## the quick tests, without network and GPU; ARGS="-k name" picks some
-	$(PYTEST) -m "not faults" $(ARGS)
+	$(PYTEST) -m "$(MARK)" $(ARGS)
 
 test-faults: $(READY)  ## the slow ones: sweeps in which jobs crash, hang and are killed
 	$(PYTEST) -m faults $(ARGS)
@@ -37,7 +38,7 @@ check: $(READY)  ## what CI runs: ruff, mypy, all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) $(ARGS)
+	$(MAKE) test MARK=
 
 ui: $(READY)  ## the MLflow UI on 127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
