@@ -62,6 +62,9 @@ def test_the_imagenet_trend_of_the_reports_own_numbers() -> None:
     top_1 = [REPORT_TABLE_1[k][0] for k in scores]
     assert trend.theirs == pytest.approx(spearmanr(top_1, list(scores.values())).statistic)
     assert trend.correlation == pytest.approx(trend.theirs)
+    broken = imagenet_trend("auc", scores | {"vgg16": float("nan")}, replicates(**scores))
+    assert broken is not None
+    assert np.isnan(broken.correlation)  # no plausible number
     # Differences of ranks: b3 0, b2 -1, xception 1, inception 0... with a tie of the two lowest.
     assert 0.9 < trend.theirs < 1
     assert trend.interval.low <= trend.correlation <= trend.interval.high

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -23,6 +24,7 @@ from ich.scoring.metrics import (
     always_negative,
     auc,
     calibration_error,
+    mean_ranks,
     multilabel_metrics,
     per_study,
 )
@@ -147,3 +149,11 @@ def test_losses_by_hand() -> None:
         focal_loss(logits, target, 2.0, 0.25), (alpha * (1 - p_t) ** 2 * terms).mean()
     )
     torch.testing.assert_close(focal_loss(logits, target, 0.0, 0.5), terms.mean() / 2)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[3.0, 1.0, 2.0], [1.0, 1.0, 0.0, 1.0], [math.inf, -math.inf, 0.0, -0.0], [1.0, math.nan], []],
+)
+def test_ranks_are_those_of_scipy(values: list[float]) -> None:
+    np.testing.assert_array_equal(mean_ranks(np.array(values)), rankdata(values))
