@@ -17,10 +17,16 @@ from ich.benchmarks.steps import bench_step, bench_sweep
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import PhantomSpec
 
-_FUNCTIONS: tuple[Part, ...] = (
-    *(bench_prepare, bench_input, bench_step, bench_sweep, bench_predict, bench_start),
-    *(bench_memory, bench_intervals),
-)
+_FUNCTIONS: dict[str, Part] = {
+    "prepare": bench_prepare,
+    "input": bench_input,
+    "step": bench_step,
+    "sweep": bench_sweep,
+    "predict": bench_predict,
+    "start": bench_start,
+    "memory": bench_memory,
+    "intervals": bench_intervals,
+}
 
 
 def measure_parts(names: Collection[str], settings: Settings) -> PartResult:
@@ -33,7 +39,7 @@ def measure_parts(names: Collection[str], settings: Settings) -> PartResult:
         spec = PhantomSpec(patients=settings.patients, seed=0, size=512)
         write_phantom(folder / "phantom", spec)
         # In this order, whatever the order of the names: tables of two runs are compared by eye.
-        for part in (p for name, p in zip(PARTS, _FUNCTIONS, strict=True) if name in names):
+        for part in (_FUNCTIONS[name] for name in PARTS if name in names):
             for result in part(settings, folder):
                 rows.update(result.rows)
                 notes.extend(result.notes)
