@@ -12,7 +12,7 @@ import numpy as np
 
 from ich.pages.page import Picture, draw_picture
 from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult
-from ich.scoring.metrics import sigmoid
+from ich.scoring.metrics import counts_by_threshold, sigmoid
 
 _POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes
 _BINS = 10  # of a reliability diagram
@@ -235,36 +235,35 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 CurvePoints = tuple[np.ndarray, np.ndarray]
 
 
-def _ranked(score: np.ndarray, target: np.ndarray) -> CurvePoints:
-    """Positives and negatives at or above each rank, from the highest score on."""
-    # By rank, not by threshold: within equal scores, a curve follows the order of the rows.
-    positive = target[np.argsort(-score, kind="stable")] > 0.5
-    return np.append(0, np.cumsum(positive)), np.append(0, np.cumsum(~positive))
+def roc_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
+    """1 - specificity and sensitivity at each distinct score, from nothing called on: [K + 1] each.
+    Equal scores are one step, as in the area (`ich.scoring.metrics.auc`)."""
+    _, hits, misses = counts_by_threshold(score, target)
+    return np.append(0, misses) / misses[-1], np.append(0, hits) / hits[-1]
 
 
-def _roc_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
-    hits, misses = _ranked(score, target)
-    return misses / misses[-1], hits / hits[-1]
-
-
-def _precision_recall_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
-    # Without the first point: above the highest score nothing is called, and precision is 0 / 0.
-    hits, misses = _ranked(score, target)
-    return hits[1:] / hits[-1], hits[1:] / (hits[1:] + misses[1:])
+def precision_recall_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
+    """Recall and precision at each distinct score, [K + 1] each. The first point, at which nothing
+    is called, has the precision of the second: its own is 0 / 0."""
+    _, hits, misses = counts_by_threshold(score, target)
+    precision = hits / (hits + misses)
+    return np.append(0, hits) / hits[-1], np.append(precision[0], precision)
 
 
 def _roc(comparison: Comparison) -> Any:
     def draw_chance(axis: Any, target: np.ndarray) -> None:
         axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
 
-    return _curves(comparison, _roc_points, draw_chance, "1 - specificity", "sensitivity")
+    return _curves(comparison, roc_points, draw_chance, "1 - specificity", "sensitivity")
 
 
 def _precision_recall(comparison: Comparison) -> Any:
     def draw_chance(axis: Any, target: np.ndarray) -> None:
         axis.axhline(target.mean(), color="grey", ls=":", lw=1)
 
-    return _curves(comparison, _precision_recall_points, draw_chance, "recall", "precision")
+    # In steps, whose area is the average precision: between two points lies no other.
+    names = ("recall", "precision")
+    return _curves(comparison, precision_recall_points, draw_chance, *names, drawstyle="steps-pre")
 
 
 def _curves(
@@ -273,6 +272,7 @@ def _curves(
     draw_chance: Callable[[Any, np.ndarray], None],
     xlabel: str,
     ylabel: str,
+    **style: Any,
 ) -> Any:
     """A panel per label, with a curve of each setting and one of chance."""
     first = comparison.settings[0].predictions.scored
@@ -287,7 +287,7 @@ def _curves(
         for number, setting in enumerate(comparison.settings):
             curve = _curve(setting, label, points)
             if curve is not None:
-                axis.plot(*curve, lw=1.1, label=setting.name, **_colour(number))
+                axis.plot(*curve, lw=1.1, label=setting.name, **_colour(number), **style)
         draw_chance(axis, first.target[:, i])
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)

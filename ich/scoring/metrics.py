@@ -48,7 +48,7 @@ def log_loss(logits: np.ndarray, target: np.ndarray) -> float:
 
 
 def auc(score: np.ndarray, target: np.ndarray) -> float:
-    """Area under the ROC curve as the Mann-Whitney statistic; ties count half.
+    """Area under the ROC curve, which is the Mann-Whitney statistic; ties count half.
 
     Args:
         score: float [N]. target: 0 or 1 [N].
@@ -56,15 +56,12 @@ def auc(score: np.ndarray, target: np.ndarray) -> float:
     Returns:
         The area, or NaN when the targets are all alike or a score is NaN.
     """
-    positive = target > 0.5
-    p = int(positive.sum())
-    n = len(target) - p
-    if p == 0 or n == 0:
+    if _is_undefined(score, target):
         return float("nan")
-    # Of the positives' ranks, what they would have among themselves is taken off: left are the
-    # pairs in which a positive stands above a negative.
-    rank_sum = float(mean_ranks(score)[positive].sum())
-    return (rank_sum - p * (p + 1) / 2) / (p * n)
+    _, hits, misses = counts_by_threshold(score, target)
+    # Trapezoids, twice as large and in whole numbers: the sum is exact, and ties count half.
+    twice = int(np.sum(np.diff(misses, prepend=0) * (hits + np.append(0, hits[:-1]))))
+    return twice / (2 * int(hits[-1]) * int(misses[-1]))
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
@@ -173,9 +170,16 @@ def log_losses(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
         return np.asarray(np.logaddexp(0, logits) - logits * target)
 
 
-def _thresholds(score: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each distinct score, highest first, and the positives and negatives at or above it."""
-    order = np.argsort(-score, kind="stable")
+def counts_by_threshold(
+    score: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The points of every curve: each distinct score [K], highest first, and the positives and the
+    negatives at or above it, int64 [K]. Areas and figures are made of these alone.
+
+    Args:
+        score: float [N], no NaN. target: 0 or 1 [N], N > 0.
+    """
+    order = np.argsort(-score)  # not stable: of equal scores only the last row is looked at
     ranked, positive = score[order], target[order] > 0.5
     last = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))  # of equal scores
     hits = np.cumsum(positive)[last]
@@ -194,7 +198,7 @@ def average_precision(score: np.ndarray, target: np.ndarray) -> float:
     """
     if _is_undefined(score, target):
         return float("nan")
-    _, hits, misses = _thresholds(score, target)
+    _, hits, misses = counts_by_threshold(score, target)
     # Each threshold's gain in recall, times the precision there.
     return float(np.sum(np.diff(hits, prepend=0) * hits / (hits + misses)) / hits[-1])
 
@@ -204,7 +208,7 @@ def best_f1(score: np.ndarray, target: np.ndarray) -> tuple[float, float]:
     least so much. The highest of equally good ones; NaN where `average_precision` is."""
     if _is_undefined(score, target):
         return float("nan"), float("nan")
-    values, hits, misses = _thresholds(score, target)
+    values, hits, misses = counts_by_threshold(score, target)
     # 2 TP / (2 TP + FP + FN): `hits + misses` are called positive, and `hits[-1]` are.
     f1 = 2 * hits / (hits + misses + hits[-1])
     best = int(np.argmax(f1))
@@ -228,7 +232,7 @@ def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tup
     thresholds; no interpolation between them. NaN where `average_precision` is."""
     if _is_undefined(score, target):
         return float("nan"), float("nan")
-    _, hits, misses = _thresholds(score, target)
+    _, hits, misses = counts_by_threshold(score, target)
     # From the threshold above every score on, at which nothing is positive.
     sensitivity = np.append(0, hits) / hits[-1]
     specificity = 1 - np.append(0, misses) / misses[-1]
