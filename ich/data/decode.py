@@ -19,7 +19,7 @@ from ich.base.memory import keep_slice_memory
 from ich.data.dicom import HU_MIN, DicomError, read_hu, read_slice
 from ich.data.store import Location, Unreadable, read_bytes
 
-DECODER_VERSION = 3  # raise it when the same file would decode to other values
+DECODER_VERSION = 4  # raise it when the same file would decode to other values
 
 
 class DecodeRequest(NamedTuple):

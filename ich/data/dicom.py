@@ -1,8 +1,7 @@
 """One DICOM file -> one int16 slice in Hounsfield units. The only reader of pixel data.
 
-HU = stored value x RescaleSlope + RescaleIntercept (DICOM PS3.3 C.11.1.1.2), clipped to
--1024..3071, the 4,096 values a 12-bit scanner can tell apart. Nothing is guessed: a file without
-a usable slope or intercept, or one that is no single greyscale CT slice, is refused by name.
+Nothing is guessed: a file without a usable slope or intercept, or one that is no single greyscale
+CT slice in HU, is refused by name.
 """
 
 from __future__ import annotations
@@ -30,12 +29,15 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from ich.data.elements import DicomError as DicomError
 from ich.data.elements import Elements, find_elements, transfer_syntax
+from ich.data.hounsfield import HU_MAX as HU_MAX
+from ich.data.hounsfield import HU_MIN as HU_MIN
+from ich.data.hounsfield import Padding, Scale, padding_of, to_hu
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
-HU_MIN, HU_MAX = -1024, 3071
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
 _MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
@@ -57,6 +59,7 @@ _TERM = re.compile(
 _KEYWORDS = (
     *_ALLOWED,
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     "SpecificCharacterSet",  # pydicom refuses the whole header for one that it does not know
 )
 _CHECKED_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
@@ -75,26 +78,12 @@ _WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
 _PIXEL_DATA = Tag("PixelData")
 
 
-class DicomError(ValueError):
-    """Why one file yields no slice. Names the element and its value, never an identifier."""
-
-    @property
-    def reason(self) -> str:
-        """The message in one line, as tables and journals have it."""
-        return " ".join(str(self).split())
-
-
 class _Header(NamedTuple):
-    """The checked elements of one slice. `syntax` says how its pixel data are encoded; `unused`
-    counts the bits of a pixel above its value."""
+    """The checked elements of one slice. `syntax` says how its pixel data are encoded."""
 
     rows: int
     columns: int
-    dtype: np.dtype
-    unused: int
-    slope: float
-    intercept: float
-    wrapped: bool
+    scale: Scale
     syntax: UID
 
 
@@ -152,10 +141,7 @@ def _read(data: bytes) -> tuple[Elements, np.ndarray]:
         stored = _uncompressed(elements, header, data)
     else:
         elements, header, stored = _read_by_pydicom(data)
-    # With slope 1, as `_check` requires: otherwise the wrap would not be one of HU.
-    if header.wrapped:
-        return elements, unwrap_12bit(stored, round(header.intercept))
-    return elements, _rescale(stored, header.slope, header.intercept)
+    return elements, to_hu(stored, header.scale)
 
 
 def _read_by_pydicom(data: bytes) -> tuple[Elements, _Header, np.ndarray]:
@@ -210,40 +196,6 @@ def read_keys(data: bytes) -> tuple[str, str]:
             # Inside, for pydicom converts a value when it is first asked for.
             patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
     return str(patient or ""), str(study or "")
-
-
-def unwrap_12bit(stored: np.ndarray, intercept: int = 0) -> np.ndarray:
-    """HU of 12-bit unsigned files whose values were stored modulo 4096.
-
-    Some scanners' files declare an intercept near 0 with BitsStored 12, unsigned: they hold HU
-    itself (less the intercept), and what is below 0 wrapped around. -1024..3071 are exactly 4,096
-    values, so the wrap can be undone without loss: with intercept 0, 0..3071 are themselves and
-    3072..4095 are -1024..-1. (The popular fix adds 1000 before it wraps, which turns air, -1024
-    stored as 3072, into +3072.)
-
-    Args:
-        stored: unsigned integers [H, W] in 0..4095.
-        intercept: RescaleIntercept, HU.
-
-    Returns:
-        int16 [H, W], HU in -1024..3071.
-    """
-    values = stored.astype(np.int32) + intercept
-    return ((values - HU_MIN) % 4096 + HU_MIN).astype(np.int16)
-
-
-def _rescale(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """Stored values [H, W] -> int16 HU; in the stored type where slope and intercept allow it."""
-    if slope == 1 and intercept.is_integer() and abs(intercept) <= 32_767:
-        shift, span = int(intercept), np.iinfo(stored.dtype)
-        low, high = max(HU_MIN - shift, span.min), min(HU_MAX - shift, span.max)
-        if low <= high:  # clipped before it is shifted, so the sum fits int16, also modulo 65,536
-            kind = stored.dtype.type  # Python's integers make clipping uint16 slow
-            hu: np.ndarray = np.clip(stored, kind(low), kind(high)).view(np.int16)
-            hu += np.int16(shift)
-            return hu
-    hu = stored.astype(np.float64) * slope + intercept
-    return np.rint(np.clip(hu, HU_MIN, HU_MAX)).astype(np.int16)
 
 
 def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
@@ -337,17 +289,29 @@ def _check(dataset: pydicom.Dataset) -> _Header:
         raise DicomError("RescaleSlope is 0, so stored values carry no HU")
     if wrapped and slope != 1:
         raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
-    dtype = np.dtype("<i2" if dataset.PixelRepresentation else "<u2")
-    return _Header(
-        dataset.Rows,
-        dataset.Columns,
-        dtype,
-        16 - dataset.BitsStored,
-        slope,
-        intercept,
-        wrapped,
-        _syntax(dataset),
-    )
+    signed = bool(dataset.PixelRepresentation)
+    scale = Scale(dataset.BitsStored, signed, slope, intercept, wrapped)
+    scale = scale._replace(padding=_padding(dataset, scale))
+    return _Header(dataset.Rows, dataset.Columns, scale, _syntax(dataset))
+
+
+def _padding(dataset: pydicom.Dataset, scale: Scale) -> Padding | None:
+    first = _padding_value(dataset, "PixelPaddingValue")
+    if first is None:
+        return None
+    last = _padding_value(dataset, "PixelPaddingRangeLimit")
+    return padding_of(first, first if last is None else last, scale)
+
+
+def _padding_value(dataset: pydicom.Dataset, keyword: str) -> int | None:
+    value = dataset.get(keyword)
+    if value is None or value == "":
+        return None
+    # As text, for writers have put it into other types than an integer.
+    number = _numbers(str(value), 1)[0]
+    if not number.is_integer() or abs(number) > 65_535:
+        raise DicomError(f"{keyword} is {_shown(value)}, not an integer of 16 bits")
+    return int(number)
 
 
 def _shown(value: Any) -> str:
@@ -401,9 +365,11 @@ def _uncompressed(elements: Elements, header: _Header, data: bytes) -> np.ndarra
             f"pixel data cannot be decoded: {present:,} bytes, but {header.rows} x "
             f"{header.columns} pixels of 16 bits take {2 * count:,}"
         )
-    stored = np.frombuffer(data, header.dtype, count, elements.start)
-    if header.unused:  # what stands there is not said (PS3.5 8.1.1): the sign, an overlay, anything
-        stored = stored << header.unused >> header.unused
+    kind = "<i2" if header.scale.signed else "<u2"
+    stored = np.frombuffer(data, kind, count, elements.start)
+    # What stands above the highest bit is not said (PS3.5 8.1.1): the sign, an overlay, anything.
+    if unused := 16 - header.scale.bits:
+        stored = stored << unused >> unused
     return stored.reshape(header.rows, header.columns)
 
 
@@ -419,7 +385,8 @@ def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
                 # Checked first, because a plug-in allocates what the stream asks for.
                 raise RuntimeError(f"a stream of {size} pixels, not {header.rows, header.columns}")
         stored: np.ndarray = get_decoder(header.syntax).as_array(dataset, index=0)[0]
-        return stored
+        # Of 8 bits in 16 some decoders return single bytes.
+        return stored.astype(np.int16 if header.scale.signed else np.uint16, copy=False)
     except Exception as error:  # decoder plug-ins raise their own types
         # Only decoding itself raises this one; the text of others can quote any element.
         plain = isinstance(error, RuntimeError)

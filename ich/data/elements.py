@@ -26,6 +26,15 @@ _head = struct.Struct("<HH2sH").unpack_from
 _four_bytes = struct.Struct("<I").unpack_from
 
 
+class DicomError(ValueError):
+    """Why one file yields no slice. Names the element and its value, never an identifier."""
+
+    @property
+    def reason(self) -> str:
+        """The message in one line, as tables and journals have it."""
+        return " ".join(str(self).split())
+
+
 class Elements(NamedTuple):
     """What a file says of itself.
 

@@ -25,9 +25,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ich.data import dicom
-from ich.data.dicom import DicomError, read_hu, read_keys, read_slice, unwrap_12bit
+from ich.data import dicom, hounsfield
+from ich.data.dicom import DicomError, read_hu, read_keys, read_slice
 from ich.data.elements import find_elements
+from ich.data.hounsfield import unwrap_12bit
 
 
 def raw_element(data: bytes, keyword: str, old: bytes, new: bytes) -> bytes:
@@ -47,6 +48,12 @@ def reference(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
 EVERY = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
 
 
+@pytest.fixture
+def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every stored value most are outside the range of HU, which no slice's are."""
+    monkeypatch.setattr(hounsfield, "_refuse_clipped", lambda *_: None)
+
+
 # Right HU
 
 
@@ -59,6 +66,7 @@ EVERY = np.arange(-32768, 32768).astype(np.int16).reshape(256, 256)
         *((0.5, -1024), (2, 10), (-1, 40)),
     ],
 )
+@pytest.mark.usefixtures("unlimited")
 def test_hu_of_every_stored_value(syntax: UID, dtype: type, slope: float, intercept: float) -> None:
     stored = EVERY.view(dtype)
     data = encoded(
@@ -80,12 +88,135 @@ def test_any_size(shape: tuple[int, int]) -> None:
     assert np.array_equal(read_hu(encoded(dataset(stored))), reference(stored, 1, -1024))
 
 
-def test_padding_of_minus_2000_is_air() -> None:
-    stored = np.full((4, 4), -2000, np.int16)
-    stored[1:3, 1:3] = 1064
-    hu = read_hu(encoded(dataset(stored), PixelPaddingValue=-2000))
-    assert hu[0].tolist() == [-1024] * 4
-    assert hu[1, 1] == 40
+# Padding (PS3.3 C.7.5.1.1.2)
+
+# HU of a slice whose field of view is round, NaN outside it; with a fat 0 HU wherever it may be.
+ROUND = np.random.default_rng(1).integers(-1000, 1500, (32, 32)).astype(float)
+ROUND[12:17, 12:17] = 0
+ROUND[np.hypot(*np.mgrid[-15.5:16, -15.5:16]) > 16] = np.nan
+AIR = np.nan_to_num(ROUND, nan=-1024)
+
+
+def padded(padding: int, bits: int, signed: bool, intercept: float, syntax: UID) -> Dataset:
+    """`ROUND` with this stored value outside its field of view, or its lowest `bits` bits."""
+    values = np.nan_to_num(ROUND - intercept, nan=padding).astype(int)
+    least = -(2 ** (bits - 1)) if signed else 0
+    stored = (values - least) % 2**bits + least  # wraps around what is below 0
+    d = dataset(stored.astype(np.int16 if signed else np.uint16), syntax)
+    d.BitsStored, d.HighBit, d.RescaleIntercept = bits, bits - 1, str(intercept)
+    return d
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        *(ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian),
+        *(JPEGLSLossless, JPEG2000Lossless, RLELossless),
+    ],
+)
+@pytest.mark.parametrize(
+    ("padding", "bits", "signed", "intercept", "declared"),
+    [
+        (-2000, 16, True, 0, -2000),
+        (-32768, 16, True, -1024, -32768),
+        (32767, 16, True, 0, 32767),
+        (3000, 16, True, 0, 3000),  # within the range of HU
+        (0, 16, True, 0, 0),  # water
+        (63536, 16, False, -1024, 63536),
+        (63536, 16, False, -1024, -2000),  # with the other sign
+        (65535, 16, False, -1024, 65535),
+        (0, 16, False, -1024, 0),
+        (4095, 12, False, -1024, 4095),
+        (2096, 12, False, -1024, -2000),  # the lowest 12 bits of -2000
+        (2096, 12, False, 0, 63536),  # in a file of wrapped values
+        (-2000, 12, True, 0, -2000),
+    ],
+)
+def test_padding_is_air_in_every_encoding_and_sign(
+    padding: int, bits: int, signed: bool, intercept: float, declared: int, syntax: UID
+) -> None:
+    d = padded(padding, bits, signed, intercept, ExplicitVRLittleEndian)
+    if not syntax.is_encapsulated:
+        d = padded(padding, bits, signed, intercept, syntax)
+    vr, order = ("SS" if declared < 0 else "US"), ("big" if "Big" in syntax.name else "little")
+    d.add_new("PixelPaddingValue", "SS" if signed else "US", 0)
+    if syntax.is_encapsulated:
+        d.compress(syntax, generate_instance_uid=False)
+    # Written by hand, for pydicom writes no value of the other sign.
+    raw = declared.to_bytes(2, order, signed=declared < 0)
+    d["PixelPaddingValue"] = pydicom.dataelem.RawDataElement(
+        pydicom.tag.Tag("PixelPaddingValue"), vr, 2, raw, 0, False, order == "little"
+    )
+    assert np.array_equal(read_hu(encoded(d)), AIR)
+
+
+@pytest.mark.parametrize(("first", "last"), [(-2100, -1900), (-1900, -2100), (-2000, -600)])
+def test_padding_may_be_a_range_of_values(first: int, last: int) -> None:
+    d = padded(-2000, 16, True, 0, ExplicitVRLittleEndian)
+    hu = read_hu(encoded(d, PixelPaddingValue=first, PixelPaddingRangeLimit=last))
+    # Background up to -600 HU is suppressed at the edges; within the slice it is a sinus.
+    inner = np.hypot(*np.mgrid[-15.5:16, -15.5:16]) < 11
+    assert np.array_equal(hu[inner], AIR[inner])
+    assert (hu[np.isnan(ROUND)] == -1024).all()
+
+
+@pytest.mark.parametrize("value", [0, 40, -1000, 3071])
+def test_a_declared_padding_that_no_edge_shows_takes_no_tissue_away(value: int) -> None:
+    stored = np.full((6, 6), 100, np.int16)
+    stored[2:4, 2:4] = value
+    d = dataset(stored)
+    hu = read_hu(encoded(d, RescaleIntercept="0", PixelPaddingValue=value))
+    assert np.array_equal(hu, stored)
+
+
+def test_a_padding_that_is_no_number_is_refused() -> None:
+    d = dataset(STORED)
+    d.add_new("PixelPaddingValue", "LO", CANARY)
+    with pytest.raises(DicomError, match="PixelPaddingValue is something else, not an integer"):
+        read_hu(encoded(d))
+    d["PixelPaddingValue"].value = ""
+    assert np.array_equal(read_hu(encoded(d)), reference(STORED, 1, -1024))
+
+
+def head() -> np.ndarray:
+    """int16 HU: a third of it air, and a head."""
+    hu = np.random.default_rng(2).integers(-1020, -980, (40, 40)).astype(np.int16)
+    hu[4:36, 4:38] = 40
+    return hu
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Signed data in a header that says unsigned, and the reverse; another's intercept.
+        ({"PixelRepresentation": 0}, "32 % of the pixels are above 3071 HU, so its header"),
+        ({"RescaleIntercept": "-32768", "PixelData": (head() ^ -32768).tobytes()},
+         "68 % of the pixels are below -1024 HU"),
+        ({"RescaleIntercept": "-3000"}, "100 % of the pixels are below -1024 HU"),
+        ({"RescaleSlope": "-1", "RescaleIntercept": "5000"}, "100 % of the pixels are above 3071"),
+        ({"RescaleSlope": "1000"}, "100 % of the pixels|68 % of the pixels are above 3071"),
+    ],
+)  # fmt: skip
+def test_a_slice_that_would_be_mostly_clipped_is_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    hu = head()
+    d = dataset(hu)
+    d.RescaleIntercept = "0"
+    assert np.array_equal(read_hu(encoded(d)), hu)
+    with pytest.raises(DicomError, match=message):
+        read_hu(encoded(d, **changes))
+
+
+def test_metal_and_padding_that_is_not_declared_are_clipped() -> None:
+    hu = head()
+    hu[:4], hu[10:13, 10:30] = -2000, 20_000  # a tenth each, and less
+    hu[:, :4] = -3024
+    hu[:, 38:] = -3024
+    d = dataset(hu)
+    assert np.array_equal(read_hu(encoded(d, RescaleIntercept="0")), reference(hu, 1, 0))
+    only = dataset(np.full((8, 8), -2000, np.int16))
+    assert (read_hu(encoded(only, PixelPaddingValue=-2000)) == -1024).all()
 
 
 def test_a_padding_byte_is_allowed_and_a_second_slice_is_not() -> None:
@@ -118,6 +249,7 @@ def test_twelve_bits_with_the_usual_intercept_are_not_wrapped() -> None:
 
 @pytest.mark.parametrize("bits", [12, 13, 16])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+@pytest.mark.usefixtures("unlimited")
 def test_bits_above_the_highest_are_not_read(bits: int, dtype: type) -> None:
     d = dataset(EVERY.view(dtype))
     data = encoded(d, BitsStored=bits, HighBit=bits - 1)
