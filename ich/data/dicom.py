@@ -7,6 +7,7 @@ CT slice in HU, is refused by name.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import re
 import warnings
@@ -24,6 +25,7 @@ from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
+    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -42,32 +44,72 @@ MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before me
 _MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
 
-# What must hold of a slice, beside its size and rescale; the first allowed value is the usual one.
+# What must hold of a slice in HU, beside its size and rescale, with the section of PS3.3. The first
+# value is the usual one.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
-    "Modality": ("CT",),
+    "Modality": ("CT",),  # C.7.3.1.1.1
+    # C.8.2.1: the pixels of a CT image.
     "SamplesPerPixel": (1,),
     "PhotometricInterpretation": ("MONOCHROME2",),
     "BitsAllocated": (16,),
     "BitsStored": tuple(range(16, 0, -1)),
     "PixelRepresentation": (0, 1),
 }
-# What a message may quote: modalities and interpretations (PS3.3 C.7.3.1.1.1, C.7.6.3.1.2).
+# The same, but what is absent or empty says nothing: the RSNA's files have none of these.
+_ALLOWED_IF_THERE = {
+    "SOPClassUID": (CTImageStorage,),  # A.3; a dose report is a Secondary Capture, A.8
+    # C.11.1.1.2. US is "unspecified", in which sound slices come too; the others are maps.
+    "RescaleType": ("HU", "US"),
+    "BurnedInAnnotation": ("NO",),  # C.7.6.1: else there is text in the pixels
+}
+# Words of ImageType that no slice in HU has in any value: C.7.6.1.1.2, C.8.2.1.1.1, C.8.16.1.3,
+# C.8.16.1.4, and what vendors and workstations write.
+_NO_SLICE = """
+an overview, no axial slice: LOCALIZER SCOUT TOPOGRAM SURVIEW SCANOGRAM
+a page, no slice: SCREEN SCREENSHOT SCREENSAVE CAPTURE DOSE REPORT PROTOCOL PROT PAGE SUMMARY TEXT
+a graph, no slice: GRAPH CHART CURVE
+a map of perfusion, not of HU: PERFUSION PERF CBF CBV MTT TTP TMAX TTD TTS T0 PBV RCBF RCBV RMTT
+a map of perfusion, not of HU: RTTP FLOW PERMEABILITY PENUMBRA MISMATCH INFARCT
+a map of materials, not of HU: ATOMIC Z ZEFF EFF ELECTRON RHO MAT MATERIAL MGML MOD PCT ED EDW
+a map of materials, not of HU: IODINE WATER CALCIUM URIC VNC VUE
+a projection, no slice: MIP MINIP MAXIP TMIP IP PROJECTION VRT VR RENDER RENDERED RENDERING SSD 3D
+a projection, no slice: DRR CPR CURVED
+computed from several images: SUBTRACTION SUBTRACTED DSA MASKED MAXIMUM MINIMUM DEVIATION DIVISION
+computed from several images: MULTIPLICATION ADDITION QUANTITY FUSION FUSED COLOR COLOUR OVERLAY
+a segmentation, not HU: SEGMENTATION MASK LABEL LABELMAP
+"""
+_KIND_OF = {
+    word: kind
+    for kind, _, words in (line.partition(": ") for line in _NO_SLICE.strip().splitlines())
+    for word in words.split()
+}
+# Of images made from others (SECONDARY, C.7.6.1.1.2), slices in HU have one of the first words,
+# and no others than of both.
+_PLANES = frozenset(["AXIAL", "MPR", "REFORMATTED"])
+_OF_PLANES = _PLANES | frozenset(
+    ["AVERAGE", "MEAN", "RESAMPLED", "CSA", "PARALLEL", "CT", "SOM5", "SOM7"]
+)
+
+# What a message may quote: modalities, interpretations and types of rescale (PS3.3 C.7.3.1.1.1,
+# C.7.6.3.1.2, C.11.1.1.2).
 _TERM = re.compile(
     "CR|CT|DX|ES|IO|KO|MG|MR|NM|OP|OT|PR|PT|PX|RF|RTDOSE|RTIMAGE|RTPLAN|RTSTRUCT|SC|SEG|SM|SR|US|"
-    "XA|XC|MONOCHROME[12]|PALETTE COLOR|RGB|YBR_(FULL|FULL_422|PARTIAL_420|ICT|RCT)"
+    "XA|XC|MONOCHROME[12]|PALETTE COLOR|RGB|YBR_(FULL|FULL_422|PARTIAL_420|ICT|RCT)|"
+    "OD|HU|HU_MOD|Z_EFF|ED|EDW|MGML|PCT|YES|NO"
 )
 _KEYWORDS = (
     *_ALLOWED,
+    *_ALLOWED_IF_THERE,
+    "ImageType",
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
     "SpecificCharacterSet",  # pydicom refuses the whole header for one that it does not know
 )
 _CHECKED_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
 # Where the slice belongs; read without a check, and absent in many files.
-_IMAGE_TYPE, _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
+_STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
     int(Tag(keyword))
     for keyword in (
-        "ImageType",
         "StudyInstanceUID",
         "SeriesInstanceUID",
         "ImageOrientationPatient",
@@ -109,7 +151,7 @@ def read_hu(data: bytes) -> np.ndarray:
         int16 [Rows, Columns], HU in -1024..3071.
 
     Raises:
-        DicomError: the file is no DICOM, no single-frame greyscale CT slice, or damaged.
+        DicomError: the file is no DICOM, no single-frame greyscale CT slice in HU, or damaged.
     """
     return _read(data)[1]
 
@@ -118,12 +160,10 @@ def read_slice(data: bytes) -> Slice:
     """Decodes one file's bytes, with what tells its place among others.
 
     Raises:
-        DicomError: as `read_hu`; also for an overview (scout) or a slice that is not axial, which a
-            scanner or a workstation keeps beside the axial ones.
+        DicomError: as `read_hu`; also for a slice that is not axial, which a workstation keeps
+            beside the axial ones.
     """
     elements, hu = _read(data)
-    if "LOCALIZER" in _text(elements, _IMAGE_TYPE):
-        raise DicomError("ImageType says LOCALIZER: an overview, no axial slice")
     normal = _normal(_text(elements, _ORIENTATION))
     # Of NaN, where the file does not say, this does not hold: such a slice is taken.
     if abs(normal[2]) < _MOSTLY_AXIAL:
@@ -204,7 +244,10 @@ def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
     syntax, deflated = transfer_syntax(data), DeflatedExplicitVRLittleEndian.encode()
     if syntax == deflated or (not syntax and deflated in data[:4096]):
         # pydicom would inflate it whole, to up to a thousand times its size, before any check.
-        raise DicomError(f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read")
+        raise DicomError(
+            f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read: `dcmconv +te` "
+            f"of DCMTK converts it"
+        )
     with _damaged_header_refused():
         return pydicom.dcmread(io.BytesIO(data), **options)
 
@@ -271,7 +314,15 @@ def _check(dataset: pydicom.Dataset) -> _Header:
             raise DicomError(f"{keyword} is {_shown(value)}, not {allowed[0]!r}")
     frames = dataset.get("NumberOfFrames")
     if int(frames or 1) != 1:
-        raise DicomError(f"multi-frame file ({_shown(int(frames))} frames), not one slice")
+        raise DicomError(
+            f"multi-frame file ({_shown(int(frames))} frames), not one slice: the tool emf2sf of "
+            f"dcm4che splits it"
+        )
+    for keyword, known in _ALLOWED_IF_THERE.items():
+        value = dataset.get(keyword)
+        if value not in (None, "") and str(value).strip().upper() not in known:
+            raise DicomError(f"{keyword} is {_shown(value)}, not {_shown(known[0])}")
+    _check_image_type(dataset)
     for keyword in ("Rows", "Columns"):
         value = dataset.get(keyword)
         if not isinstance(value, int) or not 1 <= value <= MAX_SIDE:
@@ -293,6 +344,18 @@ def _check(dataset: pydicom.Dataset) -> _Header:
     scale = Scale(dataset.BitsStored, signed, slope, intercept, wrapped)
     scale = scale._replace(padding=_padding(dataset, scale))
     return _Header(dataset.Rows, dataset.Columns, scale, _syntax(dataset))
+
+
+def _check_image_type(dataset: pydicom.Dataset) -> None:
+    value = dataset.get("ImageType") or ""
+    values = [value] if isinstance(value, str) else list(value)
+    words = [re.findall("[A-Z0-9]+", str(v).upper()) for v in values]
+    for word in itertools.chain(*words):
+        if word in _KIND_OF:
+            raise DicomError(f"ImageType says {word}: {_KIND_OF[word]}")
+    further = {word for later in words[2:] for word in later}
+    if ["SECONDARY"] in words[:2] and not (further & _PLANES and further <= _OF_PLANES):
+        raise DicomError("ImageType says SECONDARY, and no plane that is known to be in HU")
 
 
 def _padding(dataset: pydicom.Dataset, scale: Scale) -> Padding | None:
@@ -324,6 +387,8 @@ def _shown(value: Any) -> str:
         return f"{value!r:.20}"
     if not str(value):
         return "empty"
+    if isinstance(value, UID) and value.name != value:
+        return repr(value.name)
     return repr(str(value)) if _TERM.fullmatch(str(value)) else "something else"
 
 
