@@ -1,11 +1,12 @@
 """Speed as ratios measured side by side in one run: `ich bench`, or `make bench`.
 
 Absolute times change with the machine; a ratio whose two sides were timed alternately, in the same
-minutes, is worth writing down. Eight parts: `prepare` (decoding), `input` (batches for the
+minutes, is worth writing down. Nine parts: `prepare` (decoding), `input` (batches for the
 network), `step` (one training step), `sweep` (an epoch of all eight networks), `predict` (from
-files to probabilities), `start` (of a job), `memory` (of a training, by the size of its cohort) and
-`intervals` (of a comparison). Prints a table and saves it, with versions and hardware, under
-multirun_reports/benchmarks/. Keep the machine otherwise idle.
+files to probabilities), `start` (of a job), `memory` (of a training, by the size of its cohort),
+`busy` (a training beside another process) and `intervals` (of a comparison). Prints a table and
+saves it, with versions and hardware, under multirun_reports/benchmarks/. Keep the machine otherwise
+idle.
 """
 
 from __future__ import annotations

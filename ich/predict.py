@@ -7,12 +7,6 @@ with: they stand in its weights file. Research and education only; this is no di
 
 from __future__ import annotations
 
-import os
-
-# Decoding processes and torch's threads share the cores: threads that spin would take theirs.
-# Set before torch is imported, which reads it once.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -40,6 +40,11 @@ NAMES = {
     ],
     "intervals": ["intervals, resamples per s: ours / scikit-learn"],
     "start": ["start, per s: a job to its first step / importing its libraries"],
+    "busy": [
+        "busy, 64 px: alone, ours / spinning",
+        "busy, 64 px: beside a busy process, ours / spinning",
+        "busy, 64 px: ours, beside a busy process / alone",
+    ],
     "memory": [
         "memory of a training, MB: 80 / 40 rows",
         "memory of a prediction, MB: 80 / 40 rows",
@@ -72,7 +77,7 @@ def test_a_part_saves_its_ratios(
         assert f"{name}: " in printed.err
         assert f"| {name} |" in printed.out
     assert path.with_suffix(".md").read_text() in printed.out
-    assert len(saved["notes"]) == (part not in ("prepare", "input"))
+    assert len(saved["notes"]) == (part not in ("prepare", "input", "busy"))
 
 
 def test_a_row_holds_medians_and_the_ratios_of_each_round(tmp_path: Path) -> None:

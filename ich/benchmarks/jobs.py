@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ich.base.config import Config, Precision, to_yaml
 from ich.base.records import Origin
 from ich.base.results import RunPaths
 from ich.benchmarks.measure import PartResult, alternate, compare_rates, compose_job
-from ich.benchmarks.peers import rate_of
+from ich.benchmarks.peers import Rate, rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.benchmarks.settings import Settings
 from ich.data.dataset import load_dataset
@@ -63,7 +63,9 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
 
 
 @contextmanager
-def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], RunPaths]]:
+def _training(
+    config: Config, folder: Path, environment: Mapping[str, str] = os.environ
+) -> Iterator[tuple[subprocess.Popen[bytes], RunPaths]]:
     """A job in a process of its own, which is ended on leaving."""
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:
         run = RunPaths(Path(run_folder) / "run")
@@ -75,12 +77,65 @@ def _training(config: Config, folder: Path) -> Iterator[tuple[subprocess.Popen[b
         run.write_origin(Origin(mode=mode))  # as a sweep has chosen it
         command = [sys.executable, "-m", "ich.train", str(run.root)]
         with run.log.open("wb") as log_file:
-            child = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                command, stdout=log_file, stderr=subprocess.STDOUT, env=environment
+            )
             try:
                 yield child, run
             finally:
                 child.kill()
                 child.wait()
+
+
+def bench_busy(settings: Settings, folder: Path) -> Iterator[PartResult]:
+    """Images per second of a training of MobileNetV2, alone and beside a process that never rests,
+    with threads that wait as `ich` has them wait, against threads that spin as OpenMP's do."""
+    size = min(settings.image_size)
+    config = compose_job("mobilenet_v2", size, folder, "train.epochs=1", "tracking=none")
+    load_dataset(config)
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    # libgomp's env.c: 300,000 where neither the policy nor the count is given.
+    spinning = bare | {"GOMP_SPINCOUNT": "300000"}
+
+    def side(environment: dict[str, str], busy: bool) -> Rate:
+        def rate() -> float:
+            with _busy_process() if busy else nullcontext():
+                return _images_per_s(config, folder, environment)
+
+        return rate
+
+    sides = {
+        f"{who}, {where}": side(environment, where == "busy")
+        for where in ("alone", "busy")
+        for who, environment in (("ours", bare), ("spinning", spinning))
+    }
+    rates = alternate(sides, settings.rounds)
+    rows = {
+        f"busy, {size} px: {what}": compare_rates(rates[one], rates[other])
+        for what, one, other in (
+            ("alone, ours / spinning", "ours, alone", "spinning, alone"),
+            ("beside a busy process, ours / spinning", "ours, busy", "spinning, busy"),
+            ("ours, beside a busy process / alone", "ours, busy", "ours, alone"),
+        )
+    }
+    yield PartResult(rows)
+
+
+@contextmanager
+def _busy_process() -> Iterator[None]:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def _images_per_s(config: Config, folder: Path, environment: Mapping[str, str]) -> float:
+    with _training(config, folder, environment) as (child, run):
+        assert child.wait() == 0, run.log.read_text()
+        fit = run.read_result().fit
+        assert fit is not None
+        return fit.images_per_s
 
 
 def bench_memory(settings: Settings, folder: Path) -> Iterator[PartResult]:

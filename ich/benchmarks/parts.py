@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ich.base.memory import keep_memory
 from ich.benchmarks.inputs import bench_input, bench_prepare
-from ich.benchmarks.jobs import bench_memory, bench_start
+from ich.benchmarks.jobs import bench_busy, bench_memory, bench_start
 from ich.benchmarks.measure import Part, PartResult, RatioRow
 from ich.benchmarks.predictions import bench_intervals, bench_predict
 from ich.benchmarks.settings import PARTS, Settings
@@ -25,6 +25,7 @@ _FUNCTIONS: dict[str, Part] = {
     "predict": bench_predict,
     "start": bench_start,
     "memory": bench_memory,
+    "busy": bench_busy,
     "intervals": bench_intervals,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PARTS = ("prepare", "input", "step", "sweep", "predict", "start", "memory", "intervals")
+PARTS = ("prepare", "input", "step", "sweep", "predict", "start", "memory", "busy", "intervals")
 MODELS = (
     "vgg16",
     "resnet50",
