@@ -547,6 +547,8 @@ def test_a_pseudonym_is_the_files_wherever_it_is_named_from(
         (["--submission", "s.csv", "--names", "pseudonym"], "does not go with --names pseudonym"),
         (["--explain", "full"], "--explain is 'full', which holds something else than explan"),
         (["--explain", "full/file/x"], "--explain is 'full/file/x', which cannot be made a folder"),
+        (["--explain", "."], "--explain is '.', where out.csv would go too"),
+        (["--submission", "e/s.csv", "--explain", "e"], "--explain is 'e', where s.csv would go"),
     ],
 )
 def test_outputs_in_each_others_way_are_refused(

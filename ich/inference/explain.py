@@ -7,17 +7,21 @@ study's name, a picture of each finding.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 from PIL import Image
 
 from ich.base.config import UserError
-from ich.base.files import write_text
+from ich.base.files import write_json, write_text
 from ich.base.progress import ProgressCallback
 from ich.data.decode import ReadResult, read_slices
 from ich.data.inputs import Inputs
@@ -31,8 +35,9 @@ from ich.scoring.metrics import sigmoid
 _SHOWN_SIZE = 384  # pixels of a picture's side
 _JPEG_QUALITY = 88
 _AT_ONCE = 16  # slices in memory with their pictures not yet made
+_STEM_LENGTH = 100  # of a file's name, of the 255 bytes that it may have
 _NO_STUDY, _MOST_WITHOUT = "no-study", 200  # slices of one page that name no study
-_INDEX = "index.html"
+_INDEX, _MANIFEST = "index.html", "explained.json"  # the latter lists all that a call wrote
 _WARNING = (
     "Red to yellow: what moved the label's logit up (Grad-CAM), scaled to its own maximum in each "
     "picture. It is as coarse as the network's last feature maps, and it is no outline of a bleed. "
@@ -44,33 +49,63 @@ def check_folder(folder: Path) -> None:
     """Makes the folder, before anything is spent.
 
     Raises:
-        UserError: it cannot be made or written to, or holds what is not ours.
+        UserError: it cannot be made or written to, or holds what no manifest of ours lists.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".part").touch()
-        (folder / ".part").unlink()
-        # After the probe is gone: only what was there before counts.
-        is_empty = not any(folder.iterdir())
+        # Of a name that nobody else has: a probe writes over nothing.
+        with NamedTemporaryFile(dir=folder, prefix=".", suffix=".part"):
+            pass
+        foreign = _foreign(folder)
     except OSError as error:
         raise UserError(
             f"--explain is {str(folder)!r}, which cannot be made a folder ({error}). Choose "
             f"another."
         ) from None
-    if not is_empty and not (folder / _INDEX).is_file():
+    if foreign:
         raise UserError(
-            f"--explain is {str(folder)!r}, which holds something else than explanations. Choose "
-            f"an empty or a new folder."
+            f"--explain is {str(folder)!r}, which holds something else than explanations: "
+            f"{str(foreign)!r}. An earlier call's pages are written over, and nothing else is. "
+            f"Choose an empty or a new folder."
         )
 
 
+def _foreign(folder: Path) -> Path | None:
+    """Something in the folder that no earlier call wrote, relative to it; None if all is ours."""
+    listed = _listed(folder)
+    ours = {_MANIFEST, *listed} | {f"{name}.part" for name in (_MANIFEST, *listed)}
+    folders = {str(Path(name).parent) for name in listed}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        # A link leads out of the folder, whatever it is called: we make none.
+        known = name in folders if path.is_dir() else name in ours and path.is_file()
+        if path.is_symlink() or not known:
+            return path.relative_to(folder)
+    return None
+
+
+def _listed(folder: Path) -> list[str]:
+    """What the manifest lists: names of the two forms that are written here, and no others."""
+    try:
+        names = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        return [n for n in names if re.fullmatch(r"[\w-]+\.html|[\w-]+/\d+-[^/\0]+\.png", n)]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+
+
 def _clear(folder: Path) -> None:
-    """Removes what an earlier call wrote: it had other findings, and so files of other names."""
-    for page in folder.glob("*.html"):
-        # Names of the form that we give: other files in the folder are its user's.
-        for picture in (folder / page.stem).glob("[0-9]*-*.png"):
-            picture.unlink()
-        page.unlink()
+    """Removes what an earlier call wrote: it had other findings, and so files of other names.
+
+    Raises:
+        UserError: something else has come into the folder since `check_folder`.
+    """
+    check_folder(folder)
+    listed = _listed(folder)
+    for name in (*listed, *(f"{name}.part" for name in listed)):
+        (folder / name).unlink(missing_ok=True)
+    for study in {Path(name).parent for name in listed} - {Path()}:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / study).rmdir()
 
 
 def explain(
@@ -88,7 +123,8 @@ def explain(
         inputs: the files; each of the studies' is read again.
         predicted: what was predicted for them.
         names: how each file is called.
-        folder: of `check_folder`; gets `<study>.html` and `<study>/<slice>-<label>.png`.
+        folder: of `check_folder`; gets `<study>.html`, `<study>/<slice>-<label>.png`, and a
+            manifest of these.
         progress: told of slices.
 
     Returns:
@@ -103,12 +139,15 @@ def explain(
     total, done = sum(len(s.members) for s in studies), 0
     if total:
         progress(done, total)
+    stems = _file_stems(model.labels)
     _clear(folder)
-    write_text(folder / _INDEX, _index(model, studies))  # first: by it the folder is known as ours
+    # First: by it what follows is known as ours, wherever this call is cut short.
+    write_json(folder / _MANIFEST, {"files": list(_planned(studies, stems))})
+    write_text(folder / _INDEX, _index(model, studies))
     pages = []
     for study in studies:
         frames = []
-        for frame in _frames(model, inputs, names, study, folder / study.key):
+        for frame in _frames(model, inputs, names, study, stems, folder):
             frames.append(frame)
             done += 1
             progress(done, total)
@@ -133,6 +172,19 @@ class _Study:
     positive: np.ndarray
 
 
+def _planned(studies: Sequence[_Study], stems: Sequence[str]) -> Iterator[str]:
+    """Every file that is to be written, relative to the folder."""
+    yield _INDEX
+    for study in studies:
+        yield f"{study.key}.html"
+        for n, label in np.argwhere(study.positive):
+            yield _picture_name(study, n, stems[label])
+
+
+def _picture_name(study: _Study, n: int, stem: str) -> str:
+    return f"{study.key}/{n + 1:03d}-{stem}.png"
+
+
 def _by_study(predicted: PredictedFiles, positive: np.ndarray) -> dict[str, list[int]]:
     """The files of each study that has a finding, in the order of its series and their slices."""
     studies: dict[str, list[int]] = {}
@@ -153,7 +205,12 @@ def _by_study(predicted: PredictedFiles, positive: np.ndarray) -> dict[str, list
 
 
 def _frames(
-    model: Ensemble, inputs: Inputs, names: Sequence[str], study: _Study, folder: Path
+    model: Ensemble,
+    inputs: Inputs,
+    names: Sequence[str],
+    study: _Study,
+    stems: Sequence[str],
+    folder: Path,
 ) -> Iterator[Frame]:
     sizes = (*model.sizes, _SHOWN_SIZE)
     for start in range(0, len(study.members), _AT_ONCE):
@@ -165,8 +222,9 @@ def _frames(
         positive = study.positive[start : start + _AT_ONCE].any(0)
         maps = _maps(model, [slices[number] for number in part], np.flatnonzero(positive).tolist())
         for n, number in enumerate(part, start=start):
+            paths = [folder / _picture_name(study, n, stem) for stem in stems]
             of_slice = maps.get(number, {})
-            yield _frame(model, study, n, slices[number], names[number], of_slice, folder)
+            yield _frame(model, study, n, slices[number], names[number], of_slice, paths)
 
 
 def _maps(
@@ -188,9 +246,10 @@ def _frame(
     read: ReadResult,
     name: str,
     maps: dict[int, np.ndarray],
-    folder: Path,
+    paths: Sequence[Path],
 ) -> Frame:
-    """One slice: its windows, an overlay per finding, and a PNG of each of these."""
+    """One slice: its windows, an overlay per finding, and a PNG of each of these, at the label's
+    path."""
     title = f"{n + 1} of {len(study.members)}: {name}"
     if read.reason:  # the file was taken away since
         return Frame(title, [], [(read.reason, True)])
@@ -206,12 +265,11 @@ def _frame(
         if study.positive[n, i]:
             shown_map = overlay(grey[0], maps[i])
             pictures.append((f"Grad-CAM of {label}", _encoded(shown_map)))
-            folder.mkdir(exist_ok=True)
+            paths[i].parent.mkdir(exist_ok=True)
             # All windows and the map side by side: a file that can be passed on alone.
             strip = np.concatenate([*(np.stack([g] * 3, -1) for g in grey), shown_map], 1)
-            path = folder / f"{n + 1:03d}-{_file_stem(label)}.png"
             # A third of the time of the default level, for half as many bytes again.
-            Image.fromarray(strip).save(path, compress_level=2)
+            Image.fromarray(strip).save(paths[i], compress_level=2)
     return Frame(title, pictures, labels)
 
 
@@ -221,9 +279,16 @@ def _encoded(picture: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def _file_stem(label: str) -> str:
-    # A label is whatever a CSV has as its heading.
-    return re.sub(r"[^A-Za-z0-9_.+-]", "_", label)
+def _file_stems(labels: Sequence[str]) -> list[str]:
+    """Of each label a name for files, which no other label has, in whatever case."""
+    stems: list[str] = []
+    for label in labels:
+        # A label is whatever a CSV has as its heading, of any length.
+        plain = re.sub(r"[^A-Za-z0-9_.+-]", "_", label)[:_STEM_LENGTH]
+        choices = chain([plain], (f"{plain}-{n}" for n in count(2)))
+        taken = {stem.lower() for stem in stems}
+        stems.append(next(stem for stem in choices if stem.lower() not in taken))
+    return stems
 
 
 def _page(model: Ensemble, study: _Study, frames: list[Frame]) -> str:
@@ -236,8 +301,8 @@ def _page(model: Ensemble, study: _Study, frames: list[Frame]) -> str:
             for i, k in enumerate(model.labels)
         ],
         frames,
-        # Opens at the slice that exceeds a threshold by most.
-        int(margin.max(1).argmax()),
+        # Opens at the slice that exceeds a threshold by most; NaN would count as the highest.
+        int(np.nan_to_num(margin, nan=-1.0).max(1).argmax()),
     )
     back = Link("All studies", _INDEX)
     sections: list[Section] = [("Slices", [Text(_WARNING), stack, back])]

@@ -63,16 +63,21 @@ class OutputPaths:
                 raise UserError(
                     f"-o {self.slices} would write over the input {path}. Choose another file."
                 )
+        if self.submission:
+            check_writable("--submission", self.submission, (".csv",))
+            if self.submission.resolve() in [path.resolve() for path in tables]:
+                raise UserError(
+                    f"--submission is {str(self.submission)!r}, which is also where -o "
+                    f"{self.slices} writes. Choose another file."
+                )
         if self.explain:
+            for path in filter(None, (*tables, self.submission)):
+                if path.resolve().is_relative_to(self.explain.resolve()):
+                    raise UserError(
+                        f"--explain is {str(self.explain)!r}, where {path.name} would go too, but "
+                        f"that folder is for its pages alone. Choose another."
+                    )
             check_folder(self.explain)
-        if not self.submission:
-            return
-        check_writable("--submission", self.submission, (".csv",))
-        if self.submission.resolve() in [path.resolve() for path in tables]:
-            raise UserError(
-                f"--submission is {str(self.submission)!r}, which is also where -o {self.slices} "
-                f"writes. Choose another file."
-            )
 
 
 def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:

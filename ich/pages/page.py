@@ -12,11 +12,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
@@ -128,11 +130,28 @@ class Frame:
 
 @dataclass(frozen=True)
 class Curve:
-    """A value of each frame, 0..1, and the threshold from which it counts."""
+    """A value of each frame, 0..1 or NaN, and the threshold from which it counts."""
 
     name: str
     values: Sequence[float]
     threshold: float
+
+    @property
+    def reaches(self) -> bool:
+        return any(value >= self.threshold for value in self.values)
+
+    @property
+    def lines(self) -> list[list[tuple[float, float]]]:
+        """Points from left to right, y downwards from 0 to 1. A frame is one unit wide, and its
+        middle is its point; a NaN is a gap."""
+        lines = []
+        for known, run in groupby(enumerate(self.values), lambda pair: not math.isnan(pair[1])):
+            points = [(number + 0.5, 1 - value) for number, value in run]
+            if known:
+                # A line needs two points: one alone is drawn from edge to edge.
+                (x, y), *more = points
+                lines.append(points if more else [(x - 0.5, y), (x + 0.5, y)])
+        return lines
 
 
 @dataclass(frozen=True)

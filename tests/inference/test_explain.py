@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -113,13 +114,55 @@ def test_another_time_leaves_nothing_of_the_one_before(
     inputs, found = predicted(model, one_study[:3])
     explain(model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None)
     assert len(list((tmp_path / "aaaa").iterdir())) == 3 * len(LABELS)
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "aaaa.html.part").touch()  # of a call that was killed
     check_folder(tmp_path)
     few = model.with_thresholds(",".join(f"{k}={int(k != 'any')}" for k in LABELS))
     explain(few, inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
     assert len(list((tmp_path / "aaaa").iterdir())) == 3
     explain(model.with_thresholds("1"), inputs, found, ["x"] * 3, tmp_path, lambda *_: None)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["index.html", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["explained.json", "index.html"]
+
+
+@pytest.mark.parametrize(
+    "foreign", ["notes.html", "aaaa/me.png", "aaaa/001-any.png.txt", ".part", "sub", "link.html"]
+)
+def test_what_is_not_listed_is_kept_and_refused(
+    model: Ensemble, one_study: list[Path], tmp_path: Path, foreign: str
+) -> None:
+    """A folder with an index.html was taken for ours, and each *.html in it was deleted."""
+    inputs, found = predicted(model, one_study[:1])
+    explain(model.with_thresholds("0"), inputs, found, ["a"], tmp_path, lambda *_: None)
+    path = tmp_path / foreign
+    if foreign == "sub":
+        path.mkdir()
+    elif foreign == "link.html":
+        path.symlink_to(tmp_path / "index.html")
+    else:
+        path.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"something else than explanations: '{foreign}'"):
+        check_folder(tmp_path)
+    with pytest.raises(UserError, match="something else than explanations"):
+        explain(model.with_thresholds("1"), inputs, found, ["a"], tmp_path, lambda *_: None)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_index_alone_makes_no_folder_ours(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("my home page")
+    with pytest.raises(UserError, match="something else than explanations: 'index.html'"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ["../notes.html", "/etc/hosts", "notes.txt", "a/b/c.html", 3])
+def test_a_manifest_of_somebody_else_deletes_nothing(tmp_path: Path, listed: object) -> None:
+    (tmp_path / "notes.html").touch()
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    (folder / "explained.json").write_text(json.dumps({"files": [listed]}))
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="something else than explanations: 'notes.txt'"):
+        check_folder(folder)
+    assert (tmp_path / "notes.html").exists()
 
 
 def test_many_slices_without_a_study_are_split(
@@ -163,8 +206,9 @@ def test_a_file_that_is_gone_since_is_said(
         copy.write_bytes(file.read_bytes())
     inputs, found = predicted(model, copies)
     copies[1].unlink()
+    check_folder(tmp_path / "pages")
     (page,) = explain(
-        model.with_thresholds("0"), inputs, found, list("abc"), tmp_path, lambda *_: None
+        model.with_thresholds("0"), inputs, found, list("abc"), tmp_path / "pages", lambda *_: None
     )
     assert "the file is missing" in page.read_text()
     assert page.read_text().count("<figure>") == 2 * (3 + len(LABELS))
@@ -190,10 +234,13 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_labels_of_any_text_become_file_names(
     model: Ensemble, one_study: list[Path], tmp_path: Path
 ) -> None:
-    labels = ("a/b", "c <d>", *LABELS[2:])
+    labels = ("a/b", "c <d>", "a_b", "A b", "x" * 300, *LABELS[5:])
     other = replace(model, labels=labels, thresholds=dict.fromkeys(labels, 0.0))
     inputs, found = predicted(other, one_study[:1])
     (page,) = explain(other, inputs, found, ["<img>"], tmp_path, lambda *_: None)
-    assert {"001-a_b.png", "001-c__d_.png"} <= {p.name for p in (tmp_path / "aaaa").iterdir()}
+    names = {p.name for p in (tmp_path / "aaaa").iterdir()}
+    own = {"001-a_b.png", "001-c__d_.png", "001-a_b-2.png", "001-A_b-3.png", "001-any.png"}
+    assert names == own | {f"001-{'x' * 100}.png"}
+    check_folder(tmp_path)
     assert "<img>" not in page.read_text()
     assert "c &lt;d&gt;" in page.read_text()

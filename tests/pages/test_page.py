@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import math
 import re
 from html.parser import HTMLParser
 
@@ -90,3 +91,14 @@ def test_the_policy_names_what_is_in_the_page_and_nothing_else(kinds: tuple[type
         assert parts.get(kind, "") == " ".join(f"'sha256-{d}'" for d in digests)
     assert parts["default-src"] == "'none'"
     assert not re.search(r" (style|on\w+)=", page.partition("</style>")[2].partition("<script>")[0])
+
+
+def test_a_curve_has_a_gap_where_it_is_undefined() -> None:
+    """NaN in the points of a line draws none of it in a browser."""
+    curve = Curve("any", [0.5, math.nan, 0.25, 0.75, math.nan], 0.7)
+    assert curve.lines == [[(0, 0.5), (1, 0.5)], [(2.5, 0.75), (3.5, 0.25)]]
+    assert curve.reaches
+    assert not Curve("any", [math.nan], 0.7).reaches
+    page = to_html("t", {}, [("s", [Stack("", [curve], [Frame("", [], [])] * 5)])])
+    assert page.count("<polyline") == 2
+    assert "nan" not in page.partition("<svg")[2].partition("</svg>")[0]
