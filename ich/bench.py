@@ -45,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure(parts: Sequence[str], settings: Settings, out: Path, given: str) -> int:
     with importing():  # torch: help and a mistake do not wait for it
+        from ich.base.terminal import print_line
         from ich.benchmarks.parts import measure_parts
         from ich.benchmarks.report import write_report
 
     path = write_report(measure_parts(parts, settings), out, given or "defaults")
     print(path.read_text())
-    print(f"saved as {path} and {path.with_suffix('.json').name}")
+    print_line(f"saved as {path} and {path.with_suffix('.json').name}")
     return Status.DONE
 
 

@@ -8,13 +8,12 @@ Run:  ich phantom OUT --patients 96 --seed 0 --figure phantom.png
 
 from __future__ import annotations
 
-import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.config import UserError
-from ich.base.entry import Parser, Status, end_on_signals, exit_status
+from ich.base.entry import Parser, Status, end_on_signals, exit_status, shell_command
 from ich.base.memory import leave
 from ich.data.phantom.spec import LABELS, PhantomSpec
 
@@ -34,13 +33,13 @@ def parser() -> Parser:
     return parser
 
 
-def _summarize(out: Path) -> str:
+def _summarize(out: Path) -> list[str]:
     """Slices and label rates, read back from the CSV."""
     lines = (out / "stage_2_train.csv").read_text(encoding="ascii").split()[1:]
     positive = {k: sum(line.endswith(f"_{k},1") for line in lines) for k in LABELS}
     slices = len(lines) // len(LABELS)
     rates = ", ".join(f"{k} {100 * n / slices:.1f} %" for k, n in positive.items())
-    return f"{slices} slices in {out}\npositive: {rates}"
+    return [f"{slices} slices in {out}", f"positive: {rates}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +64,13 @@ def _write(args: Namespace) -> int:
             draw_figure(spec, args.figure)
     except ValueError as error:  # its text is of one line, and for the user
         raise UserError(str(error)) from None
-    print(_summarize(args.out))
+    terminal = Terminal()
+    for line in _summarize(args.out):
+        terminal.say(line)
     if args.figure is not None:
-        print(f"figure: {args.figure}")
-    print(f"next: ich sweep experiment=demo data.root={shlex.quote(str(args.out))}")
+        terminal.say(f"figure: {args.figure}")
+    command = shell_command("ich", "sweep", "experiment=demo", f"data.root={args.out}")
+    terminal.say(f"next: {command}")
     return Status.DONE
 
 

@@ -48,17 +48,18 @@ def _report(args: Namespace) -> int:
     if args.forest and (args.out or args.promote):
         raise UserError("--forest draws into the sweep's own folder, and takes no -o or --promote.")
     with importing():  # they take seconds, which help and a mistake need not wait for
+        from ich.base.terminal import print_line
         from ich.pages.forest import redraw_forest
         from ich.pages.tables import compare
         from ich.tracking.registry import promote
 
     if args.forest:
         for sweep in args.sweeps:
-            print(redraw_forest(SweepPaths(sweep)))
+            print_line(str(redraw_forest(SweepPaths(sweep))))
         return Status.DONE
     compare(*map(SweepPaths, args.sweeps), out=args.out, resamples=args.resamples)
     if args.promote:
-        print(promote(SweepPaths(args.sweeps[0])))
+        print_line(promote(SweepPaths(args.sweeps[0])))
     return Status.DONE
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base.config import UserError
-from ich.base.entry import Parser, exit_status
+from ich.base.entry import Parser, PrintableFormatter, exit_status
 from ich.base.memory import importing, leave
 from ich.base.results import RunPaths
 
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Not end_on_signals: until the training handles SIGTERM, that is to end the process as such,
     # by which its sweep knows that it was told to end.
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     return exit_status(lambda: _train(args))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -21,7 +22,16 @@ from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_yaml
 from ich.base.files import write_json
 from ich.base.processes import lock_run
-from ich.base.records import FAILED, FINISHED, KILLED, Hardware, Origin, Provenance, RunResult
+from ich.base.records import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    GitState,
+    Hardware,
+    Origin,
+    Provenance,
+    RunResult,
+)
 from ich.base.results import RunPaths, SweepPaths
 from ich.launch.rerun import Original, list_changes, rerun_config, restore_commands
 from ich.rerun import main
@@ -424,6 +434,18 @@ def test_each_change_of_packages_hardware_and_threads_is_a_sentence(original: Or
     assert "not recorded" in packages
     assert "threads: not recorded as a number (CPU, 2 threads)" in threads
     assert restore_commands(older) is None
+
+
+@pytest.mark.parametrize("commit", ["0123abc; rm -rf ~", "--orphan", "$(id)", "main"])
+def test_what_is_no_commit_is_in_no_command_to_paste(original: Original, commit: str) -> None:
+    """A run's record may be somebody else's."""
+    strange = replace(original.provenance, git=GitState(commit))
+    assert restore_commands(replace(original, provenance=strange)) is None
+    real = replace(original.provenance, git=GitState("0123abc"))
+    diff = Path("/data/it's mine/launch.diff")
+    told = restore_commands(replace(original, provenance=real, diff=diff))
+    assert told is not None
+    assert shlex.split(told) == ["git", "checkout", "0123abc", "&&", "git", "apply", str(diff)]
 
 
 def test_the_rerun_has_the_runs_threads_and_no_mlflow(original: Original) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -14,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from enum import IntEnum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Status(IntEnum):
@@ -53,11 +55,58 @@ def is_interrupt(error: BaseException) -> bool:
     return by_code or isinstance(error, KeyboardInterrupt) or bool(_received)
 
 
+def printable(text: str) -> str:
+    """One line of text that moves no cursor and sets no colour, whatever a file is called.
+
+    What came from a file, a name or an error goes through this before it is printed.
+    """
+    # The escape character is not printable, nor is a line break, a half of a pair, or what turns
+    # the direction of writing: each is shown as Python would write it.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines that hold no more than their text: of a traceback, each line for itself."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(printable, super().formatException(ei).splitlines()))
+
+
+def shell_command(*words: object) -> str:
+    """A command to paste into a shell, each word quoted where it has to be."""
+    return " ".join(map(_shell_word, map(str, words)))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    # $'...' of bash, zsh and ksh: plain quotes would need the line break itself.
+    plain = [c.isprintable() and c not in "\\'" for c in word]
+    codes = ["".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in word]
+    return (
+        f"$'{''.join(c if ok else code for c, ok, code in zip(word, plain, codes, strict=True))}'"
+    )
+
+
+def recorded_command(command: str | None) -> str:
+    """A command of ours as a record has it, to paste: somebody else may have written the record."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError:  # a quote that never ends
+        words = []
+    return shell_command(*words) if words[:2] == ["ich", "sweep"] else "ich sweep ..."
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """The exit status of a command: what it returns, or 2 after a mistake, said in one paragraph.
 
     A bug of ours is raised, and so is SystemExit, by which SIGTERM ends the command.
     """
+    if logging.lastResort:  # prints warnings where nothing else does
+        logging.lastResort.setFormatter(PrintableFormatter())
     try:
         return command()
     except (Exception, KeyboardInterrupt) as error:
@@ -66,9 +115,8 @@ def exit_status(command: Callable[[], int]) -> int:
         if isinstance(error, BrokenPipeError):  # what read the output has ended, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return Status.FAILED
-        # Imported here, for they import Hydra and rich. Every command that can fail has them.
+        # Imported here, for it imports Hydra. Every command that can fail has it.
         from ich.base.config import UserError
-        from ich.base.terminal import printable
 
         if not isinstance(error, UserError | OSError):
             raise
@@ -123,4 +171,5 @@ class Parser(argparse.ArgumentParser):
         named = {option.lstrip("-"): option for option in options if option.startswith("--")}
         found = get_close_matches(unknown.lstrip("-"), named, 1) if unknown[:1] == "-" else []
         hint = f" Did you mean {named[found[0]]}?" if found else ""
-        self.exit(Status.MISTAKE, f"ich: {message}.{hint} See {self.prog} --help.\n")
+        text = printable(f"ich: {message}.{hint} See {self.prog} --help.")
+        self.exit(Status.MISTAKE, f"{text}\n")

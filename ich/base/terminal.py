@@ -17,7 +17,6 @@ from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,8 +29,10 @@ from rich.progress import (
 )
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from ich.base.config import Config
+from ich.base.entry import printable
 from ich.base.progress import Pace, StageCallback, repeating
 from ich.base.records import FAILED, FINISHED, KILLED, EpochMetrics, JobProgress, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
@@ -41,8 +42,26 @@ _LOG_WIDTH = 160  # where nothing tells the width: a pipe, a log file
 # Between two lines of progress: at most 30 s are promised, and a busy machine is late.
 LINE_SECONDS = 25.0
 
-# Without colours of its own for numbers and paths. Rich takes a pipe to be 80 wide.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+# Without colours of its own for numbers and paths, and without a meaning of [red] or :bomb:, which
+# may be a name's. Rich takes a pipe to be 80 wide.
+console = Console(
+    highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else _LOG_WIDTH
+)
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """One line, of texts and of texts with a style; the one way in which anything is printed.
+
+    What came from a file is shown as it is: nothing of it acts on the terminal.
+    """
+    pairs = (part if isinstance(part, tuple) else (part, "") for part in parts)
+    return Text.assemble(*((printable(text), style) for text, style in pairs))
+
+
+def print_line(*parts: str | tuple[str, str], out: Console = console) -> None:
+    """Prints one line, see `styled`."""
+    # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
+    out.print(styled(*parts), soft_wrap=True)
 
 
 def shows_bars(out: Console) -> bool:
@@ -85,19 +104,19 @@ class Terminal:
                 # A finished kind of work is a line above the bars: it stays when they are gone.
                 bar.remove_task(tasks.pop(what))
                 if lasting:
-                    self._line(f"{what}: {total:,} done")
+                    self.say(f"{what}: {total:,} done")
 
         def tell() -> None:
             nothing = [f"{otherwise}: {format_duration(whole.seconds)} so far"]
             for line in [_task_line(task) for task in bar.tasks] or nothing:
-                self._line(line, markup=False)
+                self.say(line)
 
         with bar if shows_bars(self.out) else repeating(tell, self._seconds):
             yield report
 
     def _bar(self) -> Progress:
         return Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -108,45 +127,42 @@ class Terminal:
             transient=True,
         )
 
-    def _line(self, text: str, markup: bool = True, end: str = "\n") -> None:
-        # Never wrapped: a log is read with other tools, and a terminal folds long lines itself.
-        self.out.print(printable(text), markup=markup, end=end, soft_wrap=True)
-
     def tables(
         self, title: str, tables: list[tuple[list[str], list[list[str]]]], sentences: list[str]
     ) -> None:
         """Tables, each as headings and rows, and what is to be said about them."""
-        self._line(f"\n[bold]{escape(title)}[/bold]")
+        self.out.print()
+        print_line((title, "bold"), out=self.out)
         for headings, rows in tables:
             out = Table(box=None, pad_edge=False)
             for n, heading in enumerate(headings):
                 side: JustifyMethod = "left" if n == 0 or heading in _TEXTS else "right"
-                out.add_column(escape(heading), justify=side, overflow="fold")
+                out.add_column(styled(heading), justify=side, overflow="fold")
             for row in rows:
-                out.add_row(*map(escape, row))
+                out.add_row(*map(styled, row))
             self.out.print(out)
             self.out.print()
         for sentence in sentences:
-            self._line(sentence, markup=False)
+            self.say(sentence)
 
     def say(self, text: str) -> None:
         """One line as it is."""
-        self._line(text, markup=False)
+        print_line(text, out=self.out)
 
     def verified(self, damaged: list[str]) -> None:
         """One line on what the checksums said."""
         if damaged:
             shown = ", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
             text = f"{len(damaged):,} slices did not match their checksum and were decoded again"
-            self._line(f"[red]{text}[/red]: {escape(shown)}")
+            print_line((text, "red"), f": {shown}", out=self.out)
         else:
-            self._line("every slice matches its checksum")
+            self.say("every slice matches its checksum")
 
     def prepared(self, cache: Path, slices: int, quarantined: int, report: Path) -> None:
         """Where the decoded slices and the data report are."""
-        counts = f"{slices:,} slices decoded, {quarantined:,} in quarantine"
-        self._line(f"\n{counts}: {cache}", markup=False)
-        self._line(f"data report: {report}", markup=False)
+        self.out.print()
+        self.say(f"{slices:,} slices decoded, {quarantined:,} in quarantine: {cache}")
+        self.say(f"data report: {report}")
 
     def opened(self, sweep: SweepPaths, states: Sequence[State], other_code: Sequence[str]) -> None:
         """One line as the jobs of a sweep begin; and which finished runs are of other code."""
@@ -158,12 +174,13 @@ class Terminal:
         }
         counts = [(states.count(state), word) for state, word in words.items()]
         parts = ", ".join(f"{n} {word}" for n, word in counts if n)
-        self._line(f"{sweep.root}: {parts}", markup=False)
+        self.say(f"{sweep.root}: {parts}")
         if other_code:
             shown = ", ".join(other_code[:4]) + (" ..." if len(other_code) > 4 else "")
-            self._line(
-                f"[yellow]{len(other_code)} of them began with other code of ich[/yellow] and are "
-                f"kept: {escape(shown)}. name=NEW runs everything with the code of now."
+            print_line(
+                (f"{len(other_code)} of them began with other code of ich", "yellow"),
+                f" and are kept: {shown}. name=NEW runs everything with the code of now.",
+                out=self.out,
             )
 
 
@@ -211,8 +228,8 @@ class Board:
         row.status, row.note = "running", _STARTING
         number = list(self._rows).index(config.job) + 1
         on_slot = f"  on {slot}" if slot else ""
-        title = escape(f"[{number}/{len(self._rows)}] {config.job}")
-        self._line(f"[bold]{title}[/bold]{on_slot}  {escape(str(run.log))}")
+        title = f"[{number}/{len(self._rows)}] {config.job}"
+        self._line((title, "bold"), f"{on_slot}  {run.log}")
         shown = len(run.read_metrics())  # of a resumed job, the epochs that were told before
 
         def watch() -> None:
@@ -233,19 +250,20 @@ class Board:
         if fit is None:
             # In one line, as a row of the board is.
             row.note = " ".join(result.reason.split())
-            self._line(f"[red]{config.job} {row.status}[/red]: {escape(row.note)}")
+            self._line((f"{config.job} {row.status}", "red"), f": {row.note}")
             return
         monitor = config.train.monitor.value
         row.note = f"{monitor} {_number(fit.scores.get(monitor))}"
         word = "was finished before" if before else "finished"
         self._line(
-            f"[green]{config.job} {word}[/green]: best epoch {fit.best_epoch}, accuracy "
+            (f"{config.job} {word}", "green"),
+            f": best epoch {fit.best_epoch}, accuracy "
             f"{_number(fit.scores['accuracy'])}, AUC {_number(fit.scores['auc'])}, "
-            f"{_number(fit.minutes, 1)} min"
+            f"{_number(fit.minutes, 1)} min",
         )
 
-    def _line(self, text: str) -> None:
-        self._out.print(printable(text), soft_wrap=True)
+    def _line(self, *parts: str | tuple[str, str]) -> None:
+        print_line(*parts, out=self._out)
 
     def _tell(self) -> None:
         """One line of what `_render` would show."""
@@ -256,7 +274,7 @@ class Board:
         if len(running) > self.NAMED:
             parts.append(f"{len(running) - self.NAMED} more are running")
         if parts:  # not between the start of a rerun and that of its one job
-            self._line(escape("; ".join(parts)))
+            self._line("; ".join(parts))
 
     def _render(self) -> Table:
         rows = sorted(self._rows.values(), key=lambda r: _ORDER.get(r.status, 1))
@@ -264,12 +282,11 @@ class Board:
         for _ in range(4):
             table.add_column(no_wrap=True, overflow="ellipsis")
         for row in rows[: self.ROWS]:
-            color = _COLORS.get(row.status, "dim")
-            table.add_row(
-                f"[{color}]{row.status}[/{color}]", escape(row.job), row.bar(), escape(row.note)
-            )
+            status = styled((row.status, _COLORS.get(row.status, "dim")))
+            table.add_row(status, styled(row.job), row.bar(), styled(row.note))
         rest = f", {len(rows) - self.ROWS} not shown" if len(rows) > self.ROWS else ""
-        table.add_row("", f"[bold]{len(rows)} jobs[/bold]: {_totals(rows)}{rest}", "", "")
+        totals = styled((f"{len(rows)} jobs", "bold"), f": {_totals(rows)}{rest}")
+        table.add_row("", totals, "", "")
         return table
 
 
@@ -317,12 +334,6 @@ class _Row:
         if self.pace is None:
             return ""
         return ProgressBar(total=1, completed=self.fraction, width=24)
-
-
-def printable(text: str) -> str:
-    """Text that moves no cursor and sets no colour, whatever a file is called."""
-    # The escape character is not printable, so nothing of a name acts on the terminal.
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def format_duration(seconds: float) -> str:

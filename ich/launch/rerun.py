@@ -19,7 +19,7 @@ are called different; --tolerance sets another bound.
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -29,12 +29,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ich.base import provenance
 from ich.base.config import Config, UserError, load_config, to_dataclass
+from ich.base.entry import recorded_command, shell_command
 from ich.base.files import write_json
 from ich.base.naming import identity
 from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run
 from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenance, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
-from ich.base.terminal import Board, Terminal, console
+from ich.base.terminal import Board, Terminal, console, print_line
 from ich.base.validation import validate
 from ich.data.cohorts import cohort_key
 from ich.data.dataset import prepare
@@ -109,8 +110,8 @@ def _sweep_of(folder: Path) -> SweepPaths:
         )
     if jobs := SweepPaths(folder).read_record().jobs:
         raise UserError(
-            f"{folder} is a sweep. Give one of its runs, as in ich rerun "
-            f"{folder / jobs[0]}; it has {', '.join(jobs)}."
+            f"{folder} is a sweep. Give one of its runs, as in "
+            f"{shell_command('ich', 'rerun', folder / jobs[0])}; it has {', '.join(jobs)}."
         )
     return SweepPaths(folder.parent.parent if _is_subfolder(above, "superseded") else folder.parent)
 
@@ -135,7 +136,7 @@ def _read_fit(run: RunPaths, sweep: SweepPaths) -> FitResult:
     if result.fit:
         return result.fit
     reason = result.reason or ("it has no result" if result.status == NOT_STARTED else "")
-    command = sweep.read_record().command or "ich sweep ..."
+    command = recorded_command(sweep.read_record().command)
     raise UserError(
         f"the run in {run.root} did not finish, and only a finished run can be repeated. It is "
         f"{result.status}{f': {reason}' if reason else ''}. Give its sweep's command again, "
@@ -234,10 +235,11 @@ def _code_changes(original: Original, now: Provenance) -> Iterator[str]:
 def restore_commands(original: Original) -> str | None:
     """The commands that bring the run's code back into a checkout, None if no commit is known."""
     commit = original.provenance.commit
-    if not commit:
+    # A record may be somebody else's: what is no commit might be an option of git's.
+    if not commit or not re.fullmatch("[0-9a-f]{7,64}", commit):
         return None
-    diff = original.diff and shlex.quote(str(original.diff.absolute()))
-    return f"git checkout {commit}" + (f" && git apply {diff}" if diff else "")
+    patch = original.diff and shell_command("git", "apply", original.diff.absolute())
+    return shell_command("git", "checkout", commit) + (f" && {patch}" if patch else "")
 
 
 def _version_changes(provenance: Provenance, now: Provenance) -> Iterator[str]:
@@ -310,7 +312,7 @@ def train_again(original: Original, now: Provenance) -> RunResult:
         done = run.state(config, origin) is State.done
         if run.config.exists() and (done or not _began_alike(run, now)):
             why = "finished" if done else "began with other code or packages"
-            _print(f"The rerun that {why} is kept in {run.root.parent / 'superseded'}.")
+            print_line(f"The rerun that {why} is kept in {run.root.parent / 'superseded'}.")
             run.supersede()
         board = stack.enter_context(Board([config.job]))
         watch = board.started(config, run, "")
@@ -354,7 +356,9 @@ def rerun(folder: Path, tolerance: float) -> bool:
     result = train_again(original, now)
     if not result.is_finished:
         log = original.rerun.log
-        _print(f"The rerun is {result.status}; its log is {log}. The same command goes on with it.")
+        print_line(
+            f"The rerun is {result.status}; its log is {log}. The same command goes on with it."
+        )
         return False
     if read_original(folder).fit != original.fit:  # a training takes hours, and sweeps go on
         raise UserError(f"{folder} was replaced by another run meanwhile: nothing to compare with.")
@@ -386,27 +390,24 @@ def _comparison_to_json(
 
 
 def _print_changes(original: Original, now: Provenance, differences: list[str]) -> None:
-    _print(f"{original.run.root} is repeated in {original.rerun.root}.")
+    print_line(f"{original.run.root} is repeated in {original.rerun.root}.")
     if not differences:
-        _print("Code, packages, hardware and threads are those of its record.")
+        print_line("Code, packages, hardware and threads are those of its record.")
         return
-    _print("Since it was made, these have changed, and may change its last digits or more:")
+    print_line("Since it was made, these have changed, and may change its last digits or more:")
     for line in differences:
-        _print(f"  {line}")
+        print_line(f"  {line}")
     commands = restore_commands(original)
     if commands and original.origin.code != now.code:
-        _print(f"That code again, in the topmost folder of its checkout: {commands}")
+        print_line(f"That code again, in the topmost folder of its checkout: {commands}")
 
 
 def _print_comparison(original: Original, comparison: RerunComparison) -> None:
     color, word = _COLORS[comparison.outcome], comparison.outcome.value
     is_exact = comparison.outcome is Outcome.identical
     limit = "" if is_exact else f" (tolerance {comparison.tolerance:g})"
-    console.print(f"\n[bold {color}]{word}[/bold {color}]{limit}", soft_wrap=True)
+    console.print()
+    print_line((word, f"bold {color}"), limit)
     for line in describe(comparison):
-        _print(f"  {line}")
-    _print(f"In full: {original.rerun.comparison}")
-
-
-def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+        print_line(f"  {line}")
+    print_line(f"In full: {original.rerun.comparison}")

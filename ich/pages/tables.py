@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from ich.base.config import RESAMPLES, UserError
+from ich.base.entry import shell_command
 from ich.base.files import write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths
-from ich.base.terminal import Terminal, console
+from ich.base.terminal import Terminal, console, print_line, styled
 from ich.pages.columns import (
     INDISTINGUISHABLE,
     Shown,
@@ -36,6 +37,7 @@ from ich.scoring.comparison import (
 )
 
 log = logging.getLogger(__name__)
+_BEST = "\0"  # ends a best value on its way to the terminal
 
 _LEGEND = (
     f"Intervals are 95 %, by bootstrap over patients, or over images where those are unknown. "
@@ -226,30 +228,33 @@ def _escape(text: str) -> str:
 def _print(
     folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame, page: bool
 ) -> None:
-    console.print(f"\n[bold]{escape(name)}[/bold]")
+    console.print()
+    print_line((name, "bold"))
     for text in heading:
         # Wrapped at a terminal alone: in a log, a line is a line.
-        console.print(text, markup=False, soft_wrap=not console.is_terminal)
+        console.print(styled(text), soft_wrap=not console.is_terminal)
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
-        console.print(_LEGEND, markup=False)
+        console.print(styled(_LEGEND))
+    again = shell_command("ich", "report", folder.root)
     if page:
         lines = [
             f"Tables, figures, report.html: {folder.root}/",
-            "Next: open report.html; make ui compares the runs in MLflow; "
-            f"ich report {folder.root} rebuilds this.",
+            f"Next: open report.html; make ui compares the runs in MLflow; {again} rebuilds this.",
         ]
     else:
         lines = [
             f"Tables: {folder.root}/",
-            f"Next: ich report {folder.root} makes intervals, figures and report.html too.",
+            f"Next: {again} makes intervals, figures and report.html too.",
         ]
-    console.print("", *lines, sep="\n", markup=False)
+    console.print()
+    for line in lines:
+        print_line(line)
 
 
 def _fitting_table(table: pd.DataFrame) -> Table:
     """With as many columns as the terminal has room for: the files have all of them anyway."""
-    cells = _cells(table, "[bold green]{}[/bold green]")
+    cells = _cells(table, f"{{}}{_BEST}")
     shown = [s for _, s in shown_columns(table)]
     # Rich would squeeze a table into the terminal; its own width is what it has without one.
     unbounded = console.options.update(width=1000)
@@ -268,9 +273,13 @@ def _terminal_table(cells: list[list[str]], shown: Sequence[Shown], dropped: int
     table.add_column("job", no_wrap=True)
     for i in kept:
         # A word per line, for headings are wider than numbers.
-        table.add_column(escape(shown[i].heading).replace(" ", "\n"), justify="right", no_wrap=True)
+        heading = Text("\n").join(map(styled, shown[i].heading.split(" ")))
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold", max_width=40)
     for name, *values, status in cells:
-        # A reason quotes whatever an error said; values have markup of ours.
-        table.add_row(escape(name), *(values[i] for i in kept), escape(status))
+        marked = [
+            styled((v.removesuffix(_BEST), "bold green" if v.endswith(_BEST) else ""))
+            for v in values
+        ]
+        table.add_row(styled(name), *(marked[i] for i in kept), styled(status))
     return table

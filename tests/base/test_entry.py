@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ich.base.config import UserError
-from ich.base.entry import Parser, Status, exit_status
+from ich.base.entry import (
+    Parser,
+    PrintableFormatter,
+    Status,
+    exit_status,
+    recorded_command,
+    shell_command,
+)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -55,3 +65,52 @@ def test_an_option_that_is_misspelt_suggests_the_nearest(capsys: Capture) -> Non
         assert ended.value.code == Status.MISTAKE
         message = f"ich: unrecognized arguments: {given} 0.5.{hint} See ich predict --help.\n"
         assert capsys.readouterr().err == message
+
+
+# What came from a file
+
+
+def test_a_mistake_is_one_line_whatever_the_file_is_called(capsys: Capture) -> None:
+    name = "a\nich: all is well\r\x1b[2J"
+    assert exit_status(raising(UserError(f"{name} is no file"))) == 2
+    assert capsys.readouterr().err == "ich: a\\nich: all is well\\r\\x1b[2J is no file\n"
+    with pytest.raises(SystemExit):
+        Parser("predict", "Predicts.").parse_args([f"--{name}"])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert not set(err) & {"\r", "\x1b"}
+
+
+def test_a_log_line_is_one_line_and_a_traceback_keeps_its_own() -> None:
+    try:
+        raise ValueError("\x1b[2Jone\ntwo")
+    except ValueError:
+        record = logging.LogRecord("ich", 30, "", 0, "%s", ("a\nb\x1bc",), sys.exc_info())
+    first, *trace = PrintableFormatter("%(levelname)s %(message)s").format(record).splitlines()
+    assert first == r"WARNING a\nb\x1bc"
+    assert trace[-2:] == [r"ValueError: \x1b[2Jone", "two"]
+
+
+@pytest.mark.parametrize("word", ["plain", "a b", "x; echo no", "$(id)", "it's", "a\nb'\\\t$x", ""])
+def test_a_command_to_paste_gives_the_shell_its_words(word: str) -> None:
+    command = shell_command("printf", "<%s>", word)
+    assert command.isprintable()
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert told.stdout == f"<{word}>"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "told"),
+    [
+        ("ich sweep -m 'model=a,b' seed=0", "ich sweep -m model=a,b seed=0"),
+        ("ich sweep x; rm -rf ~", "ich sweep 'x;' rm -rf '~'"),
+        ("ich sweep `id`", "ich sweep '`id`'"),
+        ("rm -rf ~", "ich sweep ..."),
+        ("ich sweep 'never", "ich sweep ..."),
+        (None, "ich sweep ..."),
+    ],
+)
+def test_a_recorded_command_is_told_so_that_pasting_it_runs_nothing_else(
+    recorded: str | None, told: str
+) -> None:
+    assert recorded_command(recorded) == told
