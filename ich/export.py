@@ -27,7 +27,7 @@ def parser() -> Parser:
     add("-o", "--out", type=Path, help="a folder; else exports/<run>")
     add("--size", type=int, default=512, help="side of the slices it takes, pixels (512)")
     add("--resamples", type=int, default=RESAMPLES, help="of the card's intervals; 0 for none")
-    add("--tracking-uri", help="MLflow's; else the database in this folder")
+    add("--tracking-uri", help="MLflow's; else MLFLOW_TRACKING_URI, or mlflow.db here")
     return parser
 
 

@@ -44,7 +44,7 @@ def parser() -> Parser:
     add("--engine", choices=ENGINES, default="auto", help=engine)
     add("--batch-size", type=_positive, default=32)
     add("--workers", type=_positive, help="decoding processes; else one per core")
-    add("--tracking-uri", help="MLflow's; else the database in this folder")
+    add("--tracking-uri", help="MLflow's; else MLFLOW_TRACKING_URI, or mlflow.db here")
     add("--cache-dir", type=Path, default=Path(".ich-cache"), help="where the pseudonyms' key is")
     return parser
 

@@ -11,6 +11,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # of whoever runs the tests
+os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
 if "PYTEST_XDIST_WORKER" in os.environ:  # the threads of several workers would spin each other
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 

@@ -304,6 +304,34 @@ def test_the_best_run_is_registered_and_the_alias_moves_only_where_it_may(
     assert {"report.html", "comparison.tex", "metrics.csv", "figures"} <= kept
 
 
+def test_a_sweep_is_promoted_in_the_store_of_its_own_project(
+    tmp_path: Path, composed: Compose, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder an empty database was made, and nothing found in it."""
+    project, elsewhere = tmp_path / "a", tmp_path / "b"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    shutil.copy(database, project)
+    root = project / "multirun_reports" / "s"
+    sweep = write_sweep(root, {"xception": 1.5, "vgg16": 0.5}, composed)
+    record = sweep.read_record()
+    for config in record.configs.values():
+        config["sweep"]["output"] = "multirun_reports"
+    sweep.write_record(record)
+    monkeypatch.chdir(project)
+    close_in_this_process(sweep, "FINISHED")
+    monkeypatch.chdir(elsewhere)
+    relative = SweepPaths(Path("../a/multirun_reports/s"))
+    assert "xception is version 1 of the model ich" in promote(relative)
+    copy = shutil.copytree(root, elsewhere / "s")  # the sweep's folder alone: where was it?
+    with pytest.raises(UserError, match=r"s cannot be promoted: there is no MLflow database mlfl"):
+        promote(SweepPaths(copy))
+    assert [p.name for p in elsewhere.iterdir()] == ["s"]
+    shutil.copy(database, elsewhere)
+    with pytest.raises(UserError, match=r"no run of .*a copy in MLflow at mlflow.db, experiment i"):
+        promote(SweepPaths(copy))
+
+
 def test_nothing_is_promoted_that_mlflow_does_not_have(
     three: SweepPaths, tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -300,12 +300,12 @@ class TrainConfig:
 
 @dataclass
 class TrackingConfig:
-    """MLflow, or nothing. `uri: null` is an SQLite database in the project folder."""
+    """MLflow, or nothing. What is null, `ich.tracking.places` finds out."""
 
     mlflow: bool = MISSING
     uri: str | None = None
     artifacts: str | None = None
-    experiment: str = "ich"
+    experiment: str | None = None
 
 
 @dataclass

@@ -23,10 +23,11 @@ from ich.base.config import Config, UserError, flatten
 from ich.base.metadata import read_metadata
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, RunResult
 from ich.base.results import RunPaths
-from ich.tracking.store import MODEL_FOLDER, MlflowStore, one_line
+from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore, one_line
 
 _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
 _RETRY_SECONDS = 20
+_TAG_LIMIT = 5000  # characters of a value, of MLflow's earliest version that is supported
 # Written into every logged model as the module that loads it: models logged before name it too.
 _LOADER = "ich.serving"
 _SERVED_WITH = ("torch", "timm", "safetensors", "pydicom", "numpy")
@@ -80,8 +81,10 @@ class RunMirror:
             run_id = store.open_run(self._config.job, tags, self._parent)
             # Noted before anything is sent: whoever comes next goes on with this run.
             self._run.write_tracking(replace(earlier, mlflow_run=run_id))
-            store.log_params(run_id, flatten(self._config))
-            store.log_artifact(run_id, self._run.config)
+            log.info("MLflow: %s, experiment %s", store.place, store.place.experiment)
+        # Of an earlier process's run too, which may have been cut short before it had all of them.
+        store.log_params(run_id, flatten(self._config))
+        store.log_artifact(run_id, self._run.config)
         # A job that goes on has more to copy, however complete its copy was.
         self._run.write_tracking(replace(earlier, mlflow_run=run_id, complete=False))
         # The parent of now: where MLflow's database was deleted, the sweep has opened another.
@@ -96,18 +99,30 @@ class RunMirror:
         if result.fit and not store.logged_steps(run_id, "best/accuracy"):
             store.log_metrics(run_id, summary_metrics(result.fit), 0, time.time())
         if result.reason:
-            store.tag(run_id, "ich.reason", result.reason[:500])
-        run = self._run
-        files = (run.config, run.predictions, run.log, run.result, run.origin, run.provenance)
-        for path in files:
-            if path.exists():
-                store.log_artifact(run_id, path)
-        if run.best.exists():
-            with TemporaryDirectory() as scratch:
-                store.log_artifact(run_id, as_mlflow_model(run, Path(scratch) / MODEL_FOLDER))
+            store.tag(run_id, "ich.reason", result.reason[:_TAG_LIMIT])
+        copy_files(store, run_id, self._run, present=set())  # all: a log has grown since
         store.end(run_id, result.status.upper())
         # Last: a push that was cut short is made again, and adds what is missing.
-        run.write_tracking(replace(run.read_tracking(), complete=True))
+        self._run.write_tracking(replace(self._run.read_tracking(), complete=True))
+
+
+def copy_files(store: MlflowStore, run_id: str, run: RunPaths, present: set[str]) -> bool:
+    """Keeps a run's files with its MLflow run, but for those that are there by name.
+
+    Returns:
+        Whether any was missing.
+    """
+    files = (run.config, run.predictions, run.log, run.result, run.origin, run.provenance)
+    missing = [path for path in files if path.exists() and path.name not in present]
+    for path in missing:
+        store.log_artifact(run_id, path)
+    # In the served model's folder, or, of an earlier version of ich, as it is.
+    has_weights = bool({WEIGHTS_IN_RUN.as_posix(), run.best.name} & present)
+    if has_weights or not run.best.exists():
+        return bool(missing)
+    with TemporaryDirectory() as scratch:
+        store.log_artifact(run_id, as_mlflow_model(run, Path(scratch) / MODEL_FOLDER))
+    return True
 
 
 class Mirror:

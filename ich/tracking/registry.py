@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ich.base.config import TrackingConfig, UserError, to_dataclass
+from ich.base.config import Config, TrackingConfig, UserError, to_dataclass
+from ich.base.entry import shell_command
 from ich.base.results import RunPaths, SweepPaths
 from ich.scoring.comparison import (
     COMPARED_METRICS,
@@ -22,13 +23,15 @@ from ich.scoring.comparison import (
     Comparison,
     load_comparison,
 )
+from ich.tracking.places import URI_VARIABLE, resolve_place
 from ich.tracking.store import (
     BEST,
     MODEL,
     WEIGHTS_IN_RUN,
+    MissingDatabaseError,
     MlflowStore,
     one_line,
-    resolve_locations,
+    remedy,
 )
 
 
@@ -45,7 +48,7 @@ class VersionTags:
     @staticmethod
     def read(tags: Mapping[str, str]) -> VersionTags:
         """Of a version that whoever made it by hand may have given none of these."""
-        sweep, job, rows = (str(tags.get(f"ich.{key}")) for key in ("sweep", "job", "rows"))
+        sweep, job, rows = (str(tags.get(f"ich.{key}", "")) for key in ("sweep", "job", "rows"))
         # An unknown score is never reached: only a person takes the alias from that version.
         try:
             auc = float(tags["ich.auc"])
@@ -109,11 +112,11 @@ def decide_alias(new: VersionTags, present: VersionTags | None, promote: bool) -
 @dataclass(frozen=True)
 class Registration:
     """What `register_best` did. version: of the model. present: the one that had the alias `best`,
-    if any. move: what became of it. folder: of the sweep."""
+    if any, and its number. move: what became of it. folder: of the sweep."""
 
     candidate: VersionTags
     version: str
-    present: VersionTags | None
+    present: tuple[str, VersionTags] | None
     move: AliasMove
     folder: Path
 
@@ -122,9 +125,12 @@ class Registration:
         registered = f"{self.candidate.job} is version {self.version} of the model {MODEL}"
         if self.move is AliasMove.moved or self.present is None:
             return f"{registered}, and its alias {BEST}."
+        number, tags = self.present
+        of = f", {tags.sweep}/{tags.job}" if tags.sweep and tags.job else ""
+        command = shell_command("ich", "report", self.folder, "--promote")
         return (
-            f"{registered}. The alias {BEST} stays with {self.present.sweep}/{self.present.job}, "
-            f"which {self.move.value}; ich report {self.folder} --promote moves it."
+            f"{registered}. The alias {BEST} stays with version {number}{of}, which "
+            f"{self.move.value}; {command} moves it."
         )
 
 
@@ -146,15 +152,15 @@ def register_best(
     """
     best = best_run(load_comparison([sweep], resamples=0))
     run_id = best.paths.read_tracking().mlflow_run if best else None
-    if best is None or run_id is None:
+    if best is None or run_id is None or not store.exists(run_id):
         return None
     version = store.register(run_id, best.tags.write())
     store.set_alias(alias_for(best.tags.sweep), version)
     if parent:
         _tag_sweep_run(store, parent, best)
-    tags = store.tags_of_alias(BEST)
-    present = VersionTags.read(tags) if tags else None
-    move = decide_alias(best.tags, present, promote)
+    found = store.version_of_alias(BEST)
+    present = (found[0], VersionTags.read(found[1])) if found else None
+    move = decide_alias(best.tags, present and present[1], promote)
     if move is AliasMove.moved:
         store.set_alias(BEST, version)
     return Registration(best.tags, version, present, move, sweep.root)
@@ -184,19 +190,39 @@ def promote(sweep: SweepPaths) -> str:
             f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "
             f"promote. Give its command again with tracking=mlflow."
         )
+    place = resolve_place(configs[0].tracking, _project_of(sweep, configs[0]))
     try:
-        store = MlflowStore(configs[0].tracking)
+        # Where nothing is, nothing is to be promoted: an empty database would only be left behind.
+        store = MlflowStore(configs[0].tracking, _project_of(sweep, configs[0]), must_exist=True)
         registered = register_best(store, sweep, record.mlflow_run, promote=True)
+    except MissingDatabaseError as error:
+        raise UserError(
+            f"{sweep.root} cannot be promoted: {error}. Go to the folder where it was launched, or "
+            f"name its store in {URI_VARIABLE}."
+        ) from None
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow cannot be used: {one_line(error)}") from None
+        reason = one_line(error)
+        raise UserError(
+            f"MLflow at {place} cannot be used: {reason.rstrip('.')}. {remedy(reason)}"
+        ) from None
     if registered is None:
         raise UserError(
-            f"no run of {sweep.root} has finished with a score and a copy in MLflow, so there is "
-            f"nothing to promote. Give the sweep's command again to finish it."
+            f"no run of {sweep.root} has finished with a score and a copy in MLflow at {place}, "
+            f"experiment {place.experiment}, so there is nothing to promote. Give the sweep's "
+            f"command again to finish it, or name its store in {URI_VARIABLE}."
         )
     return registered.describe()
+
+
+def _project_of(sweep: SweepPaths, config: Config) -> Path | None:
+    """The folder where a sweep was launched, by where its own lies; None if that tells nothing."""
+    below = Path(config.sweep.output) / config.name
+    root = sweep.root.resolve()
+    if below.is_absolute() or ".." in below.parts or root.parts[-len(below.parts) :] != below.parts:
+        return None
+    return root.parents[len(below.parts) - 1]
 
 
 def alias_for(name: str) -> str:
@@ -225,22 +251,20 @@ def fetch_run(name: str, cfg: TrackingConfig) -> tuple[Path, RunPaths]:
     Raises:
         UserError: there is no such run or model, it holds no weights, or MLflow cannot be used.
     """
-    uri, _ = resolve_locations(cfg)
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():  # MLflow would make one
-        raise UserError(
-            f"the model is {name!r}, but there is no MLflow database {database.name} here. Go to "
-            f"the folder of the sweep, give --tracking-uri (tracking.uri), or give a run's folder "
-            f"as the model."
-        )
     try:
-        folder = MlflowStore(cfg).fetch(name)
+        folder = MlflowStore(cfg, must_exist=True).fetch(name)
+    except MissingDatabaseError as error:
+        raise UserError(
+            f"the model is {name!r}, but {error}. Go to the folder of the sweep, give "
+            f"--tracking-uri (tracking.uri), or give a run's folder as the model."
+        ) from None
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"the model is {name!r}, which cannot be had from MLflow ({one_line(error)}). "
-            f"`make ui` shows the runs and the models that there are, and their aliases."
+            f"the model is {name!r}, which cannot be had from MLflow at {resolve_place(cfg)} "
+            f"({one_line(error)}). `make ui` shows the runs and the models that there are, and "
+            f"their aliases."
         ) from None
     run = RunPaths(folder)
     # In the served model's folder, or beside the config, where earlier versions of ich put them.

@@ -10,13 +10,16 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from ich.base.config import Config, UserError, load_config, to_dataclass
 from ich.base.results import RunPaths, SweepPaths
-from ich.tracking.mirror import RunMirror, run_tags
+from ich.base.terminal import print_line
+from ich.tracking.mirror import RunMirror, copy_files, run_tags
+from ich.tracking.places import resolve_place
 from ich.tracking.registry import register_best
-from ich.tracking.store import MlflowStore, one_line
+from ich.tracking.store import MlflowStore, one_line, remedy
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +35,23 @@ def check_tracking(config: Config) -> None:
     """
     if not config.tracking.mlflow:
         return
+    place = resolve_place(config.tracking)
     try:
-        MlflowStore(config.tracking)
+        _ = MlflowStore(config.tracking).experiment_id
     except UserError:
         raise
     except Exception as error:
         reason = one_line(error)
         if "database is locked" not in reason:
             raise UserError(
-                f"MLflow at tracking.uri={config.tracking.uri!r} cannot be used: {reason}. Start "
-                f"the server, leave tracking.uri null for a database in this folder, or use "
-                f"tracking=none."
+                f"MLflow at {place} cannot be used: {reason.rstrip('.')}. {remedy(reason)}"
             ) from None
+    _say_once(f"MLflow: {place}, experiment {place.experiment}")
+
+
+@cache  # an optimizing sweeper launches in batches
+def _say_once(text: str) -> None:
+    print_line(text)
 
 
 def open_sweep_run(config: Config, sweep: SweepPaths) -> str | None:
@@ -117,7 +125,7 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
         store.tag(parent, "ich.cohort", ", ".join(record.cohorts))
         store.end(parent, status)  # first: what follows may fail
         if status != "KILLED" and (registered := register_best(store, sweep, parent)):
-            print(f"MLflow: {registered.describe()}")
+            print_line(f"MLflow: {registered.describe()}")
     except Exception as error:
         log.warning(
             "MLflow cannot be used (%s). The sweep's files are whole; the same command copies "
@@ -128,8 +136,11 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
 
 def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
     copy = run.read_tracking()
-    complete = copy.complete and copy.mlflow_run and store.exists(copy.mlflow_run)
-    if not complete and run.config.exists():
+    if copy.complete and copy.mlflow_run and store.exists(copy.mlflow_run):
+        # Its records are whole; its files may have been deleted, or not been moved along.
+        if copy_files(store, copy.mlflow_run, run, store.artifacts(copy.mlflow_run)):
+            log.warning("%s had no files in MLflow any more: they are copied again", run.root.name)
+    elif run.config.exists():
         RunMirror(load_config(run.config), run, parent).push()
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from ich.tracking.registry import AliasMove, VersionTags, alias_for, decide_alias
+from ich.tracking.registry import (
+    AliasMove,
+    Registration,
+    VersionTags,
+    alias_for,
+    decide_alias,
+)
 
 PRESENT = VersionTags("demo", "vgg16", "a1b2", 0.9)
 
@@ -47,3 +55,14 @@ def test_names_of_sweeps_become_aliases_that_mlflow_takes() -> None:
     assert alias_for("my sweep.2") == "my-sweep-2"
     assert alias_for("v3") == "sweep-v3"
     assert alias_for("best") == "sweep-best"
+
+
+def test_a_version_that_somebody_made_by_hand_is_called_by_its_number() -> None:
+    """It was None/None."""
+    by_hand = ("3", VersionTags.read({}))
+    folder = Path("multirun reports/x")
+    told = Registration(PRESENT, "4", by_hand, AliasMove.incomparable, folder).describe()
+    assert "The alias best stays with version 3, which was scored on other rows; " in told
+    assert "ich report 'multirun reports/x' --promote moves it" in told
+    ours = Registration(PRESENT, "4", ("3", PRESENT), AliasMove.lower, folder).describe()
+    assert "version 3, demo/vgg16, which" in ours

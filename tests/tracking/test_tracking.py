@@ -23,7 +23,12 @@ from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror, RunMirror
 from ich.tracking.store import MlflowStore
-from ich.tracking.sweep_run import check_tracking, close_sweep_run, open_sweep_run
+from ich.tracking.sweep_run import (
+    check_tracking,
+    close_in_this_process,
+    close_sweep_run,
+    open_sweep_run,
+)
 
 
 @pytest.fixture
@@ -246,3 +251,116 @@ def test_a_file_that_is_no_database_is_refused_at_the_start(config: Config, tmp_
 def test_a_plain_folder_is_refused() -> None:
     with pytest.raises(UserError, match=r"tracking.uri is './mlruns', but MLflow no longer"):
         MlflowStore(TrackingConfig(True, "./mlruns"))
+
+
+# Deleted in MLflow (FAULTS 42)
+
+
+def test_a_deleted_experiment_is_refused_and_once_restored_gets_its_copy(
+    config: Config, sweep: SweepPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = sweep.run(config.job)
+    Journal(run.metrics).log(line(), 1)
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name("ich").experiment_id
+    client.delete_experiment(experiment)
+    command = f"mlflow experiments restore --experiment-id {experiment}`"
+    with pytest.raises(UserError, match=f"'ich' at .* has been deleted, .*{command} brings it"):
+        check_tracking(config)
+    finish(run)
+    close_in_this_process(sweep, "FINISHED")
+    assert command in caplog.text
+    client.restore_experiment(experiment)
+    check_tracking(config)
+    close_in_this_process(sweep, "FINISHED")
+    (job,) = runs_of(config)["job"]
+    assert history(config, job.info.run_id) == [(1, 0.75)]
+    assert job.info.status == "FINISHED"
+
+
+def test_files_that_were_deleted_from_the_artifacts_are_copied_again(
+    config: Config, sweep: SweepPaths, tmp_path: Path
+) -> None:
+    run = sweep.run(config.job)
+    run.best.write_text("of an early version: weights without metadata")
+    finish(run)
+    close_in_this_process(sweep, "FINISHED")
+    (before,) = runs_of(config)["job"]
+    kept = sorted(p.name for p in (tmp_path / "artifacts" / before.info.run_id).rglob("*"))
+    assert run.best.name in kept
+    for gone in (tmp_path / "artifacts", tmp_path / "artifacts" / before.info.run_id):
+        shutil.rmtree(gone)
+        close_in_this_process(sweep, "FINISHED")
+        folder = tmp_path / "artifacts" / before.info.run_id
+        assert sorted(p.name for p in folder.rglob("*")) == kept
+    (after,) = runs_of(config)["job"]
+    assert after.info.end_time == before.info.end_time  # its times stay those of the training
+
+
+def test_parameters_that_could_not_be_logged_are_logged_later(
+    config: Config, sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was noted before, and whoever went on with it took it to be complete."""
+    run = sweep.run(config.job)
+
+    def locked(*_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(MlflowStore, "log_params", locked)
+    with pytest.raises(sqlite3.OperationalError):
+        RunMirror(config, run, parent(sweep)).push()
+    monkeypatch.undo()
+    config.train.threads = 1  # a setting that is no part of the run
+    for _ in range(2):
+        RunMirror(config, run, parent(sweep)).push()
+    (job,) = runs_of(config)["job"]
+    assert job.data.params["optimizer.lr"] == "0.0001"
+
+
+def test_a_sweep_that_is_given_again_with_another_experiment_is_copied_there(
+    config: Config, sweep: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(sweep.run(config.job))
+    close_in_this_process(sweep, "FINISHED")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "stroke")
+    close_in_this_process(sweep, "FINISHED")
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name("stroke")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"job", "test"}
+    assert runs["job"].data.tags["mlflow.parentRunId"] == runs["test"].info.run_id
+
+
+def test_the_start_names_the_store_and_a_mistake_the_variable_that_made_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(config.tracking.uri))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "stroke")
+    config.tracking.uri = None
+    check_tracking(config)
+    assert "ml.db (MLFLOW_TRACKING_URI), experiment stroke" in capsys.readouterr().out
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    refused = r"MLflow at http://\*\*\*@127.0.0.1:9 \(MLFLOW_TRACKING_URI\) cannot be used: "
+    with pytest.raises(UserError, match=f"{refused}.* refused.* Start the server; or") as error:
+        check_tracking(config)
+    assert "secret" not in str(error.value)
+
+
+def test_a_proxy_that_fails_is_named_and_no_server_is_to_be_started(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    config.tracking.uri = "http://tracking.example:5000"
+    with pytest.raises(UserError, match=r"ProxyError\(.*NO_PROXY; or use tracking=none"):
+        check_tracking(config)
+
+
+def test_a_database_of_another_version_says_the_command_that_mends_it(
+    config: Config, tmp_path: Path
+) -> None:
+    """The command stood behind the 300th character, where the message was cut off."""
+    with sqlite3.connect(tmp_path / "ml.db") as db:
+        db.execute("UPDATE alembic_version SET version_num = 'cc1f77228345'")
+    with pytest.raises(UserError, match=r"mlflow db upgrade .*Copy the database, then do as it"):
+        check_tracking(config)
