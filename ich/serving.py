@@ -1,14 +1,17 @@
 """What `mlflow models serve` loads: weights and metadata, by this module's `_load_pyfunc`.
 
 A request's row is one slice: `dicom`, a file in base64, or `hu`, its Hounsfield units as rows of
-pixels; all rows of a request the same (MLflow's signature takes no gaps). A row that is no CT slice
-gets a reason, and the other rows their probabilities.
+pixels. A row that is no CT slice gets a reason, and the other rows their probabilities. No answer
+holds a path or a traceback, which MLflow would put into that of whatever is raised here.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import functools
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,9 @@ from ich.inference.ensemble import load_ensemble
 from ich.scoring.metrics import sigmoid
 
 _AT_ONCE = 32  # slices
+_NEITHER = "neither dicom (a file in base64) nor hu (rows of Hounsfield units) is given"
+
+log = logging.getLogger(__name__)
 
 
 class Server:
@@ -32,48 +38,64 @@ class Server:
     def __init__(self, weights: Path):
         self._model = load_ensemble([str(weights)], torch.device("cpu"))
 
-    def predict(self, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:
+    def predict(self, model_input: Any, params: Any = None) -> pd.DataFrame:
         """One row per slice: a probability per label, `positive` (the labels that reach their
         thresholds, separated by `;`) and, instead of both, `reason`.
 
-        Raises:
-            ValueError: there is no column `dicom` or `hu`; MLflow answers with its text.
+        Args:
+            model_input: a DataFrame; whatever else MLflow makes of a request is answered too.
         """
         del params  # MLflow's; there are none
-        if not {"dicom", "hu"} & set(model_input.columns):
-            raise ValueError(
-                "a row needs `dicom`, a DICOM file in base64, or `hu`, Hounsfield units as rows "
-                'of pixels, as in {"dataframe_records": [{"dicom": "..."}]}'
-            )
+        rows = _records(model_input)
         model, size = self._model, self._model.sizes[0]
-        count = len(model_input)
-        probability = np.full((count, len(model.labels)), np.nan)
-        reasons = [""] * count
-        for numbers, slices in _batches(_slices(model_input), reasons, size):
-            logits = model.logits({size: slices})[:, 0]
-            probability[numbers] = sigmoid(logits)
+        probability = np.full((len(rows), len(model.labels)), np.nan)
+        reasons = [""] * len(rows)
+        for numbers, slices in _batches(map(_slice, rows), reasons, size):
+            try:
+                probability[numbers] = sigmoid(model.logits({size: slices})[:, 0])
+            except Exception as error:
+                log.exception("slices could not be predicted")
+                for number in numbers:
+                    reasons[number] = f"it could not be predicted ({type(error).__name__})"
         table = pd.DataFrame(probability, columns=list(model.labels)).astype(object)
         table = table.where(table.notna(), None)  # JSON has no NaN
         table["positive"] = [model.positives(p) for p in probability]
         return table.assign(reason=reasons)
 
 
-def _slices(rows: pd.DataFrame) -> Iterator[np.ndarray | str]:
-    """int16 HU [H, W] of each row, or why there are none."""
-    for row in rows.to_dict("records"):
-        dicom, hu = row.get("dicom"), row.get("hu")
-        try:
-            if isinstance(dicom, str) and dicom:
-                yield read_slice(_bytes(dicom)).hu
-            elif hu is not None and not (isinstance(hu, float) and np.isnan(hu)):
-                yield _array(hu)
-            else:
-                yield "neither dicom nor hu is given"
-        except DicomError as error:
-            yield error.reason
+def _records(given: Any) -> list[dict[Any, Any]]:
+    """The rows of a request; one that holds nothing for a request of another form."""
+    if not isinstance(given, pd.DataFrame):
+        return [{}]
+    if given.columns.empty:  # whatever a request calls otherwise, MLflow leaves out
+        return [{}] * len(given)
+    # Of a column that stands twice, the first: pandas would warn, and take the last.
+    return given.loc[:, ~given.columns.duplicated()].to_dict("records")
 
 
-def _bytes(text: str) -> bytes:
+def _slice(row: dict[Any, Any]) -> np.ndarray | str:
+    """int16 HU [H, W] of a row, or why there are none."""
+    dicom, hu = (None if _is_missing(row.get(key)) else row[key] for key in ("dicom", "hu"))
+    try:
+        if dicom is not None:
+            return read_slice(_bytes(dicom)).hu
+        return _NEITHER if hu is None else _array(hu)
+    except DicomError as error:
+        return error.reason
+    except Exception as error:  # a reason for this row, and the others their probabilities
+        log.exception("a row could not be read")
+        return f"it cannot be read ({type(error).__name__})"
+
+
+def _is_missing(value: Any) -> bool:
+    """What a row holds that lacks a column which another row has; an empty text is as little."""
+    is_empty = isinstance(value, str) and not value
+    return value is None or is_empty or (isinstance(value, float) and np.isnan(value))
+
+
+def _bytes(text: Any) -> bytes:
+    if not isinstance(text, str):
+        raise DicomError("dicom is not base64")
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise DicomError(f"the file has more than {MAX_BYTES:,} bytes")
     try:
@@ -85,7 +107,7 @@ def _bytes(text: str) -> bytes:
 def _array(given: Any) -> np.ndarray:
     try:
         hu = np.array([np.asarray(row, np.float64) for row in given])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise DicomError("hu is not rows of as many numbers each") from None
     if hu.ndim != 2 or not 1 <= min(hu.shape) <= max(hu.shape) <= MAX_SIDE:
         raise DicomError(f"hu is of shape {hu.shape}, not rows of pixels, at most {MAX_SIDE}")
@@ -115,4 +137,13 @@ def _batches(
 
 def _load_pyfunc(path: str) -> Server:
     """What MLflow calls with the model's file."""
+    _leave_tracebacks_out()
     return Server(Path(path))
+
+
+def _leave_tracebacks_out() -> None:
+    """Of MLflow's own answers, as to a CSV that it cannot read: they name files of this machine."""
+    server = sys.modules.get("mlflow.pyfunc.scoring_server")  # there only in a process that serves
+    if raises := getattr(server, "_handle_serving_error", None):
+        quiet = functools.partial(raises, include_traceback=False)
+        server._handle_serving_error = quiet  # type: ignore[union-attr]

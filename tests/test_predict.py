@@ -560,6 +560,24 @@ def test_outputs_in_each_others_way_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_files_of_odd_names_are_a_row_each(
+    runs: list[Path], phantom: Path, predict: Predict, capsys: Capture
+) -> None:
+    """A carriage return split a row of out.csv."""
+    Path("in").mkdir()
+    names = ["a\rb.dcm", "caf\udce9.dcm", "\x1b[2J.dcm"]
+    for name, file in zip(names, slices_of(phantom), strict=False):
+        shutil.copy(file, Path("in", name))
+    Path("in", "empty\r.dcm").touch()
+    pages = ("--explain", "pages", "--threshold", "0")
+    assert predict("--model", runs[0], "in", "-o", "out.csv", *pages) == Status.LEFT_OUT
+    shown = ["in/\x1b[2J.dcm", "in/a\rb.dcm", r"in/caf\udce9.dcm"]
+    assert sorted(pd.read_csv("out.csv")["file"]) == shown
+    assert pd.read_csv("out.left_out.csv")["file"].tolist() == ["in/empty\r.dcm"]
+    assert len(pd.read_csv("out.studies.csv")) >= 1
+    assert not set(capsys.readouterr().out) & {"\r", "\x1b"}
+
+
 def test_an_input_is_not_written_over_nor_half_the_outputs(
     runs: list[Path], phantom: Path, predict: Predict, capsys: Capture
 ) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_loading_executes_no_pickle(
     ("row", "message"),
     [
         ({"dicom": "%%%"}, "dicom is not base64"),
-        ({"dicom": text_of(b"")}, "neither dicom nor hu"),
+        ({"dicom": text_of(b"")}, r"neither dicom \(a file in base64\) nor hu"),
         ({"dicom": text_of(b"x" * 300)}, "not a DICOM file"),
         ({"dicom": text_of(encoded(dataset(STORED), Rows=60000))}, "Rows is 60000"),
         ({"dicom": "A" * (90 << 20)}, "the file has more than 67,108,864 bytes"),
@@ -105,7 +106,11 @@ def test_loading_executes_no_pickle(
         ({"hu": []}, r"hu is of shape \(0,\)"),
         ({"hu": [[]]}, r"hu is of shape \(1, 0\)"),
         ({"hu": [[float("nan")]]}, "not finite"),
-        ({"hu": None}, "neither dicom nor hu"),
+        ({"hu": [[10**400]]}, "hu is not rows of as many numbers each"),
+        ({"hu": {"a": 1}}, "hu is not rows of as many numbers each"),
+        ({"dicom": 5}, "dicom is not base64"),
+        ({"dicom": ["x"]}, "dicom is not base64"),
+        ({"hu": None}, r"neither dicom \(a file in base64\) nor hu"),
     ],
 )
 def test_a_row_that_is_no_slice_has_a_reason_and_no_number(
@@ -120,9 +125,39 @@ def test_a_row_that_is_no_slice_has_a_reason_and_no_number(
     assert json.loads(json.dumps(found.to_dict("records"), allow_nan=False))
 
 
-def test_columns_of_another_name_are_refused(run: RunPaths) -> None:
-    with pytest.raises(ValueError, match="a row needs `dicom`, a DICOM file in base64, or `hu`"):
-        Server(run.best).predict(pd.DataFrame({"image": ["x"]}))
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        (pd.DataFrame({"image": ["x", "y"]}), 2),
+        (pd.DataFrame(index=range(3)), 3),
+        (pd.DataFrame([["a", "b"]], columns=["image", "image"]), 1),
+        (np.zeros((2, 2)), 1),
+        ({"dicom": "x"}, 1),
+        (None, 1),
+    ],
+)
+def test_a_request_of_another_form_has_reasons_too(run: RunPaths, given: Any, rows: int) -> None:
+    """What was raised here, MLflow answered with a traceback and its paths."""
+    reasons = Server(run.best).predict(given)["reason"].tolist()
+    assert len(reasons) == rows
+    assert all(r.startswith("neither dicom") for r in reasons)
+
+
+def test_a_fault_of_ours_is_a_reason_without_its_text(
+    run: RunPaths, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("/home/me/secret")
+
+    rows = pd.DataFrame([{"dicom": text_of(f)} for f in files])
+    server = Server(run.best)
+    monkeypatch.setattr("ich.serving.read_slice", broken)
+    assert set(server.predict(rows)["reason"]) == {"it cannot be read (RuntimeError)"}
+    monkeypatch.undo()
+    monkeypatch.setattr(type(server._model), "logits", broken)
+    found = server.predict(rows)
+    assert set(found["reason"]) == {"it could not be predicted (RuntimeError)"}
+    assert found["any"].tolist() == [None] * len(files)
 
 
 @pytest.fixture
@@ -161,6 +196,26 @@ def served(trained: Path) -> Iterator[str]:
         process.communicate()
 
 
+JSON = "application/json"
+ODD = [
+    (JSON, b'{"dataframe_records": [{"dicom": 5}, {"hu": 7}]}'),
+    (JSON, b'{"dataframe_records": [{"hu": [[1' + b"0" * 400 + b"]]}]}"),
+    (JSON, b'{"dataframe_records": [{"image": 1}]}'),
+    (JSON, b'{"dataframe_records": []}'),
+    (JSON, b'{"dataframe_records": [1]}'),
+    (JSON, b'{"dataframe_split": {"columns": ["dicom", "dicom"], "data": [["a", "b"]]}}'),
+    (JSON, b'{"inputs": [1, 2]}'),
+    (JSON, b'{"instances": [{"dicom": "x"}]}'),
+    (JSON, b"no JSON"),
+    (JSON, b"\xff\xfe"),
+    (JSON, b"[" * 100_000),
+    ("text/csv", b'a,b\n"'),
+    ("text/csv", b""),
+    ("application/vnd.apache.parquet", b"no parquet"),
+    ("text/plain", b"hello"),
+]
+
+
 def post(url: str, rows: list[dict[str, Any]]) -> tuple[int, Any]:
     data = json.dumps({"dataframe_records": rows}).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
@@ -184,5 +239,17 @@ def test_mlflow_serves_it(served: str, trained: Path, files: list[bytes]) -> Non
     assert "not a DICOM file" in rows[-1]["reason"]
     status, said = post(served, [{"hu": read_hu(files[0]).tolist()}])
     assert said["predictions"][0]["any"] == pytest.approx(found[0][-1], abs=1e-5)
-    status, said = post(served, [{"image": 1}])
-    assert (status, "a row needs `dicom`" in said["stack_trace"]) == (400, True)
+    mixed = [{"hu": read_hu(files[0]).tolist()}, {"dicom": text_of(files[0])}, {"image": 1}]
+    status, said = post(served, mixed)
+    assert status == 200
+    assert [row["any"] for row in said["predictions"]] == [pytest.approx(found[0][-1])] * 2 + [None]
+    for kind, body in ODD:
+        request = urllib.request.Request(served, body, {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            text = error.read().decode()
+        assert "Traceback" not in text, body
+        assert "stack_trace" not in text, body
+        assert not re.search(r"/[a-z]+/|\.py", text.replace("https://mlflow.org/docs/", "")), text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
 import math
@@ -9,7 +10,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, whose rows are lines for every reader."""
+    text: str = table.to_csv(index=False)
+    # pandas quotes a line feed, but no carriage return, at which readers end a row as well.
+    return text if "\r" not in text else table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.base.files import lock, write_text
+from ich.base.files import csv_text, lock, write_text
 from ich.base.memory import return_memory
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
@@ -247,7 +247,7 @@ def _publish(cache: Cache, store: SliceStore, size: int) -> None:
         "slices": len(cache.row),
         "quarantined": len(cache.quarantine),
     }
-    write_text(cache.folder / "quarantine.csv", cache.quarantine.to_csv(index=False))
+    write_text(cache.folder / "quarantine.csv", csv_text(cache.quarantine))
     write_text(cache.folder / "meta.json", json.dumps(meta, indent=1))
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
+from ich.base.files import csv_text
 from ich.inference.ensemble import Ensemble
 from ich.inference.explain import check_folder
 from ich.inference.predicted_files import PredictedFiles
 from ich.scoring.metrics import sigmoid
 
-_WRITERS = {".csv": "to_csv", ".parquet": "to_parquet"}
+_ENDINGS = (".csv", ".parquet")
 # In the order of the competition's sample submission.
 RSNA_LABELS = (
     "epidural",
@@ -57,7 +58,7 @@ class OutputPaths:
         # All of them, before anything is decoded: the last is written after all work is done.
         tables = (self.slices, self.studies, self.left_out)
         for path in tables:
-            check_writable("-o", path, tuple(_WRITERS))
+            check_writable("-o", path, _ENDINGS)
             # By where they really lie: `./a.csv` is a.csv.
             if path.resolve() in [Path(name).resolve() for name in inputs]:
                 raise UserError(
@@ -107,7 +108,10 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
     # A viewer or a script may read the table while another is written.
     part = path.with_name(f".{path.name}.part")
     try:
-        getattr(table, _WRITERS[path.suffix])(part, index=False)
+        if path.suffix == ".csv":
+            part.write_text(csv_text(table), encoding="utf-8")
+        else:
+            table.to_parquet(part, index=False)
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)

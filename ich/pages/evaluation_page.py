@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ich.base.files import write_text
+from ich.base.files import csv_text, write_text
 from ich.base.records import FINISHED, RunResult
 from ich.base.results import RunPaths
 from ich.pages import figures
@@ -30,10 +30,10 @@ def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) 
     `left_out.csv`; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     # The numbers first: whatever a figure stumbles over, they are on disk.
-    write_text(folder / "evaluation.csv", table.to_csv(index=False))
-    write_text(folder / "predictions.csv", _rows(evaluation).to_csv(index=False))
+    write_text(folder / "evaluation.csv", csv_text(table))
+    write_text(folder / "predictions.csv", csv_text(_rows(evaluation)))
     if len(evaluation.left_out):
-        write_text(folder / "left_out.csv", evaluation.left_out.to_csv(index=False))
+        write_text(folder / "left_out.csv", csv_text(evaluation.left_out))
     else:
         (folder / "left_out.csv").unlink(missing_ok=True)  # of an earlier time
     pictures = figures.draw_some(_compared(evaluation), folder / "figures")

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ich.base.config import RESAMPLES, UserError
 from ich.base.entry import shell_command
-from ich.base.files import write_text
+from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths
 from ich.base.terminal import Terminal, console, print_line, styled
@@ -75,8 +75,8 @@ def compare(
     folder.root.mkdir(parents=True, exist_ok=True)
     heading = describe(comparison)
     # Files, then the terminal, and last the page, which is the likeliest to fail.
-    write_text(folder.csv, table.to_csv(index=False))
-    write_text(folder.metrics, metrics_table(comparison).to_csv(index=False))
+    write_text(folder.csv, csv_text(table))
+    write_text(folder.metrics, csv_text(metrics_table(comparison)))
     write_text(folder.latex, _latex(comparison, heading))
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
     _print(folder, comparison.name, heading, table, page)

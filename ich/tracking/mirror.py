@@ -245,12 +245,11 @@ def _signature(labels: Sequence[str]) -> Any:
     """A row is one slice: a DICOM file in base64, or HU as rows of pixels."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import AnyType
 
-    inputs = [
-        ColSpec(DataType.string, "dicom", required=False),
-        ColSpec(Array(Array(DataType.long)), "hu", required=False),
-    ]
+    # Of any type: what is none of both has a reason of ours in its row. MLflow would refuse the
+    # whole request, and rows of both kinds together.
+    inputs = [ColSpec(AnyType(), name, required=False) for name in ("dicom", "hu")]
     probabilities = [ColSpec(DataType.double, k, required=False) for k in labels]
     texts = [ColSpec(DataType.string, k) for k in ("positive", "reason")]
     return ModelSignature(Schema(inputs), Schema([*probabilities, *texts]))

@@ -33,7 +33,7 @@ class Place:
 
     uri: as MLflow takes it. source: the setting or variable that names it, empty for neither.
     experiment: its name. database: the file, if it is one of SQLite. artifacts: the URI of a new
-    experiment's; None leaves it to the server. wanted: what `tracking.artifacts` says.
+    experiment's; None leaves it to the server. wanted: `tracking.artifacts` as it is given.
     """
 
     uri: str
@@ -85,7 +85,7 @@ def resolve_place(cfg: TrackingConfig, folder: Path | None = None) -> Place:
         return Place(given, source, experiment, None, cfg.artifacts, cfg.artifacts)
     # Beside the database, not in this folder: several projects may share one.
     own = _artifact_uri(cfg.artifacts, folder) or _file_uri(database.parent / _ARTIFACTS)
-    return Place(uri, source, experiment, database, own, cfg.artifacts and own)
+    return Place(uri, source, experiment, database, own, cfg.artifacts)
 
 
 def _read_sqlite_uri(uri: str, source: str, folder: Path) -> tuple[str, Path]:

@@ -108,11 +108,12 @@ class MlflowStore:
                 f"--experiment-id {experiment.experiment_id}` brings it back with its runs; "
                 f"tracking.experiment=NEW takes another."
             )
-        if place.wanted and not is_same_place(experiment.artifact_location, place.wanted):
+        location = experiment.artifact_location
+        if place.wanted and not is_same_place(location, place.artifacts or ""):
             raise UserError(
                 f"tracking.artifacts is {place.wanted!r}, but the MLflow experiment "
                 f"{place.experiment!r} at {place} keeps its artifacts in "
-                f"{masked(experiment.artifact_location)}, and no experiment can have two places. "
+                f"{masked(location)}, and no experiment can have two places. "
                 f"Leave tracking.artifacts out, or name another with tracking.experiment=NEW."
             )
         if database:

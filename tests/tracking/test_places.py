@@ -120,7 +120,7 @@ def test_artifacts_of_a_new_experiment_lie_beside_its_database(project: Path) ->
 def test_another_place_for_the_artifacts_of_an_experiment_is_refused(project: Path) -> None:
     log_model(MlflowStore(HERE))
     big = TrackingConfig(mlflow=True, artifacts="big")
-    with pytest.raises(UserError, match="tracking.artifacts is 'file:.*/a/big', but the MLflow ex"):
+    with pytest.raises(UserError, match="tracking.artifacts is 'big', but the MLflow ex"):
         _ = MlflowStore(big).experiment_id
     assert not Path("big").exists()
     same = TrackingConfig(mlflow=True, artifacts="./mlartifacts/")
