@@ -31,6 +31,13 @@ def parser() -> Parser:
     parser = Parser("rerun", (__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="a run's folder, multirun_reports/<name>/<job>")
     parser.add_argument(
+        "places",
+        nargs="*",
+        metavar="KEY=PATH",
+        help="where its data or weights lie now: data.root, data.labels, data.metadata or "
+        "model.weights",
+    )
+    parser.add_argument(
         "--tolerance",
         type=_tolerance,
         default=TOLERANCE,
@@ -51,7 +58,8 @@ def _rerun(args: Namespace) -> int:
     with importing():  # it takes seconds, which help and a mistake need not wait for
         from ich.launch.rerun import rerun
 
-    return Status.DONE if rerun(args.run, args.tolerance) else Status.FAILED
+    is_same = rerun(args.run, args.tolerance, args.places)
+    return Status.DONE if is_same else Status.FAILED
 
 
 if __name__ == "__main__":

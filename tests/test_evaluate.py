@@ -168,6 +168,15 @@ def test_the_runs_own_validation_rows_score_as_in_training(
     assert f"{leak['image']:.1%} the image, {leak['study']:.1%} the study" in said
 
 
+def test_the_runs_own_rows_are_known_where_their_files_lie_now(
+    config: Callable, phantom: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(phantom, tmp_path / "moved", copy_function=shutil.copyfile)
+    before = evaluate(config(f'data.root="{phantom}"', "rows=val"))
+    after = evaluate(config(f'data.root="{moved}"', "rows=val", "name=moved"))
+    assert metric(after, "auc") == metric(before, "auc")
+
+
 def test_rows_of_another_split_than_the_runs_are_refused(config: Callable, phantom: Path) -> None:
     with pytest.raises(UserError, match=r"make another cohort \(\w+\) than .*seed=0 was trained"):
         evaluate(config(f'data.root="{phantom}"', "rows=val", "data.subset=0.5"))

@@ -516,15 +516,37 @@ def test_other_data_are_refused_with_both_fingerprints(
     run: RunPaths, capsys: pytest.CaptureFixture[str], phantom: Path, tmp_path: Path
 ) -> None:
     was = run.read_origin().cohort
-    moved = tmp_path / "elsewhere"
-    shutil.copytree(phantom, moved)
+    other = tmp_path / "elsewhere"
+    shutil.copytree(phantom, other)
+    next(other.glob("*/*.dcm")).unlink()
     config = load_config(run.config)
-    run.config.write_text(to_yaml(replace(config, data=replace(config.data, root=str(moved)))))
+    run.config.write_text(to_yaml(replace(config, data=replace(config.data, root=str(other)))))
     error = refused(capsys, run.root)
     assert f"their fingerprint was {was} and is " in error
     assert f"looked up in this folder, {Path.cwd()}." in error
     run.config.write_text(to_yaml(replace(config, data=replace(config.data, root="gone"))))
     assert "data.root is 'gone', which does not exist" in refused(capsys, run.root)
+
+
+def test_data_that_have_moved_are_accepted(
+    run: RunPaths,
+    trains: Train,
+    capsys: pytest.CaptureFixture[str],
+    phantom: Path,
+    tmp_path: Path,
+) -> None:
+    trains(nothing)
+    moved = shutil.copytree(phantom, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    config = load_config(run.config)
+    run.config.write_text(to_yaml(replace(config, data=replace(config.data, root="gone"))))
+    assert "data.root is 'gone', which does not exist" in refused(capsys, run.root)
+    assert main([str(run.root), f"data.root={moved}"]) == 0
+    assert load_config(rerun_of(run).config).data.root == str(moved)
+    for word in ("data.rot=x", "seed=1", "elsewhere"):
+        assert main([str(run.root), word]) == 2
+        error = capsys.readouterr().err
+        assert f"{word} is no place that a rerun takes." in error
+        assert ("Did you mean data.root?" in error) == (word == "data.rot=x")
 
 
 def test_other_initial_weights_are_refused_with_both_digests(

@@ -20,6 +20,8 @@ _INCIDENTAL = (
     "train.feed",
     "train.checkpoint_minutes",
 )
+# Paths: what lies there counts, by its content, which a run's `Origin` tells; a data set may move.
+BY_CONTENT = ("data.root", "data.labels", "data.metadata", "model.weights")
 
 
 def _is_incidental(key: str) -> bool:
@@ -27,8 +29,10 @@ def _is_incidental(key: str) -> bool:
 
 
 def identity(config: Config) -> dict[str, str]:
-    """What makes this training this one: its flat settings without the incidental ones."""
-    return {k: v for k, v in flatten(config).items() if not _is_incidental(k)}
+    """What, beside its `Origin`, makes this training this one: its flat settings without incidental
+    ones and without paths."""
+    values = flatten(config).items()
+    return {k: v for k, v in values if not (_is_incidental(k) or k in BY_CONTENT)}
 
 
 def job_name(task_overrides: Iterable[str], swept: Iterable[str], model: str) -> str:

@@ -149,14 +149,19 @@ class Terminal:
         """One line as it is."""
         print_line(text, out=self.out)
 
-    def verified(self, damaged: list[str]) -> None:
-        """One line on what the checksums said."""
-        if damaged:
-            shown = ", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else "")
-            text = f"{len(damaged):,} slices did not match their checksum and were decoded again"
-            print_line((text, "red"), f": {shown}", out=self.out)
-        else:
-            self.say("every slice matches its checksum")
+    def verified(self, damaged: list[str], changed: list[str]) -> None:
+        """What the checksums said of slices, and of the files that they were decoded from."""
+        for paths, text in (
+            (damaged, "slices did not match their checksum and were decoded again"),
+            (changed, "files have other bytes than when they were decoded, and were decoded again"),
+        ):
+            if paths:
+                shown = ", ".join(paths[:5]) + (" ..." if len(paths) > 5 else "")
+                print_line((f"{len(paths):,} {text}", "red"), f": {shown}", out=self.out)
+        if changed:
+            self.say("Runs that finished before saw the earlier ones; name=NEW trains all again.")
+        if not (damaged or changed):
+            self.say("every slice matches its checksum, and every file what was decoded from it")
 
     def prepared(self, cache: Path, slices: int, quarantined: int, report: Path) -> None:
         """Where the decoded slices and the data report are."""
@@ -164,8 +169,15 @@ class Terminal:
         self.say(f"{slices:,} slices decoded, {quarantined:,} in quarantine: {cache}")
         self.say(f"data report: {report}")
 
-    def opened(self, sweep: SweepPaths, states: Sequence[State], other_code: Sequence[str]) -> None:
-        """One line as the jobs of a sweep begin; and which finished runs are of other code."""
+    def opened(
+        self,
+        sweep: SweepPaths,
+        states: Sequence[State],
+        other_code: Sequence[str],
+        superseded: Mapping[str, Sequence[str]],
+    ) -> None:
+        """One line as the jobs of a sweep begin; which finished runs are of other code; and what
+        has changed since those that are moved aside, by job."""
         words = {
             State.done: "finished before",
             State.resume: "to go on",
@@ -180,6 +192,17 @@ class Terminal:
             print_line(
                 (f"{len(other_code)} of them began with other code of ich", "yellow"),
                 f" and are kept: {shown}. name=NEW runs everything with the code of now.",
+                out=self.out,
+            )
+        # One line for all jobs that have the same reasons, mostly the data.
+        for why in dict.fromkeys(map(tuple, superseded.values())):
+            names = [job for job, reasons in superseded.items() if tuple(reasons) == why]
+            shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            several = "finished runs move" if len(names) > 1 else "finished run moves"
+            print_line(
+                (f"{len(names)} {several} to superseded/", "yellow"),
+                f", since this has changed: {'; '.join(why)}. It is {shown}; name=NEW leaves it "
+                f"where it is.",
                 out=self.out,
             )
 

@@ -1,12 +1,12 @@
 """Decoded slices on disk: int16 HU `[N, S, S]`, memory-mapped, shared by all jobs of a sweep.
 
 Windows, augmentation and normalization come later, on the device, so a sweep over them decodes
-nothing again. A cache belongs to a data root and a size, and grows: a larger cohort decodes only
-what is new, a changed file is decoded anew. Its folder holds
+nothing again. A cache belongs to a data set, wherever that lies, and a size, and grows: a larger
+cohort decodes only what is new, a file of other bytes is decoded anew. Its folder holds
 
     hu.i16          the slices, one after another
-    index.csv       the journal: row, path, signature, checksum, reason; only appended to, and the
-                    last line of a path counts
+    index.csv       the journal: row, path, signature, checksum, reason, CRC-32 of the file; only
+                    appended to, and the last line of a path counts
     quarantine.csv  image_id and reason of what the latest build could not use
     meta.json       for people
 
@@ -37,7 +37,14 @@ from ich.base.files import csv_text, lock, write_text
 from ich.base.memory import return_memory
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
-from ich.data.cache_folder import FAILED, UNKNOWN, CacheFolder, JournalWriter
+from ich.data.cache_folder import (
+    FAILED,
+    UNKNOWN,
+    CacheFolder,
+    JournalWriter,
+    make_cache_folder,
+)
+from ich.data.content import NOT_READ, read_crcs
 from ich.data.decode import DECODER_VERSION, DecodeRequest, checksum, decode_to_cache
 from ich.data.store import SliceStore
 
@@ -86,87 +93,145 @@ def build_cache(
         UserError: more than `max_quarantine` of the images cannot be decoded, or the disk is full.
             What has been decoded is kept.
     """
-    target = CacheFolder.of(store, folder, size)
-    with _disk_errors(target.path):
-        target.path.mkdir(parents=True, exist_ok=True)
-        # One build at a time: which rows are free is read from the journal.
-        with lock(target.lock):
-            target.mend_index()
-            paths = images["path"].tolist()
-            entries = target.entries(paths)
-            outdated = entries.outdated(paths, store)
-            rows = entries.free_rows(len(outdated))
-            # Files that failed before, and have not changed, count against the limit as well.
-            failed = int((np.delete(entries.row, outdated) < 0).sum())
-            # Sorted: which row a file gets does not depend on the order of the cohort.
-            todo = sorted(paths[i] for i in outdated)
-            del paths, entries, outdated  # hundreds of MB in a large cohort
-            return_memory()
-            if todo:
-                allowed = max_quarantine * len(images) - failed
-                _decode(store, target, todo, rows, allowed, workers, progress)
-            del todo
-            return_memory()
-            cache, absent = _open(images, target)
-            _publish(cache, store, size)
+    paths = images["path"].tolist()
+    make_cache_folder(folder)
+    targets = CacheFolder.find(store, paths, folder, size)
+    del paths
+    for target, stale in targets:
+        with _disk_errors(target.path):
+            target.path.mkdir(exist_ok=True)
+            # One build at a time: which rows are free is read from the journal.
+            with lock(target.lock):
+                target.mend_index()
+                due = _compare(images["path"].tolist(), stale, target, store, workers)
+                # A sweep of the data set that it belongs to must not be given another's slices.
+                if due.replaced and target != targets[-1][0] and not target.is_of(store):
+                    continue
+                if due.todo:
+                    # Files that failed before, and are the same, count against the limit as well.
+                    allowed = max_quarantine * len(images) - due.failed
+                    _decode(store, target, due.todo, due.rows, allowed, workers, progress)
+                del due
+                return_memory()
+                cache, absent = _open(images, target)
+                _publish(cache, store, size)
+        break
     # Last, when what was decoded stands in the journal and every reason in quarantine.csv.
     check_quarantine(cache.quarantine["reason"].tolist(), len(images), absent, max_quarantine)
     return cache
 
 
-def read_cache(images: pd.DataFrame, store: SliceStore, folder: Path, size: int) -> Cache:
-    """Opens the cache of these images as `build_cache` left it; looks at no file of the store.
+@dataclass(frozen=True)
+class _Due:
+    """What a build has to do. todo: paths, sorted. rows: int64, of each. failed: images that will
+    not be tried again. replaced: files that were decoded before, and have other bytes now."""
+
+    todo: list[str]
+    rows: np.ndarray
+    failed: int
+    replaced: int
+
+
+def _compare(
+    paths: list[str],
+    stale: list[str],
+    target: CacheFolder,
+    store: SliceStore,
+    workers: int | None,
+) -> _Due:
+    """Compares the files with the journal, and notes there which of them have another date and the
+    same bytes."""
+    entries = target.entries(paths)
+    outdated = entries.outdated(paths, store, set(stale))
+    # Where these files were decoded before, their bytes tell whether anything but the date is new.
+    position = {paths[i]: i for i in outdated if entries.crc[i] != NOT_READ}
+    unchanged, lines, replaced = set(), [], 0
+    for location, crc in read_crcs(store, list(position), workers):
+        i = position[location.path]
+        if entries.row[i] >= 0 and crc == entries.crc[i]:
+            unchanged.add(i)
+            lines.append(entries.line(i, location))
+        elif entries.row[i] >= 0:
+            replaced += 1
+    target.append(lines)
+    outdated = [i for i in outdated if i not in unchanged]
+    failed = int((np.delete(entries.row, outdated) < 0).sum())
+    # Sorted: which row a file gets does not depend on the order of the cohort.
+    todo = sorted(paths[i] for i in outdated)
+    due = _Due(todo, entries.free_rows(len(todo)), failed, replaced)
+    del entries, outdated, position, lines  # hundreds of MB in a large cohort
+    return_memory()
+    return due
+
+
+def read_cache(images: pd.DataFrame, target: CacheFolder | None, folder: Path) -> Cache:
+    """Opens the cache of these images as `build_cache` left it; looks at no file of the data set.
+
+    Args:
+        images: as for `build_cache`.
+        target: where it lies; None if nothing tells, for nothing has been decoded.
+        folder: where all caches are.
 
     Raises:
         UserError: some of the images are neither cached nor quarantined.
     """
-    cache, absent = _open(images, CacheFolder.of(store, folder, size))
-    if absent:
+    cache, absent = _open(images, target) if target else (None, len(images))
+    if cache is None or absent:
         raise UserError(
-            f"{absent:,} of the {len(images):,} slices are not decoded yet under {cache.folder}. "
+            f"{absent:,} of the {len(images):,} slices are not decoded yet under {folder}. "
             f"Run `ich prepare` with the same data settings first."
         )
     return cache
 
 
 def verify_cache(
-    store: SliceStore, folder: Path, size: int, progress: ProgressCallback | None = None
-) -> list[str]:
-    """Reads every slice once, in order; the next build decodes the damaged ones again.
+    store: SliceStore,
+    target: CacheFolder,
+    workers: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[list[str], list[str]]:
+    """Reads every slice once, in order, and then the files that they were decoded from; the next
+    build decodes again what is not as it was.
 
     Returns:
-        Paths, in the store, of the images whose slice does not match its checksum.
+        Paths, in the store, of the images whose slice does not match its checksum; and of those
+        whose file has other bytes than when it was decoded.
 
     Raises:
-        UserError: there is no such cache.
+        UserError: the disk is full.
     """
-    target, damaged = CacheFolder.of(store, folder, size), []
-    if not target.index.exists():
-        raise UserError(
-            f"no slice of {store.root} has been decoded at {size} pixels under {folder}, so there "
-            f"is nothing to verify. Run `ich prepare` with the same data settings first."
-        )
+    damaged, changed = [], []
     with _disk_errors(target.path), lock(target.lock):
         target.mend_index()
         # The last line of a path counts: the rows of replaced files are not checked.
-        latest = {path: (row, value) for row, path, _, value, _ in target.lines()}
+        latest = {path: (row, value, crc) for row, path, _, value, _, crc in target.lines()}
         # By row: the disk is read once from end to end.
-        entries = sorted((row, value, path) for path, (row, value) in latest.items() if row >= 0)
+        entries = sorted((row, value, path) for path, (row, value, _) in latest.items() if row >= 0)
+        crcs = {path: crc for path, (_, _, crc) in latest.items() if crc != NOT_READ}
         del latest
-        length = target.slice_bytes
-        if progress and entries:
-            progress(0, len(entries))
+        length, total = target.slice_bytes, len(entries) + len(crcs)
+
+        def tell(done: int) -> None:
+            if progress and (done % _CHUNK == 0 or done == total):
+                progress(done, total)
+
         # "a+": where the file is gone, an empty one says of every slice that it is damaged.
         with target.slices.open("a+b", buffering=0) as slices:
             for done, (row, value, path) in enumerate(entries, 1):
                 data = os.pread(slices.fileno(), length, row * length)
                 if len(data) != length or checksum(data) != value:
                     damaged.append(path)
-                if progress and (done % _CHUNK == 0 or done == len(entries)):
-                    progress(done, len(entries))
+                tell(done)
+        read = read_crcs(store, list(crcs), workers)
+        for done, (location, crc) in enumerate(read, len(entries) + 1):
+            # One that is gone, or cannot be read, is seen by the build.
+            if crc not in (NOT_READ, crcs[location.path]):
+                changed.append(location.path)
+            tell(done)
         # The row stays as it is: a training may have it mapped. The next build takes another.
-        target.append([(UNKNOWN, path, "", 0, "") for path in damaged])
-    return damaged
+        again = dict.fromkeys([*damaged, *changed])
+        target.append([(UNKNOWN, path, "", 0, "", NOT_READ) for path in again])
+    return damaged, sorted(changed)
 
 
 def _decode(

@@ -2,13 +2,19 @@
 
 `index.csv` is only appended to, and the last line of a path counts. So whatever ends a build, what
 stands there is true, and nothing has to be put right but a last line that was cut.
+
+A folder belongs to a data set by what that is, and not by where it lies (`CacheFolder.find`):
+beside each slice stands the CRC-32 of the file that it was decoded from. A file whose date has
+changed is read, and decoded again only if its bytes are others.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
+import json
 import os
 import time
 from array import array
@@ -23,22 +29,44 @@ import numpy as np
 
 from ich.base.config import UserError
 from ich.base.files import cut_unfinished_line
+from ich.data.content import NOT_READ, sample_crcs
 from ich.data.decode import DECODER_VERSION, DecodeResult
-from ich.data.store import SliceStore
+from ich.data.store import Location, SliceStore
 
 FAILED = -1  # row of a file that cannot be decoded
 UNKNOWN = -2  # row of a file of which the journal says nothing, or whose slice was found damaged
 
-_COLUMNS = ("row", "path", "signature", "checksum", "reason")
+_COLUMNS = ("row", "path", "signature", "checksum", "reason", "crc")
 _BLOCK = 4096  # files looked at together
 _SYNC_SECONDS = 0.5  # a killed build loses what it decoded in about this time
 _CODECS = ("pylibjpeg", "libjpeg", "openjpeg", "jpeg_ls", "gdcm", "PIL")
 _AGAIN = "again"  # signature of a file that could not be read: the next build tries it again
 
 
+def make_cache_folder(folder: Path) -> None:
+    """Makes the folder of all caches, which only its owner may look into: beside slices and cohorts
+    it holds the key of the pseudonyms. One that is there already stays as open as it is.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Hydra makes one of its own in it before anything of ours runs.
+        if {entry.name for entry in os.scandir(folder)} <= {"hydra"}:
+            folder.chmod(0o700)
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be used ({error.strerror or error}). Set "
+            f"data.cache_dir to a folder that can be written, or go to a folder of your own."
+        ) from None
+
+
 @dataclass(frozen=True)
 class CacheFolder:
-    """Where the slices of one store lie at one size.
+    """Where the slices of one data set lie at one size.
 
     path: the folder. size: S, the side of a slice, pixels.
     """
@@ -47,12 +75,39 @@ class CacheFolder:
     size: int
 
     @staticmethod
-    def of(store: SliceStore, folder: Path, size: int) -> CacheFolder:
-        """Among all caches in `folder`. Changes with the decoder's version."""
-        # By where the files lie, not by what is in them: a data set that grows keeps its cache.
-        key = f"{store.root.resolve()}|{size}|{DECODER_VERSION}"
-        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-        return CacheFolder(folder / f"hu{size}-{digest}", size)
+    def find(
+        store: SliceStore, paths: Sequence[str], folder: Path, size: int
+    ) -> list[tuple[CacheFolder, list[str]]]:
+        """Where slices of these files may be, of all caches in `folder`; the last one is their own,
+        which may not be there yet. Changes with the decoder's version.
+
+        Returns:
+            Of each, which paths are known to have had other bytes: their slices are stale. First
+            the one that has slices of the same bytes, wherever they lay when they were decoded.
+        """
+        sample, root = sample_crcs(store, paths), str(store.root.resolve())
+        key = os.fsencode(f"{root}|{sample}|{size}|{DECODER_VERSION}")
+        beginning = f"hu{size}-v{DECODER_VERSION}-"
+        own = CacheFolder(folder / f"{beginning}{hashlib.sha256(key).hexdigest()[:12]}", size)
+        best, rank = (own, list[str]()), (0, False)
+        for index in sorted(folder.glob(f"{beginning}*/index.csv")):
+            found = CacheFolder(index.parent, size)
+            crcs = {line[1]: line[5] for line in found.lines() if line[1] in sample}
+            known = [path for path in crcs if NOT_READ not in (crcs[path], sample[path])]
+            stale = [path for path in known if crcs[path] != sample[path]]
+            equal, here = len(known) - len(stale), found.is_of(store)
+            # Few other bytes are files that were mended where they lie.
+            if (equal, here) > rank and (not stale or (here and len(stale) < equal)):
+                best, rank = (found, stale), (equal, here)
+        return [best] if best[0] == own else [best, (own, [])]
+
+    def is_of(self, store: SliceStore) -> bool:
+        """Whether the files lay there when the cache was last built."""
+        try:
+            root = json.loads((self.path / "meta.json").read_text())["root"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(root == str(store.root.resolve()))
 
     @property
     def slices(self) -> Path:
@@ -89,15 +144,15 @@ class CacheFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def lines(self) -> Iterator[tuple[int, str, str, int, str]]:
-        """Row, path, signature, checksum and reason of every whole line, in order."""
+    def lines(self) -> Iterator[tuple[int, str, str, int, str, int]]:
+        """Row, path, signature, checksum, reason and CRC of every whole line, in order."""
         try:
             with self.index.open(newline="", encoding="utf-8") as file:
                 # A build that goes on meanwhile, or was killed, may leave the last line unfinished.
                 reader = csv.reader(line for line in file if line.endswith("\n"))
                 next(reader, None)
-                for row, path, signature, value, reason in reader:
-                    yield int(row), path, signature, int(value), reason
+                for row, path, signature, value, reason, crc in reader:
+                    yield int(row), path, signature, int(value), reason, int(crc)
         except FileNotFoundError:
             return
         except (ValueError, csv.Error) as error:
@@ -111,13 +166,15 @@ class CacheFolder:
         # Machine words and codes, not Python objects: a cohort may have 750,000 paths.
         position = {path: i for i, path in enumerate(paths)}
         rows, signatures = array("q", [UNKNOWN]) * len(paths), array("q", [0]) * len(paths)
+        checksums, crcs = array("Q", [0]) * len(paths), array("q", [NOT_READ]) * len(paths)
         codes, used = array("i", [0]) * len(paths), array("q")
         reasons = {"": 0}
-        for row, path, signature, _, reason in self.lines():
+        for row, path, signature, checksum, reason, crc in self.lines():
             used.append(row)
             if (i := position.get(path)) is not None:
                 # `hash` has another salt in every process: compared here, and never written down.
                 rows[i], signatures[i] = row, hash(signature)
+                checksums[i], crcs[i] = checksum, crc
                 codes[i] = reasons.setdefault(reason, len(reasons))
         for i, path in enumerate(paths):
             if reason := _unusable(path):
@@ -129,6 +186,8 @@ class CacheFolder:
             signature=np.frombuffer(signatures, np.int64),
             reason=np.frombuffer(codes, np.int32),
             reasons=list(reasons),
+            checksum=np.frombuffer(checksums, np.uint64),
+            crc=np.frombuffer(crcs, np.int64),
             used=np.frombuffer(used, np.int64),
         )
 
@@ -139,6 +198,7 @@ class Entries:
 
     row: int64 [N]; `FAILED` if quarantined, `UNKNOWN` if nothing is known or it was found damaged.
     signature: int64 [N], hashes of the files' signatures. reason: int32 [N], indices of `reasons`.
+    checksum: uint64 [N], of the slices. crc: int64 [N], CRC-32 of the files, `NOT_READ` if unknown.
     used: int64, every row that stands in the journal, whatever became of it.
     """
 
@@ -146,19 +206,28 @@ class Entries:
     signature: np.ndarray
     reason: np.ndarray
     reasons: list[str]
+    checksum: np.ndarray
+    crc: np.ndarray
     used: np.ndarray
 
-    def outdated(self, paths: list[str], store: SliceStore) -> list[int]:
-        """Which of the paths are not in the journal, or have had another file since."""
+    def outdated(self, paths: list[str], store: SliceStore, stale: set[str]) -> list[int]:
+        """Which of the paths are not in the journal, are known to be stale, or have a file of
+        another size or date since."""
         todo = []
         for start in range(0, len(paths), _BLOCK):
             block = range(start, min(start + _BLOCK, len(paths)))
             for i, location in zip(block, store.locate([paths[i] for i in block]), strict=True):
                 row, signature = self.row[i], location.signature
-                now = hash(signature if row >= 0 else _failed_signature(signature))
-                if (row == UNKNOWN or self.signature[i] != now) and not _unusable(paths[i]):
+                now = hash(_journaled_signature(row, signature))
+                is_other = row == UNKNOWN or self.signature[i] != now or paths[i] in stale
+                if is_other and not _unusable(paths[i]):
                     todo.append(i)
         return todo
+
+    def line(self, i: int, location: Location) -> tuple[object, ...]:
+        """A line of the journal that says of a decoded file where or since when it lies now."""
+        row, value, crc = int(self.row[i]), int(self.checksum[i]), int(self.crc[i])
+        return row, location.path, location.signature, value, "", crc
 
     def free_rows(self, count: int) -> np.ndarray:
         """`count` rows, ascending, that never stood in the journal: nobody reads them."""
@@ -185,9 +254,8 @@ class JournalWriter:
 
     def add(self, results: list[DecodeResult]) -> None:
         for s in results:
-            failed = _AGAIN if s.again else _failed_signature(s.signature)
-            signature = s.signature if s.row >= 0 else failed
-            self._lines.append((s.row, s.path, signature, s.checksum, s.reason))
+            signature = _AGAIN if s.again else _journaled_signature(s.row, s.signature)
+            self._lines.append((s.row, s.path, signature, s.checksum, s.reason, s.crc))
         # While a sync is under way lines are gathered for the next: decoding never waits for it.
         if time.monotonic() >= self._due and (self._writing is None or self._writing.done()):
             self._wait()
@@ -223,9 +291,9 @@ def _unusable(path: str) -> str:
     return ""
 
 
-def _failed_signature(signature: str) -> str:
-    """The signature of what could not be decoded: with other decoders it is tried again."""
-    return f"{signature}+{' '.join(_importable(_CODECS))}"
+def _journaled_signature(row: int, signature: str) -> str:
+    """With the decoders where a file could not be decoded: with others it is tried again."""
+    return signature if row >= 0 else f"{signature}+{' '.join(_importable(_CODECS))}"
 
 
 @cache

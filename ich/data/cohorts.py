@@ -1,9 +1,10 @@
 """From a data config to its cohort: files, labels, manifest, protocol; made once and kept on disk.
 
-`find_store` and `open_store` give its files, `load_cohort` gives the cohort; `cohort_sizes`,
-`cohort_key` and `is_prepared` tell of one that need not have been made. Nothing here decodes a
-slice. What a cohort depends on makes its fingerprint, by which every job of
-a sweep, and every later command, finds it again.
+`find_store` and `open_store` give its files, `load_cohort` gives the cohort; `cohort_sizes` and
+`cohort_keys` tell of one that need not have been made. Nothing here decodes a slice. What a cohort
+depends on makes its fingerprint, by which every job of a sweep, and every later command, finds it
+again: what its labels and files are (`ich.data.content`), and the protocol; not where they lie, nor
+since when.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -29,10 +32,11 @@ from ich.base.config import (
 from ich.base.files import lock, write_text
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
-from ich.data.cache_folder import CacheFolder
+from ich.data.cache_folder import CacheFolder, make_cache_folder
+from ich.data.content import DataIdentity, digest_of_file, digest_of_files
 from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
 from ich.data.patients import KEYS, Pseudonyms, read_metadata, scan_headers
-from ich.data.phantom.spec import PhantomSpec
+from ich.data.phantom.spec import GENERATOR_VERSION, PhantomSpec
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.data.store import SliceStore
 
@@ -67,6 +71,7 @@ def find_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceSto
     # Imported here: a tenth of a second that whoever reads a cache need not wait for.
     from ich.data.phantom.files import ensure_phantom
 
+    make_cache_folder(Path(cfg.cache_dir))
     folder, progress = phantom_folder(cfg), stage(report, "simulating patients")
     try:
         return SliceStore(ensure_phantom(folder, _phantom_spec(cfg), progress=progress))
@@ -95,11 +100,12 @@ class CohortFiles:
     def lock(self) -> Path:
         return self.folder / f"cohort-{self.key}.lock"
 
-    def write(self, cohort: Cohort) -> None:
+    def write(self, cohort: Cohort, data: DataIdentity) -> None:
         # Without a time in the archive, the same cohort is the same file.
         cohort.rows.to_csv(self.rows, index=False, compression={"method": "gzip", "mtime": 1})
         names = [f.name for f in fields(cohort) if f.name != "rows"]
-        write_text(self.facts, json.dumps({name: getattr(cohort, name) for name in names}))
+        facts = {name: getattr(cohort, name) for name in names}
+        write_text(self.facts, json.dumps(facts | {"data": asdict(data)}))
 
     def read(self) -> Cohort:
         # As text: an id of digits alone, or a patient's, would lose its zeros as a number.
@@ -107,7 +113,29 @@ class CohortFiles:
         with pd.read_csv(self.rows, keep_default_na=False, dtype=text, chunksize=BLOCK) as blocks:
             rows = pd.concat(blocks, ignore_index=True)
         facts = json.loads(self.facts.read_text())
+        del facts["data"]
         return Cohort(rows, tuple(facts.pop("labels")), **facts)
+
+    def data(self) -> DataIdentity | None:
+        """What its data set was; None if nothing tells."""
+        try:
+            return DataIdentity(**json.loads(self.facts.read_text())["data"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_slices(self, slices: CacheFolder) -> None:
+        """Notes where its slices are, decoded to one size: a job looks up no file to find them."""
+        write_text(self._slices(slices.size), slices.path.name)
+
+    def slices(self, size: int) -> CacheFolder | None:
+        """Where its slices are; None if they have not been decoded."""
+        try:
+            return CacheFolder(self.folder / Path(self._slices(size).read_text()).name, size)
+        except (OSError, ValueError):
+            return None
+
+    def _slices(self, size: int) -> Path:
+        return self.folder / f"cohort-{self.key}-hu{size}.txt"
 
     def read_columns(self, *columns: str) -> pd.DataFrame:
         """Some columns of the rows, as text."""
@@ -122,16 +150,25 @@ def load_cohort(
     Raises:
         UserError: see `ich.data.manifest`, `ich.data.patients` and `ich.data.protocol`.
     """
-    files = CohortFiles(Path(cfg.data.cache_dir), _fingerprint(cfg, store))
-    files.folder.mkdir(parents=True, exist_ok=True)
+    labelled = [_labelled(cfg.data, store)]
+    data = _identify(cfg.data, store, labelled[0].manifest)
+    files = cohort_files(cfg, _fingerprint(cfg, data))
+    make_cache_folder(files.folder)
     with lock(files.lock):
         if not files.facts.exists():
-            files.write(make_cohort(cfg, store, report))
-            return_memory()
+            # Taken out of the list: what has been read of it makes room for the cohort.
+            files.write(make_cohort(cfg, store, labelled.pop(), report), data)
+        del labelled
+        return_memory()
         # From the file also where it has just been made: all jobs see the same.
         cohort = files.read()
     return_memory()
     return cohort, files.key
+
+
+def cohort_files(cfg: CohortConfig, key: str) -> CohortFiles:
+    """Where the cohort of a fingerprint is kept, or will be."""
+    return CohortFiles(Path(cfg.data.cache_dir), key)
 
 
 @dataclass(frozen=True)
@@ -157,50 +194,58 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
     data, store = cfg.data, _existing_store(cfg.data)
     if store is None:
         return _guess(cfg, _phantom_slices(data))
-    files = CohortFiles(Path(data.cache_dir), _fingerprint(cfg, store))
+    manifest, names, _ = _labelled(data, store)
+    files = cohort_files(cfg, _fingerprint(cfg, _identify(data, store, manifest)))
+    # Rows of the same data set's other images count as decoded: an estimate.
+    decoded = CacheFolder.find(store, manifest["path"].tolist(), files.folder, data.cache_size)[0][
+        0
+    ].count_rows()
     if files.facts.exists():
         rows = files.read_columns("image_id", "split")
     else:
         with TemporaryDirectory() as scratch:  # for the secret of pseudonyms, which nobody needs
-            elsewhere = replace(cfg, data=replace(data, cache_dir=scratch))
-            manifest, names, _ = _labelled(elsewhere, store)
-            manifest = _with_keys(elsewhere.data, manifest, None, None)
+            elsewhere = replace(data, cache_dir=scratch)
+            manifest = _with_keys(elsewhere, manifest, None, None)
         has_patients = (manifest["patient"] != "").any()
         # Who is whose patient then stands in headers only, which are not read here.
         if cfg.protocol.name is ProtocolName.sound and not has_patients:
-            return _guess(cfg, len(manifest), store)
+            return _guess(cfg, len(manifest), decoded)
         rows = apply_protocol(manifest, names, cfg.protocol, data.subset).rows
     images = rows["image_id"].nunique()
     counts = {name: int((rows["split"] == name).sum()) for name in SPLITS}
-    return Sizes(counts, images, _missing_bytes(cfg, images, store), True)
+    return Sizes(counts, images, _missing_bytes(cfg, images, decoded), True)
 
 
-def _guess(cfg: CohortConfig, images: int, store: SliceStore | None = None) -> Sizes:
+def _guess(cfg: CohortConfig, images: int, decoded: int | None = None) -> Sizes:
     """Sizes by the protocol's fractions, without oversampling and undersampling."""
     p, images = cfg.protocol, round(images * cfg.data.subset)
     val, test = round(images * p.val_fraction), round(images * p.test_fraction)
     if p.folds:  # one fold is the test set, another validation
         val = test = round(images / p.folds)
     counts = {TRAIN: images - val - test, VAL: val, TEST: test}
-    return Sizes(counts, images, _missing_bytes(cfg, images, store), False)
+    return Sizes(counts, images, _missing_bytes(cfg, images, decoded), False)
 
 
-def _missing_bytes(cfg: CohortConfig, images: int, store: SliceStore | None) -> int:
-    size, folder = cfg.data.cache_size, Path(cfg.data.cache_dir)
-    # Rows of the same store's other images count as decoded: an estimate, and no journal is read.
-    decoded = CacheFolder.of(store, folder, size).count_rows() if store else 0
-    phantom = 0 if store else _phantom_slices(cfg.data) * cfg.data.phantom.size**2
-    return 2 * (max(0, images - decoded) * size * size + phantom)  # int16
+def _missing_bytes(cfg: CohortConfig, images: int, decoded: int | None) -> int:
+    """decoded: how many slices there are of the data set; None of a phantom not yet made."""
+    size, phantom = cfg.data.cache_size, 0
+    if decoded is None:
+        phantom = _phantom_slices(cfg.data) * cfg.data.phantom.size**2
+    return 2 * (max(0, images - (decoded or 0)) * size * size + phantom)  # int16
 
 
-def _labelled(
-    cfg: CohortConfig, store: SliceStore | None
-) -> tuple[pd.DataFrame, tuple[str, ...], int]:
+class Labelled(NamedTuple):
     """The manifest without keys, the names of the labels, and how many ids were repeated."""
-    labels = load_labels(cfg.data, store)
+
+    manifest: pd.DataFrame
+    names: tuple[str, ...]
+    repeated: int
+
+
+def _labelled(cfg: DataConfig, store: SliceStore | None) -> Labelled:
+    labels = load_labels(cfg, store)
     return_memory()
-    manifest = build_manifest(labels, store, cfg.data.source)
-    return manifest, labels.names, labels.repeated
+    return Labelled(build_manifest(labels, store, cfg.source), labels.names, labels.repeated)
 
 
 def labelled_images(
@@ -208,7 +253,7 @@ def labelled_images(
 ) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Every labelled image once, without protocol: `image_id`, `path`, the labels, and the keys
     `patient` and `study`; and the labels' names. With data.subset below 1, a random part of it."""
-    manifest, names, _ = _labelled(cfg, store)
+    manifest, names, _ = _labelled(cfg.data, store)
     if cfg.data.subset < 1:
         manifest = manifest.sample(frac=cfg.data.subset, random_state=cfg.protocol.seed)
     # `sample` shuffles; rows go back into the label file's order.
@@ -239,10 +284,14 @@ def cohort_rows(folder: Path, key: str, here: Path) -> pd.DataFrame | None:
 
 
 def make_cohort(
-    cfg: CohortConfig, store: SliceStore | None, report: StageCallback | None = None
+    cfg: CohortConfig,
+    store: SliceStore | None,
+    labelled: Labelled,
+    report: StageCallback | None = None,
 ) -> Cohort:
-    """Labels, manifest and protocol; patients come from metadata, the labels, or headers."""
-    manifest, names, repeated = _labelled(cfg, store)
+    """By the protocol; patients come from metadata, the labels, or headers."""
+    manifest, names, repeated = labelled
+    del labelled
     return_memory()
     sound = cfg.protocol.name is ProtocolName.sound
     # The report splits images: for it no header has to be read before the cohort is known.
@@ -298,23 +347,59 @@ def _with_keys(
     return rows.assign(**{k: keys[k].to_numpy() for k in KEYS})
 
 
-def cohort_key(cfg: CohortConfig) -> str:
-    """The fingerprint of the config's cohort, which need not have been made; writes nothing.
+def cohort_keys(configs: Mapping[str, CohortConfig]) -> dict[str, str]:
+    """The fingerprint of each config's cohort, which need not have been made; writes nothing.
+    Labels and files are looked at once for configs that differ in their protocol alone.
 
     Raises:
-        UserError: the data set is not there.
+        UserError: the data set is not there, or its labels are wrong.
     """
-    store = _existing_store(cfg.data)
-    return "not made yet" if store is None else _fingerprint(cfg, store)
+    known: dict[str, DataIdentity | None] = {}
+    keys = {}
+    for name, cfg in configs.items():
+        # As far as the labels and files go, of which a subset and a cache size know nothing.
+        what = repr(replace(cfg.data, subset=1.0, cache_size=0))
+        if what not in known:
+            store = _existing_store(cfg.data)
+            manifest = _labelled(cfg.data, store).manifest if store else None
+            known[what] = None if manifest is None else _identify(cfg.data, store, manifest)
+        data = known[what]
+        keys[name] = NOT_MADE if data is None else _fingerprint(cfg, data)
+    return keys
 
 
-def is_prepared(cfg: CohortConfig) -> bool:
-    """Whether the config's cohort has been made and is still that of the data set; makes nothing.
+NOT_MADE = "not made yet"  # in the place of the fingerprint, of a phantom
 
-    Raises:
-        UserError: the data set is not there.
+
+def describe_data_changes(cfg: CohortConfig, before: str, now: str) -> list[str]:
+    """What is not as it was in the data, in words, as far as the cache folder tells.
+
+    Args:
+        cfg: whose data they are.
+        before: the fingerprint of the cohort that was.
+        now: of the one that is.
     """
-    return CohortFiles(Path(cfg.data.cache_dir), cohort_key(cfg)).facts.exists()
+    if len(before) != len(now):
+        return ["its data were noted by an earlier version of ich, by place and date"]
+    then, here = (cohort_files(cfg, key).data() for key in (before, now))
+    found = here.differences(then) if then and here else []
+    # The same labels and files, by another protocol or choice of labels, which the config tells.
+    return found or ([] if then and here else [f"cohort {before} then, {now} now"])
+
+
+def _identify(cfg: DataConfig, store: SliceStore | None, manifest: pd.DataFrame) -> DataIdentity:
+    """What the labels and labelled files are, in seconds for the RSNA's 752,803."""
+    path, name = label_source(cfg, store)
+    if path is not None:
+        labels = digest_of_file(path)
+    else:
+        assert store is not None
+        labels = hashlib.sha256(store.read(name)).hexdigest()
+    metadata = Path(cfg.metadata) if cfg.metadata else None
+    files, count = digest_of_files(store, manifest["path"].tolist()) if store else ("", 0)
+    # One that is missing is said where it is read.
+    is_there = metadata is not None and metadata.is_file()
+    return DataIdentity(labels, digest_of_file(metadata) if is_there else "", files, count)  # type: ignore[arg-type]
 
 
 def _existing_store(cfg: DataConfig) -> SliceStore | None:
@@ -345,16 +430,12 @@ def phantom_folder(cfg: DataConfig) -> Path:
     return Path(cfg.cache_dir) / f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
 
 
-def _fingerprint(cfg: CohortConfig, store: SliceStore | None) -> str:
+def _fingerprint(cfg: CohortConfig, identity: DataIdentity) -> str:
     """Fingerprint of what the cohort depends on: files, labels, metadata, protocol, subset."""
     data = cfg.data
-    parts = [store.identity() if store else "", data.source.value, repr(cfg.protocol)]
-    parts += [repr((data.label_columns, data.any_label, data.subset))]
-    for named in (data.labels, data.metadata):
-        if named is not None and (path := Path(named)).is_file():
-            # Not the content: every job of a sweep asks, and a label CSV has millions of lines.
-            stat = path.stat()
-            parts.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}")
-        else:
-            parts.append(repr(named))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    chosen = data.label_columns, data.any_label, data.subset
+    parts = [repr(identity), data.source.value, repr(cfg.protocol), repr(chosen)]
+    if data.source is Source.phantom:
+        # Another generator draws other pixels into files of the same names and sizes.
+        parts.append(str(GENERATOR_VERSION))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

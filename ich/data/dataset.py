@@ -6,7 +6,6 @@ Data sets differ in where their files and labels come from, and in nothing after
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
 from ich.base.records import CohortSummary
 from ich.data.cache import Cache, build_cache, read_cache
-from ich.data.cohorts import CohortConfig, load_cohort, open_store
+from ich.data.cache_folder import CacheFolder
+from ich.data.cohorts import CohortConfig, cohort_files, load_cohort, open_store
 from ich.data.patients import KEYS
 from ich.data.protocol import TEST, TRAIN, VAL, Cohort
 
@@ -81,19 +81,23 @@ class Prepared:
         return replace(self.cohort.summary(), quarantined=lost, cohort=self.key, cache=folder)
 
 
-def load_dataset(cfg: Config, report: StageCallback | None = None, build: bool = True) -> Dataset:
+def load_dataset(
+    cfg: Config, report: StageCallback | None = None, build: bool = True, key: str = ""
+) -> Dataset:
     """Everything up to decoded slices; what is already on disk is not made again.
 
     Args:
         cfg: a job.
         report: progress.
-        build: decode what is missing; without, as in a job of a prepared sweep, nothing is looked
+        build: decode what is missing; without, as in a job of a prepared sweep, no slice is looked
             up in the data set itself.
+        key: the fingerprint of the cohort where it is known, as in a job of a prepared sweep: its
+            labels and files are then not looked at either.
 
     Raises:
         UserError: bad labels, missing files, or too many slices that cannot be decoded.
     """
-    prepared = prepare(cfg, report, build)
+    prepared = prepare(cfg, report, build, key)
     prepared.require_rows()
     cohort, cache = prepared.cohort, prepared.cache
     # Before it is split: the same patient has the same number on every side.
@@ -103,21 +107,26 @@ def load_dataset(cfg: Config, report: StageCallback | None = None, build: bool =
     return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
 
 
-def prepare(cfg: CohortConfig, report: StageCallback | None = None, build: bool = True) -> Prepared:
+def prepare(
+    cfg: CohortConfig, report: StageCallback | None = None, build: bool = True, key: str = ""
+) -> Prepared:
     """The cohort and its decoded slices; see `load_dataset`."""
-    # A job of a prepared sweep makes nothing: it has no progress to show.
-    store = open_store(cfg.data, report if build else None)
-    cohort, key = load_cohort(cfg, store, report)
+    data, files = cfg.data, cohort_files(cfg, key)
+    if key and files.facts.exists():
+        cohort = files.read()
+    else:
+        # A job of a prepared sweep makes nothing: it has no progress to show.
+        cohort, key = load_cohort(cfg, open_store(data, report if build else None), report)
+        files = cohort_files(cfg, key)
     # Repeats share one decoded slice.
     images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
-    data, folder = cfg.data, Path(cfg.data.cache_dir)
     if build:
-        progress = stage(report, "decoding slices")
-        cache = build_cache(
-            images, store, folder, data.cache_size, data.max_quarantine, data.workers, progress
-        )
+        store, progress = open_store(data, report), stage(report, "decoding slices")
+        wanted = data.cache_size, data.max_quarantine, data.workers
+        cache = build_cache(images, store, files.folder, *wanted, progress)
+        files.note_slices(CacheFolder(cache.folder, data.cache_size))
     else:
-        cache = read_cache(images, store, folder, data.cache_size)
+        cache = read_cache(images, files.slices(data.cache_size), files.folder)
     del images
     return_memory()
     # Split first, quarantined after: a bad file moves no other image to another side.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from ich.base.memory import keep_slice_memory
 from ich.data.dicom import HU_MIN, DicomError, read_hu, read_slice
@@ -35,14 +36,16 @@ class DecodeRequest(NamedTuple):
 
 
 class DecodeResult(NamedTuple):
-    """What became of one file: its row and checksum, or row -1 and the reason."""
+    """What became of one file: its row and checksum, or row -1 and the reason. crc: CRC-32 of its
+    bytes, -1 if they could not be read. again: another try may succeed."""
 
     path: str
     signature: str
     row: int
     checksum: int = 0
     reason: str = ""
-    again: bool = False  # another try may succeed
+    again: bool = False
+    crc: int = -1
 
 
 def decode_to_cache(request: DecodeRequest) -> list[DecodeResult]:
@@ -70,19 +73,21 @@ def decode_to_cache(request: DecodeRequest) -> list[DecodeResult]:
 
 
 def _decode_into(target: int, root: Path, location: Location, row: int, size: int) -> DecodeResult:
-    path, signature = location.path, location.signature
+    path, signature, crc = location.path, location.signature, -1
     try:
-        hu = resize_area(square(read_hu(read_bytes(root, location))), size)
+        source = read_bytes(root, location)
+        crc = isal_zlib.crc32(source)
+        hu = resize_area(square(read_hu(source)), size)
     except DicomError as error:
         again = isinstance(error, Unreadable)
-        return DecodeResult(path, signature, -1, 0, error.reason, again)
+        return DecodeResult(path, signature, -1, 0, error.reason, again, crc)
     # Not through a memory map: a full disk is then an OSError and no fatal signal.
     data = memoryview(np.ascontiguousarray(hu).data).cast("B")
     # A write may take less than it is given, as on a disk with little room left.
     written = 0
     while written < len(data):
         written += os.pwrite(target, data[written:], row * len(data) + written)
-    return DecodeResult(path, signature, row, checksum(data))
+    return DecodeResult(path, signature, row, checksum(data), crc=crc)
 
 
 class ReadRequest(NamedTuple):

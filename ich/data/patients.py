@@ -25,6 +25,7 @@ from ich.base.config import UserError
 from ich.base.files import cut_unfinished_line, lock
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
+from ich.data.cache_folder import make_cache_folder
 from ich.data.dicom import DicomError, read_keys
 from ich.data.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
 from ich.data.store import Location, SliceStore, Unreadable, read_bytes
@@ -50,7 +51,7 @@ class Pseudonyms:
         Raises:
             UserError: it was cut short.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(folder)
         path = folder / ".pseudonym-key"
         with lock(folder / ".pseudonym-key.lock"):
             if not path.exists():

@@ -12,21 +12,32 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from omegaconf.errors import OmegaConfBaseException
+
 from ich.base import provenance
-from ich.base.config import Config, ModelConfig, Precision, UserError, image_size, to_dict
+from ich.base.config import (
+    Config,
+    ModelConfig,
+    Precision,
+    UserError,
+    image_size,
+    load_config,
+    to_dict,
+)
 from ich.base.memory import importing
+from ich.base.naming import identity
 from ich.base.progress import StageCallback
 from ich.base.records import Origin, SweepRecord
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.validation import validate
 from ich.data import dataset
-from ich.data.cohorts import cohort_key
+from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.pages.data_page import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
@@ -47,6 +58,24 @@ class Job:
         """Whether the folder's run was made by another version of this package's code."""
         before = self.run.read_origin().code
         return self.state is not State.new and before != self.origin.code
+
+    def superseded_because(self) -> list[str]:
+        """What has changed since the finished run in the folder, which starting this job moves
+        aside; empty where there is none."""
+        if self.state is not State.new or not self.run.read_result().is_finished:
+            return []
+        before, found = self.run.read_origin(), []
+        try:
+            was, now = identity(load_config(self.run.config)), identity(self.config)
+            keys = [k for k in was | now if was.get(k) != now.get(k)]
+            found += [f"{k} was {was.get(k)} and is {now.get(k)}" for k in keys]
+        except (OSError, OmegaConfBaseException):
+            found.append("its config.yaml cannot be read by this version of ich")
+        if before.cohort != self.origin.cohort:
+            found += describe_data_changes(self.config, before.cohort, self.origin.cohort)
+        if before.weights != self.origin.weights:
+            found.append(f"initial weights were {before.weights} and are {self.origin.weights}")
+        return found or [f"its {self.run.best.name} is gone"]
 
 
 def check_jobs(configs: Sequence[Config]) -> SweepPaths:
@@ -70,16 +99,26 @@ def data_key(config: Config) -> str:
     return repr((config.data, config.protocol))
 
 
-def inspect_jobs(configs: Sequence[Config], sweep: SweepPaths) -> list[Job]:
-    """What each job is made from and what its folder holds. Reads neither slice nor label, and
-    writes nothing: a phantom that is not there yet is of no cohort that a run could be made from.
+def cohort_keys_of(configs: Sequence[Config]) -> dict[str, str]:
+    """The fingerprint of the jobs' cohorts, by `data_key`: a sweep over networks has one."""
+    return cohort_keys({data_key(c): c for c in configs})
+
+
+def inspect_jobs(
+    configs: Sequence[Config], sweep: SweepPaths, keys: Mapping[str, str] | None = None
+) -> list[Job]:
+    """What each job is made from and what its folder holds. Decodes no slice, and writes nothing: a
+    phantom that is not there yet is of no cohort that a run could be made from.
+
+    Args:
+        configs: the jobs.
+        sweep: their folder.
+        keys: what `cohort_keys_of` returned, which looks at labels and files, if it was asked.
 
     Raises:
-        UserError: the data set is not there.
+        UserError: the data set is not there, or its labels are wrong.
     """
-    cohorts = {data_key(c): c for c in configs}
-    # Once for each cohort: a sweep over networks has one for all its jobs.
-    keys = {key: cohort_key(config) for key, config in cohorts.items()}
+    keys = cohort_keys_of(configs) if keys is None else keys
     code, jobs = provenance.code_version(), []
     for config in configs:
         origin = Origin(keys[data_key(config)], weights_digest(config.model), code)
@@ -136,17 +175,19 @@ def open_sweep(
             `ich.data.dataset.load_dataset`.
     """
     sweep = check_jobs(configs)
-    jobs = inspect_jobs(configs, sweep)
+    keys = cohort_keys_of(configs)
+    jobs = inspect_jobs(configs, sweep, keys)
     todo = [job.config for job in jobs if job.state is not State.done]
     # Of what is to train alone: a finished job needs no weights, and no network to fetch them.
     check_weights(todo)
     check_tracking(configs[0])  # before hours are spent on data
-    cohorts = {data_key(config): config for config in todo}.values()
-    prepared = [(config, dataset.prepare(config, report)) for config in cohorts]
-    for _, cohort in prepared:
+    prepared = []
+    for key, config in {data_key(config): config for config in todo}.items():
+        cohort = dataset.prepare(config, report, key=keys[key])
         cohort.require_rows()
-    if prepared:  # a phantom made just now has a fingerprint only now
-        jobs = inspect_jobs(configs, sweep)
+        prepared.append((config, cohort))
+        keys[key] = cohort.key  # a phantom made just now has a fingerprint only now
+    jobs = inspect_jobs(configs, sweep, keys)
     # Locked only here: whatever is refused before leaves no folder behind.
     is_first_batch = _lock_sweep(sweep)
     for config, cohort in prepared:

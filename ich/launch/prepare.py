@@ -8,6 +8,7 @@ from pathlib import Path
 from ich.base.config import PrepareConfig
 from ich.base.terminal import Terminal
 from ich.data.cache import verify_cache
+from ich.data.cache_folder import CacheFolder
 from ich.data.cohorts import find_store, load_cohort, open_store
 from ich.data.dataset import prepare
 from ich.data.protocol import Cohort
@@ -27,14 +28,17 @@ def dry_run(config: PrepareConfig) -> None:
 def prepare_and_report(config: PrepareConfig) -> None:
     """Decodes what is missing, checks it if asked, and writes the data report."""
     terminal, data = Terminal(), config.data
-    damaged: list[str] = []
+    damaged, changed = list[str](), list[str]()
     with terminal.preparing() as report:
-        if config.verify:  # first: what is damaged is decoded again below
-            store, progress = open_store(data, report), partial(report, "checking slices")
-            damaged = verify_cache(store, Path(data.cache_dir), data.cache_size, progress)
         prepared = prepare(config, report)
+        if config.verify:
+            store, progress = open_store(data, report), partial(report, "checking slices and files")
+            slices = CacheFolder(prepared.cache.folder, data.cache_size)
+            damaged, changed = verify_cache(store, slices, data.workers, progress)
+        if damaged or changed:
+            prepared = prepare(config, report)
     if config.verify:
-        terminal.verified(damaged)
+        terminal.verified(damaged, changed)
     _show(terminal, config, prepared.cohort, prepared.key)
     folder = Path(config.output) / f"{data.source.value}-{prepared.key}"
     html, *_ = write_data_report(config, prepared, folder)

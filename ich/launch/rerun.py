@@ -20,7 +20,7 @@ are called different; --tolerance sets another bound.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,16 +28,16 @@ from pathlib import Path
 from omegaconf.errors import OmegaConfBaseException
 
 from ich.base import provenance
-from ich.base.config import Config, UserError, load_config, to_dataclass
-from ich.base.entry import recorded_command, shell_command
+from ich.base.config import Config, UserError, load_config, to_dataclass, to_dict
+from ich.base.entry import nearest, recorded_command, shell_command
 from ich.base.files import write_json
-from ich.base.naming import identity
+from ich.base.naming import BY_CONTENT, identity
 from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run
 from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenance, RunResult
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board, Terminal, console, print_line
 from ich.base.validation import validate
-from ich.data.cohorts import cohort_key
+from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.data.dataset import prepare
 from ich.launch.jobs import run_job
 from ich.launch.preflight import check_weights, weights_digest
@@ -158,6 +158,26 @@ def _read_provenance(
     return launch, sweep.diff if sweep.diff.exists() and sweep.diff.stat().st_size else None
 
 
+def moved(original: Original, places: Sequence[str]) -> Original:
+    """The run, of data and weights that lie elsewhere now: `data.root=PATH` and the like.
+
+    Raises:
+        UserError: another setting is given, with which it would be another training.
+    """
+    values = to_dict(original.config)
+    for word in places:
+        key, equals, path = word.partition("=")
+        if not equals or key not in BY_CONTENT:
+            hint, known = nearest(key, BY_CONTENT), ", ".join(f"{k}=PATH" for k in BY_CONTENT)
+            raise UserError(
+                f"{word} is no place that a rerun takes.{hint} It repeats a run as it was; only "
+                f"where its data and weights lie now can be said: {known}."
+            )
+        group, _, name = key.partition(".")
+        values[group][name] = path
+    return replace(original, config=to_dataclass(values))
+
+
 def require_same_start(original: Original) -> None:
     """Data and initial weights must be those of the run.
 
@@ -166,14 +186,15 @@ def require_same_start(original: Original) -> None:
     """
     origin = original.origin
     here = f"Paths that are not absolute are looked up in this folder, {Path.cwd()}."
-    cohort = cohort_key(original.config)
+    cohort = cohort_keys({"": original.config})[""]
     if cohort != origin.cohort:
+        changes = describe_data_changes(original.config, origin.cohort, cohort)
         raise UserError(
             f"the data are not those that {original.run.root} was made from: their fingerprint was "
-            f"{origin.cohort} and is {cohort}. It depends on where the data set and its CSVs lie, "
-            f"and on their names, sizes and dates. {here} Go to the folder where the sweep was "
-            f"launched, or put the data back with their dates (cp -a, rsync -a, unzip); if they "
-            f"did change, only a new sweep can tell what that means."
+            f"{origin.cohort} and is {cohort} ({'; '.join(changes)}). It tells the bytes of the "
+            f"CSVs, and names, sizes and bytes of the labelled files, wherever they lie. {here} "
+            f"Say where the data are with data.root=PATH and data.labels=FILE after the run's "
+            f"folder; if they did change, only a new sweep can tell what that means."
         )
     digest = weights_digest(original.config.model)
     if digest != origin.weights:
@@ -335,8 +356,13 @@ def _began_alike(run: RunPaths, now: Provenance) -> bool:
     return (before.code, before.versions) == (now.code, now.versions)
 
 
-def rerun(folder: Path, tolerance: float) -> bool:
+def rerun(folder: Path, tolerance: float, places: Sequence[str] = ()) -> bool:
     """Repeats a run and compares; True if it is the same, within tolerance.
+
+    Args:
+        folder: the run's.
+        tolerance: see above.
+        places: where its data and weights lie now, see `moved`.
 
     Raises:
         UserError: there is nothing to repeat, or not from the same start.
@@ -344,7 +370,7 @@ def rerun(folder: Path, tolerance: float) -> bool:
     if folder.name in ("", ".."):  # the run's name is its folder's
         folder = folder.resolve()
     # What can be refused at once, before data are decoded and a training takes its hours.
-    original = read_original(folder)
+    original = moved(read_original(folder), places)
     require_same_start(original)
     check_weights([original.config])
     # Once, before the training: the rerun is of this code, whatever is edited meanwhile.

@@ -40,7 +40,8 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
     if sweep not in launched:
         launched.append(sweep)
     other = [job.config.job for job in jobs if job.is_of_other_code]
-    Terminal().opened(sweep, [job.state for job in jobs], other)
+    superseded = {job.config.job: why for job in jobs if (why := job.superseded_because())}
+    Terminal().opened(sweep, [job.state for job in jobs], other, superseded)
     return sweep
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ich.base.config import Config, UserError, WindowConfig, load_config
-from ich.data.cohorts import is_prepared
+from ich.data.cohorts import cohort_files
 from ich.data.dataset import load_dataset
 from ich.pages.figures import STYLE, subplots
 from ich.pages.page import Picture, Text, draw_picture
@@ -70,7 +70,8 @@ def draw_hardest(run: Run, folder: Path) -> Picture | Text:
     label, missed, alarms = hardest(run)
     try:
         config = load_config(run.paths.config)
-        slices = _slices(config, [case.image_id for case in (*missed, *alarms)])
+        cohort = run.paths.read_origin().cohort
+        slices = _slices(config, cohort, [case.image_id for case in (*missed, *alarms)])
     # A report may be made where the slices are not, or by a later version of ich.
     except (UserError, OSError, KeyError) as error:
         log.warning("the hardest cases are not drawn: %s", error)
@@ -94,12 +95,13 @@ def draw_hardest(run: Run, folder: Path) -> Picture | Text:
     return picture
 
 
-def _slices(config: Config, image_ids: Sequence[str]) -> dict[str, np.ndarray]:
+def _slices(config: Config, cohort: str, image_ids: Sequence[str]) -> dict[str, np.ndarray]:
     """int16 HU [S, S] of some scored images, from the cache of decoded slices; none without it."""
-    if not is_prepared(config):
+    # Of the run's own cohort, whatever has become of its data set since.
+    if not (cohort and cohort_files(config, cohort).facts.exists()):
         return {}
     # Nothing is decoded for a report.
-    dataset = load_dataset(config, build=False)
+    dataset = load_dataset(config, build=False, key=cohort)
     split = dataset.test if dataset.test is not None else dataset.val
     row = dict(zip(split.image_id.tolist(), split.row.tolist(), strict=True))
     return {k: np.asarray(dataset.hu[row[k]]) for k in image_ids}

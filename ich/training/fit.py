@@ -47,7 +47,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     # The launch has decoded the slices: jobs that start at once must not do so side by side.
-    dataset = load_dataset(cfg, build=False)
+    dataset = load_dataset(cfg, build=False, key=run.read_origin().cohort)
     labels = dataset.labels
     mode = select_and_record_mode(cfg, run)
     trainer = Trainer.build(cfg, dataset, device, mode)

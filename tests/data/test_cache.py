@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from ich.data import cache_folder
 from ich.data import store as store_module
 from ich.data.cache import Cache, build_cache, read_cache, verify_cache
 from ich.data.cache_folder import CacheFolder
+from ich.data.content import sample_crcs
 from ich.data.decode import DecodeRequest, checksum, decode_to_cache, resize_area, square
 from ich.data.dicom import DicomError, read_hu
 from ich.data.store import Location, SliceStore, read_bytes, read_directory
@@ -45,6 +47,16 @@ def build(root: Path, folder: Path, images: pd.DataFrame | None = None, **option
     chosen = images_of(store) if images is None else images
     defaults: dict[str, object] = {"max_quarantine": 0.0, "workers": 1}
     return build_cache(chosen, store, folder, SIZE, **(defaults | options))  # type: ignore[arg-type]
+
+
+def slices_in(folder: Path) -> CacheFolder:
+    """The only cache in a folder."""
+    (path,) = folder.glob(f"hu{SIZE}-*/")
+    return CacheFolder(path, SIZE)
+
+
+def verify(root: Path, folder: Path, progress: Count | None = None) -> tuple[list[str], list[str]]:
+    return verify_cache(SliceStore(root), slices_in(folder), 1, progress)
 
 
 class Count:
@@ -235,7 +247,7 @@ def test_a_killed_build_goes_on_where_it_was(phantom: Path, tmp_path: Path, work
     whole = build(phantom, tmp_path / "whole")
     for image, row in whole.row.items():
         assert np.array_equal(cache.hu[cache.row[image]], whole.hu[row])
-    assert verify_cache(SliceStore(phantom), folder, SIZE) == []
+    assert verify(phantom, folder) == ([], [])
 
 
 def test_two_builds_at_once_decode_once(phantom: Path, tmp_path: Path) -> None:
@@ -286,12 +298,12 @@ def test_a_full_disk_is_said_and_keeps_what_was_there(
     with pytest.raises(UserError, match=message):
         build(phantom, tmp_path)
     monkeypatch.undo()
-    known = read_cache(images[:10], SliceStore(phantom), tmp_path, SIZE)
+    known = read_cache(images[:10], slices_in(tmp_path), tmp_path)
     assert np.array_equal(known.hu[:10], before)
     count = Count()
     assert len(build(phantom, tmp_path, progress=count).row) == len(images)
     assert 0 < count.total < len(images) - 10
-    assert verify_cache(SliceStore(phantom), tmp_path, SIZE) == []
+    assert verify(phantom, tmp_path) == ([], [])
 
 
 def test_a_worker_process_that_meets_a_full_disk_says_so(phantom: Path, tmp_path: Path) -> None:
@@ -338,7 +350,7 @@ def test_a_cut_last_line_is_no_line(phantom: Path, tmp_path: Path) -> None:
     index.write_bytes(index.read_bytes()[:-5])
     images = images_of(SliceStore(phantom))
     with pytest.raises(UserError, match="1 of the .* slices are not decoded yet"):
-        read_cache(images, SliceStore(phantom), tmp_path, SIZE)
+        read_cache(images, slices_in(tmp_path), tmp_path)
     count = Count()
     again = build(phantom, tmp_path, progress=count)
     assert count.total == 1
@@ -388,13 +400,13 @@ def test_a_cache_is_read_without_the_files(copy: Path, tmp_path: Path) -> None:
     files_of(copy)[5].write_text("<html>")
     built = build(copy, tmp_path / "cache", images, max_quarantine=0.5)
     shutil.rmtree(copy)
-    read = read_cache(images, SliceStore(copy), tmp_path / "cache", SIZE)
+    read = read_cache(images, slices_in(tmp_path / "cache"), tmp_path / "cache")
     assert read.row == built.row
     assert np.array_equal(read.hu, built.hu)
     pd.testing.assert_frame_equal(read.quarantine, built.quarantine)
     assert read.quarantine["image_id"].tolist() == images["image_id"][[3, 5]].tolist()
     pd.testing.assert_frame_equal(pd.read_csv(read.folder / "quarantine.csv"), read.quarantine)
-    part = read_cache(images[:3], SliceStore(copy), tmp_path / "cache", SIZE)
+    part = read_cache(images[:3], slices_in(tmp_path / "cache"), tmp_path / "cache")
     assert len(part.row) == 3
     assert part.quarantine.empty
 
@@ -404,10 +416,10 @@ def test_slices_that_are_not_there_are_counted(phantom: Path, tmp_path: Path) ->
     images = images_of(store)
     message = r"{} of the {} slices are not decoded yet under .*Run `ich prepare`"
     with pytest.raises(UserError, match=message.format(len(images), len(images))):
-        read_cache(images, store, tmp_path, SIZE)
+        read_cache(images, None, tmp_path)
     build(phantom, tmp_path, images[:-2])
     with pytest.raises(UserError, match=message.format(2, len(images))):
-        read_cache(images, store, tmp_path, SIZE)
+        read_cache(images, slices_in(tmp_path), tmp_path)
 
 
 # Verifying
@@ -415,8 +427,8 @@ def test_slices_that_are_not_there_are_counted(phantom: Path, tmp_path: Path) ->
 
 def test_a_flipped_byte_is_found_and_decoded_again(phantom: Path, tmp_path: Path) -> None:
     cache = build(phantom, tmp_path)
-    store, images = SliceStore(phantom), images_of(SliceStore(phantom))
-    assert verify_cache(store, tmp_path, SIZE) == []
+    images = images_of(SliceStore(phantom))
+    assert verify(phantom, tmp_path) == ([], [])
     before = cache.hu.copy()
     image = images["image_id"].iloc[7]
     with (cache.folder / "hu.i16").open("r+b") as file:
@@ -425,27 +437,91 @@ def test_a_flipped_byte_is_found_and_decoded_again(phantom: Path, tmp_path: Path
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     count = Count()
-    assert verify_cache(store, tmp_path, SIZE, count) == [images["path"].iloc[7]]
-    assert count.total == len(images)
+    assert verify(phantom, tmp_path, count) == ([images["path"].iloc[7]], [])
+    assert count.total == 2 * len(images)  # slices, and the files that they are of
     with pytest.raises(UserError, match="1 of the .* slices are not decoded yet"):
-        read_cache(images, store, tmp_path, SIZE)
+        read_cache(images, slices_in(tmp_path), tmp_path)
     count = Count()
     again = build(phantom, tmp_path, progress=count)
     assert count.total == 1
     assert np.array_equal(again.hu[again.row[image]], before[cache.row[image]])
-    assert verify_cache(store, tmp_path, SIZE) == []
+    assert verify(phantom, tmp_path) == ([], [])
 
 
 def test_slices_that_are_gone_are_found(phantom: Path, tmp_path: Path) -> None:
     cache = build(phantom, tmp_path)
     (cache.folder / "hu.i16").unlink()
-    assert len(verify_cache(SliceStore(phantom), tmp_path, SIZE)) == len(cache.row)
+    assert len(verify(phantom, tmp_path)[0]) == len(cache.row)
     assert len(build(phantom, tmp_path).row) == len(cache.row)
 
 
-def test_nothing_to_verify_is_said(phantom: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has been decoded at 32 pixels .*`ich prepare`"):
-        verify_cache(SliceStore(phantom), tmp_path, SIZE)
+def test_a_file_of_other_bytes_under_the_same_name_size_and_date_is_found_and_decoded_again(
+    copy: Path, tmp_path: Path
+) -> None:
+    first = build(copy, tmp_path / "cache")
+    # One whose bytes stand for no other's in the data set's identity.
+    images = images_of(SliceStore(copy))
+    sampled = sample_crcs(SliceStore(copy), images["path"].tolist())
+    file = next(copy / p for p in images["path"] if p not in sampled)
+    was, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    count = Count()
+    assert build(copy, tmp_path / "cache", progress=count).row == first.row
+    assert count.total == 0
+    assert verify(copy, tmp_path / "cache") == ([], [file.relative_to(copy).as_posix()])
+    second = build(copy, tmp_path / "cache", progress=count)
+    assert count.total == 1
+    assert second.row[file.stem] != first.row[file.stem]
+    assert verify(copy, tmp_path / "cache") == ([], [])
+
+
+# Moved
+
+
+def test_a_data_set_keeps_its_slices_wherever_it_lies_and_whatever_its_dates(
+    copy: Path, tmp_path: Path
+) -> None:
+    first, count = build(copy, tmp_path / "cache"), Count()
+    (copy / ".DS_Store").touch()
+    files_of(copy)[0].touch()
+    assert build(copy, tmp_path / "cache", progress=count).row == first.row
+    other = Path(shutil.copytree(copy, tmp_path / "elsewhere", copy_function=shutil.copyfile))
+    shutil.rmtree(copy)
+    assert build(other, tmp_path / "cache", progress=count).row == first.row
+    packed = tmp_path / "packed.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in files_of(other):
+            archive.write(file, file.relative_to(other).as_posix())
+    assert build(packed, tmp_path / "cache", progress=count).row == first.row
+    assert count.total == 0
+    assert len(list((tmp_path / "cache").glob("hu*/"))) == 1
+
+
+@pytest.mark.parametrize("changed", [1, 1000])
+def test_another_version_of_a_data_set_under_the_same_names_gets_slices_of_its_own(
+    copy: Path, tmp_path: Path, changed: int
+) -> None:
+    """As a denoised one: its files have the same names and sizes, all or some with other pixels."""
+    first = build(copy, tmp_path / "cache")
+    before = first.hu.copy()
+    other = Path(shutil.copytree(copy, tmp_path / "denoised"))
+    for file in files_of(other)[:changed]:
+        data = bytearray(file.read_bytes())
+        data[-2001:-1:2] = bytes(1000)
+        was = file.stat()
+        file.write_bytes(data)
+        if changed > 1:  # an archive may give all files one date
+            os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    image = files_of(other)[0].stem
+    for _ in range(2):
+        second = build(other, tmp_path / "cache")
+        assert second.folder != first.folder
+        assert (second.hu[second.row[image]] != before[first.row[image]]).any()
+        again = build(copy, tmp_path / "cache")
+        assert again.folder == first.folder
+        assert np.array_equal(again.hu, before)
 
 
 @pytest.mark.parametrize("length", [512, 578])
@@ -759,7 +835,10 @@ def test_decoding_processes_import_little() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_folder_tells_root_and_size_apart(tmp_path: Path) -> None:
-    stores = [SliceStore(tmp_path / root) for root in "ab"]
-    folders = {CacheFolder.of(store, tmp_path, size).path for store in stores for size in (16, 32)}
-    assert len(folders) == 4
+def test_the_cache_folder_is_its_owners_alone(phantom: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "hydra").mkdir(parents=True)  # as Hydra makes it before anything of ours
+    build(phantom, tmp_path / "cache")
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    (tmp_path / "cache").chmod(0o750)  # by a user who shares it
+    build(phantom, tmp_path / "cache")
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o750
