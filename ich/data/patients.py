@@ -33,6 +33,7 @@ from ich.data.store import Location, SliceStore, Unreadable, read_bytes
 _CHUNK = 256  # headers a worker reads at a time
 _HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
 _KEY_BYTES = 32  # of the secret: as many as SHA-256 gives (RFC 2104, section 3)
+_KEY_VALUES = 16  # different bytes among these, at least
 _HEAD = 16 << 10  # bytes: a header without private groups has 1 to 4 KB, with them up to 100
 
 KEYS = ["patient", "study"]
@@ -49,7 +50,7 @@ class Pseudonyms:
         """The secret of a cache folder, made on first use with mode 0600.
 
         Raises:
-            UserError: it was cut short.
+            UserError: it was cut short, or can be guessed.
         """
         make_cache_folder(folder)
         path = folder / ".pseudonym-key"
@@ -65,6 +66,12 @@ class Pseudonyms:
                     # A power cut must not leave an empty key, which anybody could try names with.
                     os.fsync(file.fileno())
                 part.rename(path)
+                # Nor may it take back the name: what was hashed would match nothing any more.
+                directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
         return Pseudonyms._read(path)
 
     @staticmethod
@@ -72,7 +79,7 @@ class Pseudonyms:
         """The secret of a cache folder, if it has one that can be read.
 
         Raises:
-            UserError: it was cut short.
+            UserError: it was cut short, or can be guessed.
         """
         try:
             return Pseudonyms._read(folder / ".pseudonym-key")
@@ -88,6 +95,14 @@ class Pseudonyms:
                 f"{_KEY_BYTES}: it was cut short, and its pseudonyms could be guessed. Put back a "
                 f"whole copy, or remove it to have a new one made; patients then get other "
                 f"pseudonyms."
+            )
+        # As a power cut leaves a file whose bytes were not on the disk yet, or a person a short
+        # word over and over. 32 random bytes have fewer than 16 values once in 10^16 times.
+        if len(set(secret)) < _KEY_VALUES:
+            raise UserError(
+                f"the key of the pseudonyms, {path}, is not random: its {len(secret)} bytes have "
+                f"{len(set(secret))} values, so its pseudonyms could be guessed. Put back a whole "
+                f"copy, or remove it to have a new one made; patients then get other pseudonyms."
             )
         return Pseudonyms(secret)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import zipfile
 from collections.abc import Callable
@@ -44,6 +45,32 @@ def test_a_key_that_was_cut_short_is_refused(
     (tmp_path / ".pseudonym-key").write_bytes(b"k" * length)
     with pytest.raises(UserError, match=rf"has {length} bytes, but must have 32: .* remove it"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [Pseudonyms.beside, Pseudonyms.existing])
+@pytest.mark.parametrize("key", [bytes(32), b"secret" * 8, bytes(100) + b"0123456789"])
+def test_a_key_that_can_be_guessed_is_refused(
+    tmp_path: Path, read: Callable[[Path], object], key: bytes
+) -> None:
+    """Zeros are what a power cut leaves of a file that was not synced."""
+    (tmp_path / ".pseudonym-key").write_bytes(key)
+    with pytest.raises(UserError, match=rf"is not random: its {len(key)} bytes have .* remove it"):
+        read(tmp_path)
+
+
+def test_the_key_and_its_name_are_on_the_disk_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, real = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").resolve().name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Pseudonyms.beside(tmp_path / "cache")
+    assert synced == [".pseudonym-key.part", "cache"]
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
 
 
 def test_keys_tell_apart_and_name_nobody(pseudonyms: Pseudonyms) -> None:
