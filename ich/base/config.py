@@ -12,6 +12,7 @@ Enumerations come first, then a dataclass per group of `conf/`, then the three t
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -198,6 +199,12 @@ class WindowConfig:
     name: str = MISSING
     center: float = MISSING
     width: float = MISSING
+
+    @property
+    def is_in_range(self) -> bool:
+        """A width below 1 is none (C.11.2.1.2.1), and no value of a slice has more than 16 bits."""
+        # All comparisons with NaN fail, and so refuse it.
+        return abs(self.center) <= 2**15 and 1 <= self.width <= 2**16
 
 
 @dataclass
@@ -411,6 +418,11 @@ def register_schemas() -> None:
     ConfigStore.instance().store(name="ich_evaluate_schema", node=EvaluateConfig)
 
 
+# Settings that are a path.
+PATHS = (
+    *("data.root", "data.labels", "data.metadata", "data.cache_dir", "model.weights", "models"),
+    *("tracking.artifacts", "sweep.output", "output"),
+)
 AnyConfig = Config | PrepareConfig | EvaluateConfig
 Schema = TypeVar("Schema", Config, PrepareConfig, EvaluateConfig)
 
@@ -419,6 +431,10 @@ def to_dataclass(cfg: DictConfig | dict[str, Any], schema: type[Schema] = Config
     """A composed or saved config as typed dataclasses, every interpolation resolved."""
     # Into the schema: an unknown key or a wrong type then raises.
     node = OmegaConf.merge(OmegaConf.structured(schema), cfg)
+    for key in PATHS:
+        path = OmegaConf.select(node, key)
+        if isinstance(path, str) and path.startswith("~"):
+            OmegaConf.update(node, key, os.path.expanduser(path))  # noqa: PTH111
     config = OmegaConf.to_object(node)
     assert isinstance(config, schema)
     return config

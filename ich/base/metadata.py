@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from ich.base.config import UserError, WindowConfig
 METADATA_KEY = "ich"  # of the entry in a weights file
 _FORMAT = 1
 _LARGEST_SIDE = 4096  # pixels
+_MOST_WINDOWS = 64
+_LEAST_STD = 1e-3
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class Metadata:
         """Raises ValueError or TypeError if a network could not be used by it."""
         # A file from elsewhere is read by it: no size may fill the memory, no value divide by 0.
         sizes, labels = (self.cache_size, self.image_size), self.labels
-        texts = (self.model, self.timm, *labels)
+        texts = (self.model, self.timm, *labels, *(w.name for w in self.windows))
         if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):
             raise TypeError("a value is of another type")
-        numbers = [n for w in self.windows for n in (w.center, w.width)]
         limits = [t for t in self.thresholds.values() if t is not None]
+        numbers = [n for w in self.windows for n in (w.center, w.width)]
+        # True is a number to Python.
+        if any(isinstance(n, bool) for n in (*sizes, *numbers, *self.mean, *self.std, *limits)):
+            raise TypeError("a value is of another type")
         if not (
             all(isinstance(s, int) and 1 <= s <= _LARGEST_SIDE for s in sizes)
             and labels
@@ -70,13 +74,14 @@ class Metadata:
             and not any(set(k) & set(";\n") for k in labels)
             and set(self.thresholds) == set(labels)
             and all(0 <= t <= 1 for t in limits)
-            and self.windows
-            and all(math.isfinite(n) for n in (*numbers, *self.mean, *self.std))
-            and all(w.width > 0 for w in self.windows)
+            and 1 <= len(self.windows) <= _MOST_WINDOWS
+            and all(w.is_in_range for w in self.windows)
             and len(self.mean) == len(self.std)
             # One per window, or ImageNet's three, whose average another number of windows gets.
             and len(self.mean) in (3, len(self.windows))
-            and all(s > 0 for s in self.std)
+            # Of images of 0..1; by more, channels would be the same number or none.
+            and all(abs(m) <= 1 / _LEAST_STD for m in self.mean)
+            and all(_LEAST_STD <= s <= 1 / _LEAST_STD for s in self.std)
         ):
             raise ValueError("a value is out of range")
 

@@ -6,7 +6,6 @@ several.
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -106,11 +105,11 @@ def _check_protocol(p: ProtocolConfig) -> None:
 
 def _check_windows(windows: WindowsConfig) -> None:
     for window in windows.channels:
-        # A width of 0 divides by 0. All comparisons with NaN fail, and so refuse it.
-        if not (math.isfinite(window.center) and 0 < window.width < math.inf):
+        if not window.is_in_range:
             raise UserError(
                 f"window {window.name!r} has center {window.center} and width {window.width}, but "
-                f"the center must be finite and the width above 0 HU. Mend windows.channels."
+                f"the center must be from -32768 to 32768 HU and the width from 1 to 65536. Mend "
+                f"windows.channels."
             )
 
 

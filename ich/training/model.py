@@ -7,11 +7,13 @@ convolutions, for prediction.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import timm
@@ -24,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from ich.base.config import ModelConfig, UserError
+from ich.base.entry import nearest
 from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
 
 log = logging.getLogger(__name__)
@@ -59,14 +62,36 @@ class InputSpec:
 
 
 def input_spec(cfg: ModelConfig) -> InputSpec:
-    """The model's own normalization, from its timm tag."""
-    pretrained = timm.get_pretrained_cfg(cfg.timm)
-    if pretrained is None:
-        raise UserError(
-            f"model.timm is {cfg.timm!r}, which timm does not have. Find a name with "
-            f"python -c \"import timm; print(timm.list_pretrained('*resnet*'))\"."
-        )
+    """The model's own normalization, from its timm tag.
+
+    Raises:
+        UserError: timm has no such network, or no such tag of it.
+    """
+    pretrained = _pretrained_cfg(cfg)
     return InputSpec(pretrained.mean, pretrained.std)
+
+
+def _pretrained_cfg(cfg: ModelConfig) -> timm.models.PretrainedCfg:
+    """What timm has by a name, as `resnet50.tv_in1k`: a network, and a tag of its weights."""
+    name = cfg.timm
+    network, _, tag = name.partition(".")
+    # timm would fetch a name such as hf-hub:somebody/net from elsewhere.
+    if timm.is_model(network):
+        # An unknown tag is a RuntimeError.
+        with contextlib.suppress(RuntimeError):
+            if (found := timm.get_pretrained_cfg(name)) is not None:
+                return found
+    if new := timm.models.get_deprecated_models().get(name):
+        raise UserError(f"model.timm is {name!r}, which timm calls {new} now. Write that.")
+    if tags := [n.partition(".")[2] for n in timm.models.get_arch_pretrained_cfgs(network)]:
+        raise UserError(
+            f"model.timm is {name!r}, but timm has no tag {tag!r} of {network}.{nearest(tag, tags)}"
+            f" It has {', '.join(sorted(t for t in tags if t))}."
+        )
+    raise UserError(
+        f"model.timm is {name!r}, which timm does not have.{nearest(network, timm.list_models())} "
+        f"Find a name with python -c \"import timm; print(timm.list_pretrained('*resnet*'))\"."
+    )
 
 
 def build_model(cfg: ModelConfig, channels: int = 3, outputs: int = 6) -> Classifier:
@@ -166,8 +191,7 @@ def initial_weights_source(cfg: ModelConfig) -> str:
         return "local file" if Path(cfg.weights).is_file() else "no such file"
     if not cfg.pretrained:
         return "random"
-    input_spec(cfg)
-    return "at hand" if _is_cached(timm.get_pretrained_cfg(cfg.timm)) else "to download"
+    return "at hand" if _is_cached(_pretrained_cfg(cfg)) else "to download"
 
 
 def check_architecture(cfg: ModelConfig, channels: int, size: int, outputs: int = 6) -> None:
@@ -221,10 +245,12 @@ def ensure_weights(cfg: ModelConfig) -> None:
     Raises:
         UserError: with the three ways out.
     """
-    input_spec(cfg)
+    pretrained = _pretrained_cfg(cfg)
     if cfg.weights:
         check_weights_file(cfg)
     elif cfg.pretrained:
+        if not pretrained.has_weights:
+            raise _no_weights(cfg, "timm has none of that name, not even to download")
         _require_reachable(cfg)
         # Built and thrown away: that fills the cache from which the jobs read, without a network.
         build_model(cfg)
@@ -232,7 +258,7 @@ def ensure_weights(cfg: ModelConfig) -> None:
 
 def _require_reachable(cfg: ModelConfig) -> None:
     """Without a network the hub client retries for a minute; one connection tells in seconds."""
-    pretrained = timm.get_pretrained_cfg(cfg.timm)
+    pretrained = _pretrained_cfg(cfg)
     # Behind a proxy the host itself may be out of reach, and a download still work.
     if _is_cached(pretrained) or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return
@@ -287,8 +313,7 @@ def check_weights_file(cfg: ModelConfig) -> None:
             f"model.pretrained=false."
         )
     try:
-        with safe_open(path, "pt") as file:
-            have = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+        have = {name: tensor.shape for name, tensor in _tensors(path).items()}
     except SafetensorError as error:
         raise UserError(
             f"model.weights is {cfg.weights!r}, which is no safetensors file ({error}). Other "
@@ -310,6 +335,23 @@ def check_weights_file(cfg: ModelConfig) -> None:
             f"is {wrong[0]} ({have.get(wrong[0], 'missing')}, wanted {want[wrong[0]]}). Choose the "
             f"model these weights belong to."
         )
+
+
+class _Tensor(NamedTuple):
+    """What the header of a safetensors file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+_DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # as safetensors calls those of our networks
+
+
+def _tensors(path: Path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file by its header: none is read."""
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {k: _Tensor(tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
 
 
 def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
@@ -334,26 +376,34 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
     """
     metadata = read_metadata(path)
     cfg = ModelConfig(metadata.model, metadata.timm, metadata.image_size, pretrained=False)
+    channels, outputs = len(metadata.windows), len(metadata.labels)
     try:
         input_spec(cfg)
-        model = build_model(cfg, len(metadata.windows), len(metadata.labels))
-    except (UserError, RuntimeError):
+        # Without memory: a network by its name alone may have gigabytes.
+        with torch.device("meta"):
+            shapes = _classifier(
+                timm.create_model(cfg.timm, num_classes=0, in_chans=channels), outputs
+            ).state_dict()
+    # What networks raise that take no such number of channels, or have no features for a head.
+    except (UserError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
         raise UserError(
             f"the weights {path} are of {metadata.model} ({metadata.timm}), a network that timm "
             f"{timm.__version__} does not have. Install the timm they were trained with."
         ) from None
-    state = load_file(path)
     # Compared here: load_state_dict would name every tensor that does not fit, over pages.
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
+    want = {k: _Tensor(tuple(v.shape), _DTYPES.get(v.dtype, "")) for k, v in shapes.items()}
+    have = _tensors(path)
     if want != have:
         first = next(k for k in [*want, *have] if want.get(k) != have.get(k))
+        both = have.get(first), want.get(first)
+        told = [f"{t.shape} {t.dtype}" if t else "missing" for t in both]
         raise UserError(
             f"the weights {path} say they are of {metadata.model} ({metadata.timm}), but their "
-            f"tensors are another network's: {first} is {have.get(first, 'missing')} in the file "
-            f"and {want.get(first, 'missing')} in {metadata.model}. Give the file of that network."
+            f"tensors are another network's: {first} is {told[0]} in the file and {told[1]} in "
+            f"{metadata.model}. Give the file of that network."
         )
-    model.load_state_dict(state)
+    model = build_model(cfg, channels, outputs)
+    model.load_state_dict(load_file(path))
     return model.eval(), metadata
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from made_up import Bomb
 from omegaconf import OmegaConf
@@ -22,6 +24,7 @@ from ich.training.model import (
     count_parameters,
     ensure_weights,
     fold_batch_norms,
+    initial_weights_source,
     input_spec,
     load_trained,
     load_weights,
@@ -168,6 +171,43 @@ def test_unknown_timm_name() -> None:
         ensure_weights(ModelConfig(name="x", timm="resnet5.x", image_size=64))
 
 
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [
+        ("resnet50.foo_in1k", r"timm has no tag 'foo_in1k' of resnet50.* It has .*tv_in1k"),
+        ("resnet50.tv_in1kk", r"no tag 'tv_in1kk' of resnet50. Did you mean tv_in1k\?"),
+        ("efficientnet_b5.in12k", r"no tag 'in12k' of efficientnet_b5.* It has .*sw_in12k"),
+        ("tf_efficientnet_b0_ns", r"which timm calls tf_efficientnet_b0.ns_jft_in1k now"),
+        ("resnet5", r"which timm does not have. Did you mean resnet"),
+        ("hf-hub:timm/resnet50.a1_in1k", "which timm does not have"),
+        ("local-dir:/etc", "which timm does not have"),
+        ("", "which timm does not have"),
+    ],
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        input_spec,
+        ensure_weights,
+        initial_weights_source,
+        lambda cfg: check_architecture(cfg, 3, cfg.image_size),
+    ],
+)
+def test_what_timm_does_not_have_is_said_with_what_it_has(
+    tag: str, message: str, ask: Callable[[ModelConfig], object]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(ModelConfig(name="x", timm=tag, image_size=64))
+
+
+def test_a_network_of_which_timm_has_no_weights() -> None:
+    name = next(
+        n for n in timm.list_models("resnet*") if not timm.get_pretrained_cfg(n).has_weights
+    )
+    with pytest.raises(UserError, match="timm has none of that name.*model.pretrained=false"):
+        ensure_weights(ModelConfig(name="x", timm=name, image_size=64))
+
+
 METADATA = Metadata(
     model="mobilenet_v2",
     timm="mobilenetv2_100.ra_in1k",
@@ -260,12 +300,36 @@ def test_weights_of_another_architecture_are_refused_with_both_names(tmp_path: P
         load_trained(path)
 
 
+def test_a_network_that_a_file_only_claims_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of some bytes whose metadata name a network of gigabytes."""
+    monkeypatch.setattr("ich.training.model.build_model", None)
+    monkeypatch.setattr("ich.training.model.load_file", None)
+    for tag in ("resnet50.tv_in1k", "convnext_xxlarge.clip_laion2b_soup", "eva_giant_patch14_224"):
+        claims = {"ich": replace(METADATA, timm=tag).to_json()}
+        save_file({"head.bias": torch.zeros(6)}, tmp_path / "w.safetensors", claims)
+        with pytest.raises(UserError, match=r"another network's|that timm .* does not have"):
+            load_trained(tmp_path / "w.safetensors")
+
+
+def test_tensors_of_another_type_are_refused(tmp_path: Path) -> None:
+    state = build_model(config("mobilenet_v2")).state_dict()
+    state["head.bias"] = state["head.bias"].to(torch.int64)
+    save_file(state, tmp_path / "w.safetensors", {"ich": METADATA.to_json()})
+    with pytest.raises(UserError, match=r"head.bias is \(6,\) I64 in the file and \(6,\) F32 in"):
+        load_trained(tmp_path / "w.safetensors")
+
+
 def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
     for tag in ("mobilenetv2_100.none", "nothing", "hf-hub:somebody/net"):
         claims = replace(METADATA, timm=tag)
         save(build_model(config("mobilenet_v2")), tmp_path / "w.safetensors", claims)
         with pytest.raises(UserError, match=r"a network that timm .* does not have"):
             load_trained(tmp_path / "w.safetensors")
+
+
+STRANGE_WINDOWS = [(1e300, 80), (40, 1e300), (40, 1e-300), (40, float("nan")), (40, True)]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +348,12 @@ def test_weights_of_a_network_that_timm_does_not_have(tmp_path: Path) -> None:
                 *({"cache_size": value} for value in ("128", 0)),
                 {"image_size": 10**6},
                 *({"windows": value} for value in ((), (WindowConfig("w", 40, 0),))),
+                *({"windows": (WindowConfig("w", c, w),)} for c, w in STRANGE_WINDOWS),
+                {"windows": (WindowConfig(5, 40, 80),)},  # type: ignore[arg-type]
+                {"windows": (WindowConfig("w", 40, 80),) * 65, "mean": (0,) * 65, "std": (1,) * 65},
+                *({"std": (value,) * 3} for value in (1e-30, 1e30, True)),
+                *({"mean": (value,) * 3} for value in (-1e30, "0.5", None)),
+                {"image_size": True},
                 *({"thresholds": v} for v in ({}, [0.5], METADATA.thresholds | {"a": 7.0})),
                 {"labels": ("a", "a")},
                 {"labels": ("a;b",), "thresholds": {"a;b": 0.5}},
