@@ -69,7 +69,10 @@ def _write(args: Namespace) -> int:
         terminal.say(line)
     if args.figure is not None:
         terminal.say(f"figure: {args.figure}")
-    command = shell_command("ich", "sweep", "experiment=demo", f"data.root={args.out}")
+    from ich.launch.command import mend_word  # with Hydra, for which nothing else need wait
+
+    root = mend_word(f"data.root={args.out}")
+    command = shell_command("ich", "sweep", "experiment=demo", root)
     terminal.say(f"next: {command}")
     return Status.DONE
 

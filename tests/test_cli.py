@@ -123,7 +123,7 @@ def test_every_other_command_has_help_too(name: str, capsys: Capture) -> None:
         ("sweep epohs=1", "Did you mean train.epochs?"),
         ("sweep ~modle", "has no setting modle. Did you mean model?"),
         ("sweep resnet50", "resnet50 is no key=value, .* Did you mean model=resnet50?"),
-        ("sweep a=b,c=d", """a=b,c=d cannot be read as .* quote it: 'a="b,c=d"'"""),
+        ("sweep a=b,c=d", """a=b,c=d cannot be read as .* Hydra too: ich sweep 'a="b,c=d"'"""),
         ("sweep seed=0,1", "seed=0,1 gives several values.*takes -m"),
         ("sweep train.monitor=acc", r"expected one of \[accuracy, auc, log_loss\]"),
         ("sweep train.epochs=x", "train.epochs=x does not fit: Value 'x' .* to Integer"),

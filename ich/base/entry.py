@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,7 +18,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, NoReturn
+
+# A notebook's kernel hands down a backend that only its own Python has, and with it matplotlib
+# cannot even be imported. Ours draws into files. Here, for every command imports this before
+# matplotlib, and hands the environment down to its own processes.
+os.environ["MPLBACKEND"] = "agg"
 
 
 class Status(IntEnum):
@@ -127,6 +135,11 @@ def exit_status(command: Callable[[], int]) -> int:
 def _paragraph(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return (
+            f"{error.filename} cannot be used ({error.strerror}). Give this command in a folder of "
+            f"your own, or name one that can be written where a setting or an option says where to."
+        )
     return f"a folder or file cannot be used: {error}. {keep_traceback()}"
 
 
@@ -161,6 +174,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=add_help,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, which `parse_args` calls, with `~` as the home folder."""
+        # A shell leaves it as it is after an equals sign: --cache-dir=~/x, data.root=~/scans.
+        home, words = str(Path.home()), sys.argv[1:] if args is None else args
+        whole = [re.sub(r"\A((?:-*[\w.-]+=)?)~(?=/)", lambda m: m[1] + home, w) for w in words]
+        return super().parse_known_args(whole, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with status 2."""

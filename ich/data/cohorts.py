@@ -113,7 +113,7 @@ class CohortFiles:
         with pd.read_csv(self.rows, keep_default_na=False, dtype=text, chunksize=BLOCK) as blocks:
             rows = pd.concat(blocks, ignore_index=True)
         facts = json.loads(self.facts.read_text())
-        del facts["data"]
+        facts.pop("data", None)
         return Cohort(rows, tuple(facts.pop("labels")), **facts)
 
     def data(self) -> DataIdentity | None:
@@ -245,7 +245,16 @@ class Labelled(NamedTuple):
 def _labelled(cfg: DataConfig, store: SliceStore | None) -> Labelled:
     labels = load_labels(cfg, store)
     return_memory()
-    return Labelled(build_manifest(labels, store, cfg.source), labels.names, labels.repeated)
+    try:
+        manifest = build_manifest(labels, store, cfg.source)
+    except UnicodeEncodeError as error:  # a path that no table can hold
+        assert store is not None
+        name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise UserError(
+            f"{store.root} holds bytes that are no UTF-8 in the name {name}. Rename it: "
+            f"convmv -f latin1 -t utf8 -r --notest FOLDER does so below a folder."
+        ) from None
+    return Labelled(manifest, labels.names, labels.repeated)
 
 
 def labelled_images(

@@ -9,21 +9,22 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shlex
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from enum import EnumMeta
 from io import StringIO
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +33,7 @@ from yaml import YAMLError
 import ich
 from ich.base.config import (
     CONF_DIR,
+    PATHS,
     Config,
     EvaluateConfig,
     PrepareConfig,
@@ -40,7 +42,7 @@ from ich.base.config import (
     register_schemas,
     to_dataclass,
 )
-from ich.base.entry import Parser, Status, keep_traceback, nearest
+from ich.base.entry import Parser, Status, keep_traceback, nearest, shell_command
 from ich.launch.composing import register_resolvers
 
 # The config in conf/ that each command composes, and its schema.
@@ -90,10 +92,12 @@ def run_hydra(task: Callable[[], Any], command: str, argv: Sequence[str] | None)
     Raises:
         UserError: what Hydra does not understand, and what is nearest to it.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
+    words = [_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+    _require_utf8(words)
     register_schemas()
     options(command).parse_args(words)
     try:
+        _require_whole_paths(command, words)
         with _process_as(f"ich {command}", words):
             task()
         return Status.DONE
@@ -140,6 +144,71 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
         return to_dataclass(plain, schema)
     except OmegaConfBaseException as error:
         raise UserError(f"the settings cannot be used: {_flat(error)}.") from None
+
+
+def _home(word: str) -> str:
+    """`~` as the home folder where a path begins: of a value, of several, or within quotes."""
+    home, (key, equals, value) = str(Path.home()), word.partition("=")
+    return key + equals + re.sub(r"(?:(?<=[\[,\"'])|\A)~(?=/|\Z)", lambda _: home, value)
+
+
+def _require_utf8(words: Iterable[str]) -> None:
+    """Refuses names whose bytes are no UTF-8: they can stand in no YAML, JSON or database.
+
+    Raises:
+        UserError: such a name, and how to rename it.
+    """
+    for what, name in (("the current folder", str(Path.cwd())), *(("this word", w) for w in words)):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise UserError(
+                f"{what} holds bytes that are no UTF-8: {shown}. It could stand in no record of a "
+                f"run. Rename it; convmv -f latin1 -t utf8 -r --notest FOLDER does so below a "
+                f"folder."
+            ) from None
+
+
+def mend_word(word: str) -> str:
+    """`key=value` as an override whose value Hydra reads as one text, whatever is in it."""
+    parser = OverridesParser.create()
+    key, _, value = word.partition("=")
+    # Within quotes only their own kind is escaped, and what would refer to another setting.
+    escaped = value.replace("${", r"\${")
+    for quote in ("", '"', "'"):
+        end = re.sub(r"\\+\Z", lambda m: m[0] * 2, escaped) if quote else value
+        text = f"{key}={quote}{end.replace(quote, chr(92) + quote) if quote else end}{quote}"
+        with suppress(HydraException):
+            parsed = parser.parse_override(text)
+            if not parsed.is_sweep_override() and str(parsed.value()) == value:
+                return text
+    return word
+
+
+def _mended_command(command: str, words: Sequence[str], bad: Iterable[str] = ()) -> str:
+    """The command to be pasted into a shell, with these words quoted, and what cannot be read."""
+    chosen = {*bad, *(word for word in words if "=" in word and not _is_read(word))}
+    return shell_command("ich", command, *(mend_word(w) if w in chosen else w for w in words))
+
+
+def _require_whole_paths(command: str, words: Sequence[str]) -> None:
+    """Refuses a path that is there, and that Hydra would take apart or read as a number.
+
+    Raises:
+        UserError: with the command that means the path.
+    """
+    bad = []
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in PATHS and value != "null" and os.path.lexists(value) and mend_word(word) != word:
+            bad.append(word)
+    if bad:
+        raise UserError(
+            f"{bad[0]} is a path with characters that Hydra reads in its own way (commas, blanks, "
+            f"brackets, =, or nothing but digits). Quote it for Hydra too: "
+            f"{_mended_command(command, words, bad)}"
+        )
 
 
 @contextmanager
@@ -220,12 +289,13 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
         hint = nearest(f"{group}={option}", [f"{group}={o}" for o in error.options])
         return f"there is no {group}={option}.{hint} {group} is one of {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
-        return _explain_unread(error, command)
+        return _explain_unread(error, command, words)
     # Two texts of Hydra's, of model=a,b and of lr=range(1, 3).
     if several := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'", text):
         return (
             f"{several[1]} gives several values, and so several jobs, which takes -m: "
-            f"ich {command} -m ... For one value that is a list, write key=[a,b]."
+            f"ich {command} -m ... For one value that is a list, write key=[a,b]; for one text "
+            f"with commas, quote it: {_mended_command(command, words, [several[1]])}"
         )
     override = re.search(r"Could not (?:override|delete from config\.) '(.+?)'", text)
     if override or re.match("Key '.*' (not in|is not in)", cause):
@@ -243,21 +313,28 @@ def explain(error: Exception, command: str, words: Sequence[str]) -> str:
     return f"the settings cannot be used: {said}.{more}"
 
 
-def _explain_unread(error: OverrideParseException, command: str) -> str:
+def _explain_unread(error: OverrideParseException, command: str, words: Sequence[str]) -> str:
     """Of a word that is no key=value."""
     if "=" in error.override:
-        key, _, value = error.override.partition("=")
         # As for the folder of a job, whose name has commas and equal signs.
-        quoted = shlex.quote(f'{key}="{value}"')
         return (
             f"{error.override} cannot be read as key=value ({_flat(error.message.splitlines()[0])})"
-            f". If the value is one text with commas, spaces, brackets or =, quote it: {quoted}"
+            f". If the value is one text, quote it for Hydra too: "
+            f"{_mended_command(command, words)}"
         )
     groups, _ = _names(command, ())
     choices = {option: f"{group}={option}" for group in groups for option in groups[group]}
     found = get_close_matches(error.override, choices, 1)
     hint = f" Did you mean {choices[found[0]]}?" if found else ""
     return f"{error.override} is no key=value, such as seed=1 or data=rsna.{hint}"
+
+
+def _is_read(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _explain_unknown(key: str, command: str, words: Sequence[str]) -> str:

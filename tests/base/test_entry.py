@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from ich.base.entry import (
     recorded_command,
     shell_command,
 )
+from ich.cli import COMMANDS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -52,8 +56,43 @@ def test_what_reads_like_a_full_disk_keeps_its_traceback(
     assert err.rstrip().endswith(f"the traceback is in {log}")
     assert "in command\n    raise error" in log.read_text()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    assert exit_status(raising(PermissionError(13, "Permission denied", "/x"))) == 2
+    assert exit_status(raising(OSError(28, "No space left on device"))) == 2
     assert "Nor can a log with the traceback be written." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_named(capsys: Capture, number: int) -> None:
+    assert exit_status(raising(OSError(number, os.strerror(number), "/theirs/.ich-cache"))) == 2
+    err = capsys.readouterr().err
+    wanted = f"ich: /theirs/.ich-cache cannot be used ({os.strerror(number)}). Give this command in"
+    assert err.startswith(wanted)
+    assert err.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", r"/home/a b\1")
+    parser = Parser("predict", None)
+    parser.add_argument("--cache-dir", type=Path)
+    parser.add_argument("inputs", nargs="*")
+    args = parser.parse_args(["--cache-dir=~/c", "~/scans", "data.root=~/x", "a~/b", "~user", "~"])
+    home = os.environ["HOME"]
+    assert args.cache_dir == Path(home, "c")
+    assert args.inputs == [f"{home}/scans", f"data.root={home}/x", "a~/b", "~user", "~"]
+
+
+def test_a_notebooks_backend_is_not_taken_over() -> None:
+    """Set before matplotlib is imported, and handed down to whatever a command starts."""
+    code = "import os, ich.train, matplotlib; print(matplotlib.get_backend(), os.environ['%s'])"
+    kernel = {**os.environ, "MPLBACKEND": "module://matplotlib_inline_of_nobody"}
+    command = [sys.executable, "-c", code % "MPLBACKEND"]
+    done = subprocess.run(command, env=kernel, capture_output=True, text=True)
+    assert done.stdout == "agg agg\n", done.stderr
+
+
+def test_every_command_sets_it() -> None:
+    for name in COMMANDS:
+        source = Path(import_module(f"ich.{name}").__file__ or "").read_text()
+        assert "from ich.base.entry import" in source, name
 
 
 def test_an_option_that_is_misspelt_suggests_the_nearest(capsys: Capture) -> None:

@@ -68,7 +68,11 @@ def test_a_sweeps_own_files_dates_and_places_change_nothing(
 
 
 def test_labels_names_sizes_and_settings_change_it(project: Path, key: Callable[..., str]) -> None:
-    keys = [key(), key(".", "labels.csv", "data.subset=0.5"), key(".", "labels.csv", "data=rsna")]
+    keys = [
+        key(),
+        key(".", "labels.csv", "data.subset=0.5"),
+        key(".", "labels.csv", "data.source=rsna"),
+    ]
     keys.append(key(".", "labels.csv", "protocol.seed=1"))
     with (project / "p1" / "8.dcm").open("ab") as file:
         file.write(b"\0\0")
@@ -139,7 +143,7 @@ def test_what_has_changed_is_said(project: Path, composed: Compose) -> None:
     assert describe_data_changes(config, first, second) == [
         "96 labelled files then, 95 now",
     ]
-    (project / "labels.csv").write_text((project / "labels.csv").read_text() + "\n")
+    (project / "labels.csv").write_text((project / "labels.csv").read_text() + "p0/0.dcm,p0,0\n")
     with (project / "p1" / "8.dcm").open("ab") as file:
         file.write(b"\0\0")
     third = made()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 from made_up import FIT
@@ -42,9 +43,10 @@ def launch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Callable[..., str]:
+) -> Iterator[Callable[..., str]]:
     """What a launch says of a copy of the phantom; its job has finished before."""
-    monkeypatch.setattr(preflight, "_locks", {})
+    locks: dict[Path, IO[str]] = {}
+    monkeypatch.setattr(preflight, "_locks", locks)
     shutil.copytree(phantom, tmp_path / "data")
     own = ("model=mobilenet_v2", *TINY, "tracking=none", "train.precision=fp32")
 
@@ -62,7 +64,9 @@ def launch(
         return " ".join(said.split())
 
     assert "1 to run" in launch()
-    return launch
+    yield launch
+    for handle in locks.values():
+        handle.close()
 
 
 def test_what_is_finished_stays_so_wherever_its_data_lie(
