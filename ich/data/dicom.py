@@ -19,23 +19,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydicom
 from pydicom.dataelem import RawDataElement
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
     UID,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
 )
 
 from ich.data.elements import DicomError as DicomError
 from ich.data.elements import Elements, find_elements, transfer_syntax
-from ich.data.hounsfield import HU_MAX as HU_MAX
-from ich.data.hounsfield import HU_MIN as HU_MIN
-from ich.data.hounsfield import Padding, Scale, padding_of, to_hu
+from ich.data.pixels.codecs import decode_jpeg, decode_jpeg_2000, decode_jpeg_ls, decode_rle
+from ich.data.pixels.hounsfield import HU_MAX as HU_MAX
+from ich.data.pixels.hounsfield import HU_MIN as HU_MIN
+from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -118,6 +132,25 @@ _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
 )
 _WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
 _PIXEL_DATA = Tag("PixelData")
+
+
+# Of each encoding the plug-in of pydicom that decodes it (always the same one, for another may fill
+# up what this one refuses; none for run lengths), and what makes sure that it is decoded whole.
+_CODECS = {
+    JPEGBaseline8Bit: ("pylibjpeg", decode_jpeg),
+    JPEGExtended12Bit: ("pylibjpeg", decode_jpeg),
+    JPEGLossless: ("pylibjpeg", decode_jpeg),
+    JPEGLosslessSV1: ("pylibjpeg", decode_jpeg),
+    JPEGLSLossless: ("pyjpegls", decode_jpeg_ls),
+    JPEGLSNearLossless: ("pyjpegls", decode_jpeg_ls),
+    JPEG2000Lossless: ("pylibjpeg", decode_jpeg_2000),
+    JPEG2000: ("pylibjpeg", decode_jpeg_2000),
+    HTJ2KLossless: ("pylibjpeg", decode_jpeg_2000),
+    HTJ2KLosslessRPCL: ("pylibjpeg", decode_jpeg_2000),
+    HTJ2K: ("pylibjpeg", decode_jpeg_2000),
+    RLELossless: ("", decode_rle),
+}
+_NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 
 
 class _Header(NamedTuple):
@@ -410,11 +443,12 @@ def _syntax(dataset: pydicom.Dataset) -> UID:
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         raise DicomError("the transfer syntax is missing, so the encoding of the pixels is unknown")
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise DicomError("the transfer syntax is none that is read here") from None
-    if not decoder.is_available:
+    if syntax in _NATIVE:
+        return syntax
+    if syntax not in _CODECS:
+        raise DicomError("the transfer syntax is none that is read here")
+    plugin, _ = _CODECS[syntax]
+    if plugin and plugin not in get_decoder(syntax).available_plugins:
         raise DicomError(
             f"{syntax.name} needs a decoder that is not installed: pip install 'ich[codecs]'"
         )
@@ -432,46 +466,39 @@ def _uncompressed(elements: Elements, header: _Header, data: bytes) -> np.ndarra
         )
     kind = "<i2" if header.scale.signed else "<u2"
     stored = np.frombuffer(data, kind, count, elements.start)
+    return _without_unused_bits(stored, header).reshape(header.rows, header.columns)
+
+
+def _without_unused_bits(stored: np.ndarray, header: _Header) -> np.ndarray:
     # What stands above the highest bit is not said (PS3.5 8.1.1): the sign, an overlay, anything.
     if unused := 16 - header.scale.bits:
-        stored = stored << unused >> unused
-    return stored.reshape(header.rows, header.columns)
+        return stored << unused >> unused
+    return stored
 
 
 def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
     """Pixel data in any other encoding, by pydicom and its plug-ins."""
+    decoder, shape = get_decoder(header.syntax), (header.rows, header.columns)
     try:
         if header.syntax.is_encapsulated:
+            plugin, decode_whole = _CODECS[header.syntax]
             table = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
             offsets = table if all(table) else None
             frame = get_frame(dataset.PixelData, 0, number_of_frames=1, extended_offsets=offsets)
-            size = _stream_size(frame)
-            if size not in (None, (header.rows, header.columns)):
-                # Checked first, because a plug-in allocates what the stream asks for.
-                raise RuntimeError(f"a stream of {size} pixels, not {header.rows, header.columns}")
-        stored: np.ndarray = get_decoder(header.syntax).as_array(dataset, index=0)[0]
+
+            def decode(stream: bytes) -> np.ndarray:
+                dataset.PixelData = encapsulate([stream])
+                stored: np.ndarray = decoder.as_array(dataset, index=0, decoding_plugin=plugin)[0]
+                return stored
+
+            stored = decode_whole(frame, shape, decode)
+        else:
+            stored = decoder.as_array(dataset, index=0)[0]
         # Of 8 bits in 16 some decoders return single bytes.
-        return stored.astype(np.int16 if header.scale.signed else np.uint16, copy=False)
+        stored = stored.astype(np.int16 if header.scale.signed else np.uint16, copy=False)
+        return _without_unused_bits(stored, header)
     except Exception as error:  # decoder plug-ins raise their own types
         # Only decoding itself raises this one; the text of others can quote any element.
         plain = isinstance(error, RuntimeError)
         text = " ".join(str(error).split())[:200] if plain else type(error).__name__
         raise DicomError(f"pixel data cannot be decoded: {text}") from None
-
-
-def _stream_size(frame: bytes) -> tuple[int, int] | None:
-    """(height, width) that a JPEG, JPEG-LS or JPEG 2000 stream declares; None of others."""
-    if frame[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SOC, then SIZ (ISO 15444-1 A.5.1)
-        x1, y1, x0, y0 = (int.from_bytes(frame[i : i + 4]) for i in (8, 12, 16, 20))
-        return y1 - y0, x1 - x0
-    if frame[:2] != b"\xff\xd8":
-        return None
-    start = 2
-    while frame[start : start + 1] == b"\xff" and start + 9 <= len(frame):  # to the frame header
-        marker = frame[start + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            height, width = frame[start + 5 : start + 7], frame[start + 7 : start + 9]
-            return int.from_bytes(height), int.from_bytes(width)
-        fill = marker == 0xFF  # any number of these may come before a marker
-        start += 1 if fill else 2 + int.from_bytes(frame[start + 2 : start + 4])
-    raise RuntimeError("no frame header in the JPEG stream")

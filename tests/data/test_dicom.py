@@ -28,10 +28,11 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from ich.data import dicom, hounsfield
+from ich.data import dicom
 from ich.data.dicom import DicomError, read_hu, read_keys, read_slice
 from ich.data.elements import find_elements
-from ich.data.hounsfield import unwrap_12bit
+from ich.data.pixels import hounsfield
+from ich.data.pixels.hounsfield import unwrap_12bit
 
 
 def raw_element(data: bytes, keyword: str, old: bytes, new: bytes) -> bytes:
@@ -593,11 +594,17 @@ def test_a_missing_decoder_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     ("syntax", "stream", "message"),
     [
         # A frame header of 60,000 x 60,000 after a fill byte and a comment.
-        (JPEGLosslessSV1, "ffd8 ffff fe0004 abcd ffc3 000b 10 ea60 ea60 01 01 11 00", "60000"),
-        (JPEGLSLossless, "ffd8 fff7 000b 10 ea60 ea60 01 01 11 00", "60000"),
-        (JPEG2000Lossless, "ff4f ff51 0029 0000 0000ea60 0000ea60 00000000 00000000", "60000"),
+        (JPEGLosslessSV1, "ffd8 ffff fe0004 abcd ffc3 000b 10 ea60 ea60 01 01 11 00 ffd9", "60000"),
+        (JPEGLSLossless, "ffd8 fff7 000b 10 ea60 ea60 01 01 11 00 ffd9", "60000"),
+        (JPEG2000Lossless, "ff4f ff51 0029 0000 0000ea60 0000ea60 00000000 00000000 ffd9", "60000"),
+        # The same in a JP2 file.
+        (
+            JPEG2000Lossless,
+            "0000000c 6a502020 ff4f ff51 0029 0000 0000ea60 0000ea60 00000000 00000000 ffd9",
+            "60000",
+        ),
         (JPEGLosslessSV1, "ffd8 ffd9", "no frame header"),
-        (JPEGLosslessSV1, "ffd8 ffff", "no frame header"),
+        (JPEGLosslessSV1, "ffd8 ffff ffd9", "no frame header"),
         (JPEGLSLossless, "00000000", "cannot be decoded"),
     ],
 )
