@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import multiprocessing
 import re
@@ -19,8 +20,10 @@ import pytest
 from scipy.ndimage import binary_erosion, uniform_filter
 
 import ich
+from ich.base.config import DataConfig, PhantomConfig, Source, UserError
+from ich.data.cohorts import find_store
 from ich.data.phantom import anatomy, bleeds, rendering, spec, tissue
-from ich.data.phantom.files import ensure_phantom, write_phantom
+from ich.data.phantom.files import write_phantom
 from ich.data.phantom.rendering import simulate_study
 from ich.data.phantom.spec import SUBTYPES, PhantomSlice, PhantomSpec
 from ich.phantom import main
@@ -314,7 +317,7 @@ def test_the_csv_is_rsnas(written: Path) -> None:
 def test_an_equal_phantom_is_left_alone(written: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in written.rglob("*")}
     assert write_phantom(written, SMALL, workers=1) == written
-    assert ensure_phantom(written, SMALL) == written
+    assert write_phantom(written, SMALL) == written
     assert {p: p.stat().st_mtime_ns for p in written.rglob("*")} == before
 
 
@@ -326,7 +329,7 @@ def test_another_phantom_is_refused(written: Path) -> None:
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is no phantom"):
-        ensure_phantom(tmp_path, SMALL)
+        write_phantom(tmp_path, SMALL)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -345,16 +348,48 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_has_left_is_taken_away(tmp_path: Path) -> None:
+    left = tmp_path / ".out.part" / "stage_2_train"
+    left.mkdir(parents=True)
+    (left / "ID_of_another.dcm").write_bytes(b"x")
+    (left.parent / "phantom.json").write_text("{")
+    write_phantom(tmp_path / "out", replace(SMALL, patients=1), workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    names = {p.name for p in (tmp_path / "out").rglob("*")}
+    assert "phantom.json" in names
+    assert not names & {".lock", "ID_of_another.dcm"}
+
+
+def test_a_full_disk_is_a_paragraph_that_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ich.data.phantom.files._save", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    out = tmp_path / "here" / "out"
+    assert main([str(out), "--patients", "1", "--size", "64", "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"No space left on device: '{out}'" in error
+    assert error.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+    data = DataConfig(Source.phantom, cache_dir=str(tmp_path / "cache"))
+    data.phantom = PhantomConfig(1, 0, 64, 0.7)
+    with pytest.raises(UserError, match="the phantom of data.phantom cannot be made: .*No space"):
+        find_store(data)
+
+
 def test_two_processes_at_once_build_once(tmp_path: Path) -> None:
     spec = replace(SMALL, patients=1)
     context = multiprocessing.get_context("spawn")
-    pool = [context.Process(target=ensure_phantom, args=(tmp_path / "out", spec)) for _ in range(2)]
+    pool = [context.Process(target=write_phantom, args=(tmp_path / "out", spec)) for _ in range(2)]
     for process in pool:
         process.start()
     for process in pool:
         process.join(60)
     assert [process.exitcode for process in pool] == [0, 0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 # --- settings and command ----------------------------------------------------------------------

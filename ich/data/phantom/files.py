@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pydicom
@@ -17,7 +19,7 @@ import pydicom.config
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from ich.base.files import lock
+from ich.base.files import naming, read_json
 from ich.base.progress import ProgressCallback
 from ich.base.workers import available_cores, run_parallel
 from ich.data.phantom.anatomy import Scanner
@@ -112,9 +114,9 @@ def _is_built(out: Path, spec: PhantomSpec) -> bool:
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        description = json.loads((out / "phantom.json").read_text(encoding="utf-8"))
-        description = {k: description[k] for k in _describe(spec)}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(out / "phantom.json")
+        description = {k: found[k] for k in _describe(spec)}
+    except (OSError, KeyError):
         raise FileExistsError(
             f"{out} exists and is no phantom (it has no readable phantom.json): nothing was"
             " written. Choose another folder."
@@ -146,7 +148,8 @@ def write_phantom(
 ) -> Path:
     """Write the phantom in the RSNA layout: all of it or nothing. Returns `out`.
 
-    An equal phantom at `out` is left as it is; anything else there is a FileExistsError.
+    An equal phantom at `out` is left as it is; anything else there is a FileExistsError. Of two
+    processes one builds, and the other waits.
     """
     out = Path(out)
     if workers is not None:
@@ -154,31 +157,59 @@ def write_phantom(
     if _is_built(out, spec):
         return out
     _make_parent(out)
-    # Beside `out`, so that the rename stays on one file system and is atomic.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        images = temporary / "stage_2_train"
+    with naming(out), _building(out) as folder:
+        if _is_built(out, spec):  # by another process, that was waited for
+            return out
+        images = folder / "stage_2_train"
         images.mkdir()
         count = min(workers or available_cores(), spec.patients)
         rows = _write_studies(spec, images, count, progress)
-        _write_labels(temporary / "stage_2_train.csv", rows)
+        _write_labels(folder / "stage_2_train.csv", rows)
         description = json.dumps({**_describe(spec), "slices": len(rows)}, indent=2) + "\n"
-        (temporary / "phantom.json").write_text(description, encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        temporary.rename(out)
-    except OSError:
-        if not _is_built(out, spec):  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "phantom.json").write_text(description, encoding="utf-8")
+        folder.rename(out)
     return out
 
 
-def ensure_phantom(out: Path, spec: PhantomSpec, progress: ProgressCallback | None = None) -> Path:
-    """The phantom at `out`, made at first use; of two processes one builds, the other waits."""
-    out = Path(out)
-    if _is_built(out, spec):
-        return out
-    _make_parent(out)
-    with lock(out.parent / f".{out.name}.lock"):
-        return write_phantom(out, spec, progress=progress)
+_LOCK = ".lock"
+
+
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, but for its lock, to be renamed, which is atomic; of two
+    processes the second waits.
+
+    Of one name: whoever builds next takes away what a killed process has left.
+    """
+    folder = out.parent / f".{out.name}.part"
+    while (handle := _locked(folder)) is None:
+        pass
+    with handle:
+        for left in folder.iterdir():
+            if left.name != _LOCK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield folder
+        finally:
+            if _holds(handle, folder):  # it was not renamed
+                shutil.rmtree(folder, ignore_errors=True)
+        (out / _LOCK).unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    """Makes a folder and holds the lock in it; None if it was renamed or removed meanwhile."""
+    folder.mkdir(exist_ok=True)
+    try:
+        handle = (folder / _LOCK).open("w")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    if _holds(handle, folder):
+        return handle
+    handle.close()
+    return None
+
+
+def _holds(handle: IO[str], folder: Path) -> bool:
+    lock = folder / _LOCK
+    return lock.exists() and os.path.samestat(os.fstat(handle.fileno()), lock.stat())
