@@ -35,7 +35,7 @@ def parser() -> Parser:
         nargs="*",
         metavar="KEY=PATH",
         help="where its data or weights lie now: data.root, data.labels, data.metadata or "
-        "model.weights",
+        "model.weights; or where slices are, or are made: data.cache_dir (default: .ich-cache)",
     )
     parser.add_argument(
         "--tolerance",

@@ -12,6 +12,7 @@ became of single jobs, there is a comparison with intervals (`ich.report`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import hydra
@@ -20,8 +21,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ich.base.config import CONF_DIR, RESAMPLES, Config
-from ich.base.entry import Status, end_on_signals, exit_status, is_interrupt
+from ich.base.entry import (
+    Status,
+    end_on_signals,
+    exit_status,
+    is_interrupt,
+    keep_traceback,
+    printable,
+    shell_command,
+)
 from ich.base.memory import importing, leave
+from ich.base.results import SweepPaths
 from ich.launch import steps
 from ich.launch.command import carrying, run_hydra, typed
 from ich.launch.composing import register_resolvers
@@ -45,7 +55,8 @@ def train_one(cfg: DictConfig) -> float | None:
 
 
 def close(interrupted: bool) -> bool:
-    """Writes the tables of what this process launched; True if every job finished."""
+    """Writes the tables of what this process launched; True if every job finished, and they are
+    written."""
     all_ok = True
     while steps.launched:
         with importing():  # they take seconds, which a mistake in an override need not wait for
@@ -54,11 +65,23 @@ def close(interrupted: bool) -> bool:
 
         sweep = steps.launched.pop(0)
         ok = all(r.is_finished for r in sweep.read_results())
-        compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
+        try:
+            compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
+        except Exception as error:  # MLflow shall have the jobs all the same
+            all_ok = False
+            print(printable(_not_written(sweep, error)), file=sys.stderr)
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
         close_sweep_run(sweep, status, _PATIENCE_INTERRUPTED if interrupted else None)
         all_ok &= ok
     return all_ok
+
+
+def _not_written(sweep: SweepPaths, error: Exception) -> str:
+    why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return (
+        f"ich: the comparison of {sweep.root} could not be written ({why}). Its jobs are whole: "
+        f"{shell_command('ich', 'report', sweep.root)} makes it again. {keep_traceback()}"
+    )
 
 
 def sweep(argv: Sequence[str] | None) -> int:

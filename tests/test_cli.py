@@ -119,6 +119,8 @@ def test_every_other_command_has_help_too(name: str, capsys: Capture) -> None:
         ("sweep -m hydra.launcher=local", "chosen with a slash: hydra/launcher=local"),
         ("sweep -m hydra/launcher=ich_slurm hydra.launcher.partion=x", "hydra.launcher.partition?"),
         ("sweep optimizer.lrr=1", "has no setting optimizer.lrr. Did you mean optimizer.lr?"),
+        ("sweep +optimizer.foo=1", "Key 'foo' not in 'OptimizerConfig'"),
+        ("sweep -m +optimizer.foo=1 seed=0,1", "Key 'foo' not in 'OptimizerConfig'"),
         ("sweep lr=1", "Did you mean optimizer.lr?"),
         ("sweep epohs=1", "Did you mean train.epochs?"),
         ("sweep ~modle", "has no setting modle. Did you mean model?"),

@@ -300,7 +300,7 @@ def test_tables_and_pictures_of_the_docs_are_those_of_the_committed_results() ->
 
 
 # What is said to a user of a mistake, or of a file that cannot be used.
-SAID = {"UserError", "BrokenArchive", "DicomError", "Unreadable"}
+SAID = {"UserError", "BrokenArchive", "DicomError", "Unreadable", "DamagedError"}
 VALUE = "\0"
 
 

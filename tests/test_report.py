@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from ich.base.config import Config, UserError
 from ich.base.results import SweepPaths
+from ich.launch import steps
 from ich.pages.columns import best_cells
 from ich.pages.description import without_paths
 from ich.pages.figures import pareto_front
@@ -27,6 +28,7 @@ from ich.report import main
 from ich.scoring.comparison import RANKING_METRIC, load_comparison
 from ich.scoring.effects import compute_effects
 from ich.scoring.findings import REPORT_TABLE_2
+from ich.sweep import close
 from ich.tracking.registry import promote
 from ich.tracking.sweep_run import close_in_this_process
 
@@ -202,15 +204,15 @@ def test_the_page_holds_every_section_and_fetches_nothing(
 
 
 def test_a_page_that_cannot_be_made_costs_no_table(
-    three: SweepPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    three: SweepPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise ValueError("no figure today")
 
     monkeypatch.setattr("ich.pages.comparison_page.figures.draw_all", broken)
-    compare(three, resamples=0)
+    with pytest.raises(ValueError, match="no figure today"):
+        compare(three, resamples=0)
     assert three.csv.exists()
-    assert "no figure today" in caplog.text
 
 
 def test_a_finished_sweep_is_rebuilt_alike(three: SweepPaths) -> None:
@@ -355,6 +357,117 @@ def test_runs_without_predictions_still_have_their_table(three: SweepPaths) -> N
     table = compare(three)
     assert table["auc"].notna().sum() == 4
     assert "no run has predictions that can be read" in three.markdown.read_text()
+
+
+def nul(data: bytes) -> bytes:
+    return b"\0" * len(data)
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def garbage(data: bytes) -> bytes:
+    return bytes(b ^ 0xA5 for b in data)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "metrics.jsonl", "predictions.npz"])
+def test_a_damaged_file_costs_its_own_run_alone_and_is_named(
+    three: SweepPaths, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load_comparison([three], 0).runs
+    paths = [three.run(job).root / name for job in ("resnet50", "vgg16")]
+    for path, damage in zip(paths, (nul, cut), strict=True):
+        path.write_bytes(damage(path.read_bytes()))
+    table = compare(three, resamples=0, page=name == "metrics.jsonl").set_index("job")
+    for run in expected:
+        row = table.loc[run.name]
+        if name == "result.json" and run.name != "xception":
+            assert (row["status"], row["reason"]) == ("failed", "result.json is damaged")
+        else:
+            assert row["auc"] == run.fit.scores["auc"]
+    if name not in ("result.json", "metrics.jsonl"):
+        assert all(str(path) in caplog.text for path in paths[:1])
+
+
+@pytest.mark.parametrize("damage", [nul, cut, garbage])
+def test_a_damaged_record_has_a_row_for_each_folder(
+    three: SweepPaths, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    three.record.write_bytes(damage(three.record.read_bytes()))
+    table = compare(three, resamples=0, page=False)
+    assert {"resnet50", "vgg16", "xception"} <= {*table["job"]}
+    assert f"{three.record} is damaged" in caplog.text
+
+
+def test_a_secret_of_this_machine_gets_into_no_page(
+    tmp_path: Path, composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `${oc.env:...}` in the folder of somebody else."""
+    monkeypatch.setenv("ICH_SECRET", "a-secret-of-this-machine")
+    sweep = write_sweep(tmp_path / "s", {"vgg16": 1.0}, composed)
+    for path in (sweep.run("vgg16").config, sweep.record):
+        text = path.read_text()
+        assert "phantom" in text
+        path.write_text(text.replace("phantom", "${oc.env:ICH_SECRET}"))
+    compare(sweep, resamples=0)
+    pages = [p for p in sweep.root.rglob("*") if p.suffix in (".html", ".md", ".csv", ".tex")]
+    assert len(pages) == 5
+    for path in pages:
+        assert "a-secret" not in path.read_text()
+
+
+def test_a_damaged_record_without_any_run_is_no_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="holds no sweep"):
+        compare(SweepPaths(tmp_path))
+
+
+def test_intervals_that_cannot_be_computed_again_are_kept(
+    three: SweepPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = compare(three, resamples=10, page=False).set_index("job")
+    three.page.write_text("a page")
+    three.run("vgg16").predictions.unlink()
+    table = compare(three, resamples=10, page=False).set_index("job")
+    assert pd.isna(table.loc["vgg16", "auc_low"])
+    kept = SweepPaths(three.root / "superseded" / "report.1")
+    earlier = pd.read_csv(kept.csv).set_index("job")
+    assert earlier.loc["vgg16", "auc_low"] == pytest.approx(before.loc["vgg16", "auc_low"])
+    assert kept.page.read_text() == "a page"
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The predictions of vgg16 are gone or damaged, so there are no intervals" in out
+    assert f"which has them, is kept in {kept.root}." in out
+    compare(three, resamples=0, page=False)  # nothing more is lost, so nothing more is kept
+    assert [p.name for p in kept.root.parent.iterdir()] == ["report.1"]
+
+
+def test_a_page_that_cannot_be_written_is_named_and_not_offered(
+    three: SweepPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three.page.mkdir(parents=True)
+    assert main([str(three.root), "--resamples", "0"]) == 2
+    out, err = capsys.readouterr()
+    assert str(three.page) in err
+    assert err.count("\n") == 1
+    assert "open report.html" not in out
+    assert three.csv.exists()
+
+
+def test_a_sweep_whose_tables_cannot_be_written_says_so_in_a_paragraph(
+    three: SweepPaths, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    monkeypatch.setattr("ich.tracking.sweep_run.close_sweep_run", lambda *a: closed.append(a[1]))
+    monkeypatch.setattr(steps, "launched", [three])
+    three.csv.mkdir()
+    assert close(interrupted=False) is False
+    err = capsys.readouterr().err
+    assert f"the comparison of {three.root} could not be written (" in err
+    assert str(three.csv) in err
+    assert f"ich report {three.root} makes it again" in err
+    assert err.count("\n") == 1
+    assert closed == ["FINISHED"]
 
 
 def test_a_finished_run_without_its_config_costs_nothing_else(three: SweepPaths) -> None:

@@ -567,7 +567,7 @@ def test_other_initial_weights_are_refused_with_both_digests(
 def test_a_record_with_holes_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
     config, origin = run.config.read_text(), run.origin.read_text()
     run.config.write_text(config + "learning: fast\n")
-    assert "is not of this version of ich (Key 'learning'" in refused(capsys, run.root)
+    assert "is damaged or of another version of ich (Key 'learning'" in refused(capsys, run.root)
     run.config.write_text(config)
     run.origin.unlink()
     assert "has no origin.json that tells which data" in refused(capsys, run.root)

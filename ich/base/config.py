@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import ich
+from ich.base.files import DamagedError, read_yaml, require_plain
 from ich.base.ranges import (
     AT_LEAST_1,
     AT_LEAST_1_OR_NULL,
@@ -441,8 +443,40 @@ def to_dataclass(cfg: DictConfig | dict[str, Any], schema: type[Schema] = Config
 
 
 def load_config(path: Path) -> Config:
-    """The config of a job that was saved as `to_yaml` has it."""
-    return to_dataclass(OmegaConf.load(path))  # type: ignore[arg-type]
+    """The config of a job that was saved as `to_yaml` has it.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        DamagedError: see `saved_config` and `ich.base.files.read_yaml`.
+    """
+    return saved_config(read_yaml(path), str(path))
+
+
+def saved_config(values: dict[str, Any], where: str) -> Config:
+    """A config as a record holds it: data, in which nothing is looked up.
+
+    Args:
+        values: plain values.
+        where: they stand, for a message.
+
+    Raises:
+        DamagedError: they are no config of this version of ich.
+    """
+    try:
+        require_plain(values)
+        return to_dataclass(values)
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedError(
+            f"{where} is damaged or of another version of ich ({reason[:200]})"
+        ) from None
+
+
+def select_value(values: object, key: str) -> Any:
+    """A value of nested dicts by its dotted key, None if it is not there."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def to_yaml(config: Config) -> str:

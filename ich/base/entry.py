@@ -133,7 +133,9 @@ def exit_status(command: Callable[[], int]) -> int:
 
 
 def _paragraph(error: Exception) -> str:
-    if not isinstance(error, OSError):
+    from ich.base.files import DamagedError
+
+    if isinstance(error, DamagedError) or not isinstance(error, OSError):
         return str(error)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return (

@@ -1,34 +1,91 @@
 """What the JSON files of a run and of its sweep say: a type for each, its one reader and writer.
 
 `from_json` takes what every version of ich has written: a key that came later has a default, and
-one that is not known, since it is of another version, is left out. `to_json` is what goes into the
-file. Undefined numbers (an AUC without both classes) are NaN in memory and null in a file, and come
-back from there as None.
+one that is not known, since it is of another version, is left out. No value is taken that is not of
+its field's type: where it only helps it counts as missing, elsewhere it is a ValueError. `to_json`
+is what goes into the file. Undefined numbers (an AUC without both classes) are NaN in memory and
+null in a file, and come back from there as None.
 """
 
 from __future__ import annotations
 
+import re
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 FINISHED, FAILED, KILLED, NOT_STARTED = "finished", "failed", "killed", "not started"
 
 Json = dict[str, Any]  # an object of a JSON file, as parsed
 Scores = Mapping[str, float | None]  # metric -> value, None where it is undefined
-T = TypeVar("T")
 
 
-def _known(kind: type[T], values: Json) -> Json:
-    """The entries that are fields of a dataclass."""
+@lru_cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _taken(kind: type, values: Json, strict: bool = False) -> Json:
+    """The entries that are fields of a dataclass, each of its field's type.
+
+    Raises:
+        ValueError: `strict`, and one is of another type.
+    """
+    taken = {}
     # A key of a later version must not keep this one from reading the rest.
-    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    return {k: v for k, v in values.items() if k in names}
+    for name, hint in _hints(kind).items():
+        if name in values:
+            try:
+                taken[name] = _typed(values[name], hint)
+            except ValueError:
+                if strict:
+                    raise ValueError(f"{name} is {values[name]!r}") from None
+    return taken
 
 
-def _texts(values: Json, *keys: str) -> dict[str, str]:
-    """The entries that are texts: a null, or what else stands there, counts as missing."""
-    return {k: v for k in keys if isinstance(v := values.get(k), str)}
+def _typed(value: Any, hint: Any) -> Any:
+    """A value as JSON has it, as a type of plain values has it: lists become tuples.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    kind, args = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        for one in args:
+            try:
+                return _typed(value, one)
+            except ValueError:
+                continue
+    elif kind is tuple and isinstance(value, list):
+        return tuple(_typed(v, args[0]) for v in value)
+    elif kind in (dict, Mapping) and isinstance(value, dict):
+        return {k: _typed(v, args[1]) for k, v in value.items()}
+    elif type(value) is int:
+        # An int of 400 digits is no number that could be computed with. Of True the type is bool.
+        if hint in (int, float, Any) and abs(value) < 1 << 63:
+            return value
+    elif hint is Any or type(value) is hint:
+        return value
+    raise ValueError(f"{value!r} is of another type")
+
+
+def _object(values: Json, key: str) -> Json:
+    """An object within another, empty where none stands there."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(values: Json, key: str) -> dict[str, Json]:
+    """The objects within an object within another."""
+    return {k: v for k, v in _object(values, key).items() if isinstance(v, dict)}
+
+
+def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that are names of jobs and cohorts, which lead out of no folder."""
+    return tuple(n for n in names if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+ -]{,250}", n))
 
 
 @dataclass(frozen=True)
@@ -43,9 +100,8 @@ class ComputeMode:
     @classmethod
     def from_json(cls, values: object) -> ComputeMode | None:
         """None where nothing has been settled."""
-        if not isinstance(values, dict) or not {"precision", "layout"} <= values.keys():
-            return None
-        return cls(**_texts(values, "precision", "layout", "processor"))
+        taken = _taken(cls, values) if isinstance(values, dict) else {}
+        return cls(**taken) if {"precision", "layout"} <= taken.keys() else None
 
 
 @dataclass(frozen=True)
@@ -60,8 +116,8 @@ class Origin:
 
     @classmethod
     def from_json(cls, values: Json) -> Origin:
-        texts = _texts(values, "cohort", "weights", "code")
-        return cls(**texts, mode=ComputeMode.from_json(values.get("mode")))
+        mode = ComputeMode.from_json(values.get("mode"))
+        return cls(**_taken(cls, values) | {"mode": mode})
 
     def to_json(self) -> Json:
         # What is not known is left out, as before its mode is settled, and not written as empty.
@@ -79,7 +135,7 @@ class TrackingState:
 
     @classmethod
     def from_json(cls, values: Json) -> TrackingState:
-        return cls(complete=values.get("complete"), **_texts(values, "mlflow_run", "supersedes"))
+        return cls(**_taken(cls, values))
 
     def to_json(self) -> Json:
         return {k: v for k, v in asdict(self).items() if v is not None}
@@ -104,11 +160,6 @@ class Hardware:
     system: str = ""
     gpus: tuple[str, ...] = ()
 
-    @classmethod
-    def from_json(cls, values: Json) -> Hardware:
-        # JSON has no tuples.
-        return cls(**_known(cls, values) | {"gpus": tuple(values.get("gpus", ()))})
-
 
 @dataclass(frozen=True)
 class Provenance:
@@ -129,12 +180,13 @@ class Provenance:
 
     @classmethod
     def from_json(cls, values: Json) -> Provenance:
-        git, machine = values.get("git"), values.get("hardware")
+        git, machine = (_object(values, key) for key in ("git", "hardware"))
         return cls(
-            **_texts(values, "code"),
-            git=GitState(**_known(GitState, git)) if git else None,
-            versions=values.get("versions", {}),
-            hardware=Hardware.from_json(machine) if machine else None,
+            **_taken(cls, values)
+            | {
+                "git": GitState(**_taken(GitState, git)) if git else None,
+                "hardware": Hardware(**_taken(Hardware, machine)) if machine else None,
+            }
         )
 
     def to_json(self) -> Json:
@@ -165,16 +217,21 @@ class SweepRecord:
 
     @classmethod
     def from_json(cls, values: Json) -> SweepRecord:
-        modes = {k: ComputeMode.from_json(v) for k, v in values.get("modes", {}).items()}
+        taken = _taken(cls, values)
+        modes = {k: ComputeMode.from_json(v) for k, v in _object(values, "modes").items()}
+        origins, configs = _objects(values, "origins"), _objects(values, "configs")
         return cls(
-            **_texts(values, "name", "mlflow_run", "started", "command"),
-            jobs=tuple(values.get("jobs", ())),
-            cohorts=tuple(values.get("cohorts", ())),
-            # One that cannot be read is as one that has not been timed.
-            modes={k: mode for k, mode in modes.items() if mode},
-            origins={k: Origin.from_json(v) for k, v in values.get("origins", {}).items()},
-            configs=values.get("configs", {}),
-            provenance=Provenance.from_json(values.get("provenance", {})),
+            **taken
+            | {
+                # They name folders, from which files are read and copied.
+                "jobs": _plain_names(taken.get("jobs", ())),
+                "cohorts": _plain_names(taken.get("cohorts", ())),
+                # One that cannot be read is as one that has not been timed.
+                "modes": {k: mode for k, mode in modes.items() if mode},
+                "origins": {k: Origin.from_json(v) for k, v in origins.items()},
+                "configs": configs,
+                "provenance": Provenance.from_json(_object(values, "provenance")),
+            }
         )
 
     def to_json(self) -> Json:
@@ -208,12 +265,19 @@ class CohortSummary:
 
     @classmethod
     def from_json(cls, values: Json) -> CohortSummary:
-        # Steps lie flat beside the fields, as the first version wrote them.
-        own = _known(cls, values)
+        """
+        Raises:
+            ValueError: it lacks what every version has written, or that is of another type.
+        """
         # The first version had no test set, and audited images alone.
         earlier: Json = {"scored": "val", "leak": {"image": values.get("leak_images")}}
-        steps = {k: n for k, n in values.items() if k not in own and isinstance(n, int)}
-        return cls(**earlier | own | {"steps": steps})
+        own = earlier | {k: v for k, v in values.items() if k in _hints(cls)}  # type: ignore[arg-type]
+        # Steps lie flat beside the fields, as the first version wrote them.
+        own["steps"] = {k: n for k, n in values.items() if k not in own and type(n) is int}
+        taken = _taken(cls, own, strict=True)
+        if "rates" not in taken or "images" not in taken["steps"]:
+            raise ValueError("its cohort lacks its counts")
+        return cls(**taken)
 
     def to_json(self) -> Json:
         values = asdict(self)
@@ -258,25 +322,23 @@ class FitResult:
         """Whatever number is not a field is a score: their names depend on the labels.
 
         Raises:
-            TypeError, KeyError, AttributeError: it lacks what every version has written.
+            ValueError: it lacks what every version has written, or that is of another type.
         """
-        own, validation = _known(cls, values), "val_"
+        validation, cohort = "val_", CohortSummary.from_json(_object(values, "cohort"))
         # The rest are also texts, as the job's name, or the MLflow run in the first version.
-        numbers = {k: v for k, v in values.items() if v is None or isinstance(v, int | float)}
-        scores = {k: v for k, v in numbers.items() if k not in own}
-        return cls(
-            **own
-            | {
-                "scores": {k: v for k, v in scores.items() if not k.startswith(validation)},
-                "val_scores": {
-                    k.removeprefix(validation): v
-                    for k, v in scores.items()
-                    if k.startswith(validation)
-                },
-                "labels": tuple(values.get("labels", ())),
-                "cohort": CohortSummary.from_json(values["cohort"]),
-            }
-        )
+        numbers = {k: v for k, v in values.items() if v is None or type(v) in (int, float)}
+        scores = {k: v for k, v in numbers.items() if k not in _hints(cls)}  # type: ignore[arg-type]
+        own = {k: v for k, v in values.items() if k != "cohort"} | {
+            "scores": {k: v for k, v in scores.items() if not k.startswith(validation)},
+            "val_scores": {
+                k.removeprefix(validation): v for k, v in scores.items() if k.startswith(validation)
+            },
+        }
+        taken = _taken(cls, own, strict=True) | {"cohort": cohort}
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        if missing := needed - taken.keys() or {"accuracy", "auc"} - taken["scores"].keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return cls(**taken)
 
     def to_json(self) -> Json:
         own = {k: v for k, v in asdict(self).items() if k not in ("scores", "val_scores")}
@@ -304,11 +366,15 @@ class RunResult:
     def from_json(cls, values: Json) -> RunResult:
         """
         Raises:
-            TypeError, KeyError, AttributeError: it lacks what every version has written.
+            ValueError: it lacks what every version has written, or that is of another type.
         """
+        status = values.get("status")
+        if status not in (FINISHED, FAILED, KILLED, NOT_STARTED):
+            raise ValueError(f"status is {status!r}")
         # Numbers beside another status are of no finished training, whatever they look like.
-        fit = FitResult.from_json(values) if values["status"] == FINISHED else None
-        return cls(**_texts(values, "status", "reason", "job", "model"), fit=fit)
+        fit = FitResult.from_json(values) if status == FINISHED else None
+        texts = {k: v for k, v in values.items() if k != "fit"}
+        return cls(**_taken(cls, texts) | {"fit": fit})
 
     def to_json(self) -> Json:
         own = {"job": self.job, "model": self.model, "status": self.status, "reason": self.reason}
@@ -325,8 +391,15 @@ class EpochMetrics:
 
     @classmethod
     def from_json(cls, values: Json) -> EpochMetrics:
-        metrics = dict(values)
-        return cls(metrics.pop("step"), metrics.pop("time"), metrics)
+        """
+        Raises:
+            ValueError: it has no epoch and time, or a metric is no number.
+        """
+        metrics = {k: v for k, v in values.items() if k not in ("step", "time")}
+        taken = _taken(cls, values | {"metrics": metrics}, strict=True)
+        if not {"step", "time"} <= taken.keys() or taken["step"] < 1:
+            raise ValueError("it is of no epoch")
+        return cls(**taken)
 
     def to_json(self) -> Json:
         return {"step": self.step, "time": self.time, **self.metrics}
@@ -342,3 +415,14 @@ class JobProgress:
     epochs: int
     step: int
     steps: int
+
+    @classmethod
+    def from_json(cls, values: Json) -> JobProgress:
+        """
+        Raises:
+            ValueError: it does not say where a training is.
+        """
+        taken = _taken(cls, values, strict=True)
+        if len(taken) < len(fields(cls)) or min(taken["epochs"], taken["steps"]) < 1:
+            raise ValueError("it says nothing")
+        return cls(**taken)

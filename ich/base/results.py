@@ -5,20 +5,26 @@ What the JSON files say is in `ich.base.records`.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from itertools import count
 from pathlib import Path
 
-from omegaconf.errors import OmegaConfBaseException
-
-from ich.base.config import Config, load_config
-from ich.base.files import write_json
+from ich.base.config import Config, load_config, select_value, to_yaml
+from ich.base.files import (
+    DamagedError,
+    read_json,
+    read_json_lines,
+    read_yaml,
+    tell_damaged,
+    write_json,
+    write_text,
+)
 from ich.base.naming import identity
 from ich.base.records import (
     FAILED,
+    KILLED,
     NOT_STARTED,
     EpochMetrics,
     JobProgress,
@@ -107,11 +113,11 @@ class RunPaths:
 
     def read_result(self) -> RunResult:
         """The run's outcome; a run that never wrote one is `not started`."""
-        if not self.result.exists():
-            return RunResult(NOT_STARTED)
         try:
-            return RunResult.from_json(json.loads(self.result.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return RunResult.from_json(read_json(self.result))
+        except FileNotFoundError:
+            return RunResult(NOT_STARTED)
+        except (DamagedError, ValueError):
             # A row that says so, rather than a table that is not written for one file's sake.
             return RunResult(FAILED, f"{self.result.name} is damaged")
 
@@ -119,20 +125,58 @@ class RunPaths:
         """Writes `result.json`, whole or not at all. NaN becomes null: JSON has no NaN."""
         write_json(self.result, result.to_json())
 
+    def read_config(self) -> Json:
+        """The config as plain values, of whatever version of ich; empty if nothing tells."""
+        try:
+            return read_yaml(self.config)
+        except FileNotFoundError:
+            return {}
+        except DamagedError as error:
+            tell_damaged(str(error))
+            return {}
+
+    def setting(self, key: str) -> object:
+        """A setting by its dotted key, of whatever version of ich; None if nothing tells."""
+        return select_value(self.read_config(), key)
+
+    def write_config(self, config: Config) -> None:
+        write_text(self.config, to_yaml(config))
+
     def read_metrics(self) -> list[EpochMetrics]:
-        """The journal, a line per epoch."""
-        if not self.metrics.exists():
+        """The journal, a line per epoch; without those that cannot be read."""
+        try:
+            lines, damaged = self.read_journal()
+        except FileNotFoundError:
             return []
+        except DamagedError as error:
+            lines, damaged = [], [str(error)]
+        for what in damaged:
+            tell_damaged(f"{what}, and is left out")
+        return lines
+
+    def read_journal(self) -> tuple[list[EpochMetrics], list[str]]:
+        """The journal, and of each line that cannot be read a text that names it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            DamagedError: none of it can be read.
+        """
         # Read again at each look, while its process writes: a line may be half there.
-        lines = self.metrics.read_text().splitlines()
-        return [EpochMetrics.from_json(values) for values in _parsed(lines)]
+        objects, damaged = read_json_lines(self.metrics)
+        lines = []
+        for values in objects:
+            try:
+                lines.append(EpochMetrics.from_json(values))
+            except ValueError as error:
+                damaged.append(f"a line of {self.metrics} is damaged ({error})")
+        return lines, damaged
 
     def read_progress(self) -> JobProgress | None:
         """Where its training is; None before it has begun and after its end."""
         try:
-            return JobProgress(**json.loads(self.progress.read_text()))
-        except FileNotFoundError:
-            return None
+            return JobProgress.from_json(read_json(self.progress))
+        except (FileNotFoundError, DamagedError, ValueError):
+            return None  # it is written again within the second
 
     def write_progress(self, progress: JobProgress) -> None:
         # Several times a second, and of no use after a power cut: not synced.
@@ -151,6 +195,12 @@ class RunPaths:
         # Killed, or without a result because its machine went down.
         return State.resume if self.has_checkpoint() else State.new
 
+    def is_empty(self, config: Config, origin: Origin) -> bool:
+        """Whether a training of this job was ended here before it had made anything."""
+        if not self._is_of(config, origin) or self.has_checkpoint() or self.best.exists():
+            return False
+        return self.read_result().status in (KILLED, NOT_STARTED) and not self.read_metrics()
+
     def has_checkpoint(self) -> bool:
         """Whether a training could go on from here; a damaged checkpoint counts."""
         return any(self.root.glob("checkpoint-*.ich"))
@@ -164,7 +214,10 @@ class RunPaths:
             return False
         try:
             return identity(load_config(self.config)) == identity(config)
-        except (OSError, OmegaConfBaseException):  # gone, or written by another version of ich
+        except FileNotFoundError:
+            return False
+        except DamagedError as error:  # or written by another version of ich
+            tell_damaged(f"{error}: its job is trained anew, and what is there kept")
             return False
 
     def read_origin(self) -> Origin:
@@ -196,13 +249,10 @@ class RunPaths:
         if not (self.config.exists() or self.result.exists()):  # a lock or a log at most
             return
         mlflow_run = self.read_tracking().mlflow_run
-        folder = self.root.parent / "superseded"
-        folder.mkdir(exist_ok=True)
-        n = 1
-        while (folder / f"{self.root.name}.{n}").exists():
-            n += 1
+        shelf = free_shelf(self.root.parent, self.root.name)
+        shelf.parent.mkdir(exist_ok=True)
         # The whole folder, so that no file of one run is ever taken for one of another.
-        shutil.move(self.root, folder / f"{self.root.name}.{n}")
+        shutil.move(self.root, shelf)
         self.root.mkdir()
         if mlflow_run:
             self.write_tracking(TrackingState(supersedes=mlflow_run))
@@ -276,7 +326,7 @@ class SweepPaths:
 
     def is_interrupted(self) -> bool:
         """Whether the latest launch was interrupted, so that its jobs are to end."""
-        return self.stopped.exists() and "interrupted" in _read_json(self.stopped)
+        return "interrupted" in _read_json(self.stopped)
 
     @property
     def diff(self) -> Path:
@@ -289,8 +339,9 @@ class SweepPaths:
         reason = f"not started: sweep.on_failure=stop, and {stopped} failed" if stopped else ""
         results = []
         for job in self.read_record().jobs:
+            run = self.run(job)
             # By the folder: what fails before it trains may not have written its name.
-            result = replace(self.run(job).read_result(), job=job)
+            result = replace(run.read_result(), job=job)
             not_started = result.status == NOT_STARTED
             results.append(replace(result, reason=reason) if not_started else result)
         return results
@@ -299,27 +350,36 @@ class SweepPaths:
         write_json(self.record, record.to_json())
 
     def read_record(self) -> SweepRecord:
-        """The latest launch, empty for a folder that holds none."""
-        if not self.record.exists():
+        """The latest launch, empty for a folder that holds none. Of one that is damaged, the jobs
+        are those whose folders are here, in alphabetical order."""
+        try:
+            record = SweepRecord.from_json(read_json(self.record))
+        except FileNotFoundError:
             return SweepRecord()
-        # Not by `_read_json`: a damaged record, read as empty, would be a sweep without jobs.
-        return SweepRecord.from_json(json.loads(self.record.read_text()))
+        except DamagedError as error:
+            record, why = SweepRecord(), str(error)
+        else:
+            why = f"{self.record} is damaged (it names no job)"
+        if record.jobs:
+            return record
+        tell_damaged(f"{why}: the jobs are those whose folders are in {self.root}")
+        # Never a sweep without jobs, which would be a table without rows.
+        paths = sorted([*self.root.glob("*/config.yaml"), *self.root.glob("*/result.json")])
+        return replace(record, jobs=tuple(dict.fromkeys(path.parent.name for path in paths)))
+
+
+def free_shelf(folder: Path, name: str) -> Path:
+    """Where what a sweep's folder had under a name is kept, `superseded/<name>.<n>`; not made."""
+    shelf = folder / "superseded"
+    return next(p for n in count(1) if not (p := shelf / f"{name}.{n}").exists())
 
 
 def _read_json(path: Path) -> Json:
     """An object, empty if the file is not there or damaged: what it says can be found out again."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except FileNotFoundError:
         return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parsed(lines: list[str]) -> Iterator[Json]:
-    """What the lines of a journal hold; a last one that is cut off is left out."""
-    for number, line in enumerate(lines):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:  # no crash leaves that: the file was edited, or is broken
-                raise
+    except DamagedError as error:
+        tell_damaged(f"{error}: it is done without")
+        return {}

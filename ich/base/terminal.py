@@ -383,10 +383,10 @@ def _epoch_line(config: Config, line: EpochMetrics) -> str:
     metrics = line.metrics
     return (
         f"{config.job} epoch {line.step}/{config.train.epochs}: "
-        f"loss {_number(metrics['train/loss'])}, "
-        f"validation loss {_number(metrics['val/log_loss'])}, "
-        f"accuracy {_number(metrics['val/accuracy'])}, AUC {_number(metrics['val/auc'])}, "
-        f"{_number(metrics['train/images_per_s'], 0)} images/s"
+        f"loss {_number(metrics.get('train/loss'))}, "
+        f"validation loss {_number(metrics.get('val/log_loss'))}, "
+        f"accuracy {_number(metrics.get('val/accuracy'))}, AUC {_number(metrics.get('val/auc'))}, "
+        f"{_number(metrics.get('train/images_per_s'), 0)} images/s"
     )
 
 

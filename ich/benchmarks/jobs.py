@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich.base.config import Config, Precision, to_yaml
+from ich.base.config import Config, Precision
 from ich.base.records import Origin
 from ich.base.results import RunPaths
 from ich.benchmarks.measure import PartResult, alternate, compare_rates, compose_job
@@ -43,7 +42,7 @@ def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
     def start() -> float:
         with _training(config, folder) as (child, run):
             begin = time.perf_counter()
-            while not (run.progress.exists() and json.loads(run.progress.read_text())["step"]):
+            while not ((progress := run.read_progress()) and progress.step):
                 assert child.poll() is None, run.log.read_text()
                 time.sleep(0.01)
             return 1 / (time.perf_counter() - begin)
@@ -70,12 +69,13 @@ def _training(
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:
         run = RunPaths(Path(run_folder) / "run")
         run.root.mkdir()
-        run.config.write_text(to_yaml(config))
+        run.write_config(config)
         # A named precision: `auto` is timed once per sweep, and is no part of a job's start.
         train = replace(config.train, precision=Precision.fp32)
         mode = select_mode(replace(config, train=train), None)
         run.write_origin(Origin(mode=mode))  # as a sweep has chosen it
         command = [sys.executable, "-m", "ich.train", str(run.root)]
+        command += ["--watched-by", str(os.getpid())]
         with run.log.open("wb") as log_file:
             child = subprocess.Popen(
                 command, stdout=log_file, stderr=subprocess.STDOUT, env=environment
@@ -172,6 +172,14 @@ def _cohort(folder: Path, rows: int) -> Config:
     return config
 
 
+# `ich predict`, in a process that ends with this one.
+_PREDICT = """import sys
+from ich.base.processes import watch_supervisor
+watch_supervisor(int(sys.argv.pop(1)))
+from ich.predict import main
+sys.exit(main())"""
+
+
 def _training_peak(folder: Path, rows: int) -> int:
     with _training(_cohort(folder, rows), folder) as (child, run):
         peak = _peak_memory(child)
@@ -183,7 +191,8 @@ def _prediction_peak(folder: Path, rows: int) -> int:
     """Of the process that predicts, not of those that decode for it."""
     weights = folder / "memory.safetensors"
     write_random_weights(compose_job("mobilenet_v2", 64, folder), weights)
-    command = [sys.executable, "-m", "ich.predict", "--model", str(weights), "--engine", "torch"]
+    command = [sys.executable, "-c", _PREDICT, str(os.getpid())]
+    command += ["--model", str(weights), "--engine", "torch"]
     paths = [str(folder / f"cohort{rows}"), "-o", str(folder / "out.csv")]
     keys = ["--cache-dir", str(folder / "keys")]
     with subprocess.Popen(command + paths + keys, stdout=subprocess.DEVNULL) as child:

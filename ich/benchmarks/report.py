@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ich.base import provenance
+from ich.base.files import write_text
 from ich.benchmarks.measure import REPORT, PartResult, compose_job
 from ich.benchmarks.settings import MODELS
 from ich.training.devices import device_name, pick_device
@@ -33,7 +34,7 @@ def write_report(result: PartResult, out: Path, settings: str) -> Path:
     stem = f"{head['date']}-{device.type}"
     rows = {name: row.to_json() for name, row in result.rows.items()}
     saved = {**head, "rows": rows, "notes": result.notes}
-    (out / f"{stem}.json").write_text(json.dumps(saved, indent=1))
+    write_text(out / f"{stem}.json", json.dumps(saved, indent=1))
     shown = {k: v for k, v in head.items() if k not in ("date", "device", "versions")}
     lines = [
         f"# {head['date']}, {head['device']}",
@@ -50,7 +51,7 @@ def write_report(result: PartResult, out: Path, settings: str) -> Path:
         ratios = [f"{row[k]:.3g}" for k in ("ratio", "lowest", "highest")]
         lines.append(f"| {' | '.join([name, *rates, *ratios])} |")
     path = out / f"{stem}.md"
-    path.write_text("\n".join([*lines, "", "\n\n".join(result.notes)]) + "\n")
+    write_text(path, "\n".join([*lines, "", "\n\n".join(result.notes)]) + "\n")
     return path
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ich.base.config import (
@@ -29,7 +32,15 @@ from ich.base.config import (
     Source,
     UserError,
 )
-from ich.base.files import lock, write_text
+from ich.base.files import (
+    DamagedError,
+    lock,
+    read_bytes,
+    read_json,
+    replacing,
+    tell_damaged,
+    write_text,
+)
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
 from ich.data.cache_folder import CacheFolder, make_cache_folder
@@ -69,14 +80,14 @@ def find_store(cfg: DataConfig, report: StageCallback | None = None) -> SliceSto
     if cfg.source is not Source.phantom:
         return None
     # Imported here: a tenth of a second that whoever reads a cache need not wait for.
-    from ich.data.phantom.files import ensure_phantom
+    from ich.data.phantom.files import write_phantom
 
     make_cache_folder(Path(cfg.cache_dir))
     folder, progress = phantom_folder(cfg), stage(report, "simulating patients")
     try:
-        return SliceStore(ensure_phantom(folder, _phantom_spec(cfg), progress=progress))
-    # FileExistsError: the folder holds something else, which is not cleared.
-    except (FileExistsError, PermissionError) as error:
+        return SliceStore(write_phantom(folder, _phantom_spec(cfg), progress=progress))
+    # A full disk, a folder that cannot be written, or that holds something else, which stays.
+    except OSError as error:
         raise UserError(f"the phantom of data.phantom cannot be made: {error}") from None
 
 
@@ -102,25 +113,42 @@ class CohortFiles:
 
     def write(self, cohort: Cohort, data: DataIdentity) -> None:
         # Without a time in the archive, the same cohort is the same file.
-        cohort.rows.to_csv(self.rows, index=False, compression={"method": "gzip", "mtime": 1})
+        with replacing(self.rows) as part:
+            cohort.rows.to_csv(part, index=False, compression={"method": "gzip", "mtime": 1})
         names = [f.name for f in fields(cohort) if f.name != "rows"]
         facts = {name: getattr(cohort, name) for name in names}
         write_text(self.facts, json.dumps(facts | {"data": asdict(data)}))
 
     def read(self) -> Cohort:
+        """
+        Raises:
+            FileNotFoundError: it has not been made.
+            DamagedError: one of its files was cut or edited.
+        """
+        facts = read_json(self.facts)
         # As text: an id of digits alone, or a patient's, would lose its zeros as a number.
         text = dict.fromkeys(["image_id", "path", *KEYS, "split"], str)
-        with pd.read_csv(self.rows, keep_default_na=False, dtype=text, chunksize=BLOCK) as blocks:
-            rows = pd.concat(blocks, ignore_index=True)
-        facts = json.loads(self.facts.read_text())
-        facts.pop("data", None)
-        return Cohort(rows, tuple(facts.pop("labels")), **facts)
+        with self._reading():
+            blocks = pd.read_csv(
+                self.rows, keep_default_na=False, dtype=text, chunksize=BLOCK, compression="gzip"
+            )
+            with blocks:
+                rows = pd.concat(blocks, ignore_index=True)
+            facts.pop("data", None)
+            labels = facts.pop("labels")
+            cohort = Cohort(rows, tuple(labels), **facts)
+            if not np.isin(rows[[*labels]].to_numpy(), (0, 1)).all():
+                raise ValueError("a label is not 0 or 1")
+            counts = rows["split"].value_counts().to_dict()
+            if counts != {name: cohort.steps[name] for name in cohort.splits}:
+                raise ValueError("it has other rows than were counted")
+        return cohort
 
     def data(self) -> DataIdentity | None:
         """What its data set was; None if nothing tells."""
         try:
-            return DataIdentity(**json.loads(self.facts.read_text())["data"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return DataIdentity(**read_json(self.facts)["data"])
+        except (FileNotFoundError, DamagedError, KeyError, TypeError):
             return None
 
     def note_slices(self, slices: CacheFolder) -> None:
@@ -130,16 +158,41 @@ class CohortFiles:
     def slices(self, size: int) -> CacheFolder | None:
         """Where its slices are; None if they have not been decoded."""
         try:
-            return CacheFolder(self.folder / Path(self._slices(size).read_text()).name, size)
-        except (OSError, ValueError):
+            name = read_bytes(self._slices(size)).decode()
+            return CacheFolder(self.folder / Path(name).name, size)
+        except (FileNotFoundError, DamagedError, ValueError):
             return None
 
     def _slices(self, size: int) -> Path:
         return self.folder / f"cohort-{self.key}-hu{size}.txt"
 
     def read_columns(self, *columns: str) -> pd.DataFrame:
-        """Some columns of the rows, as text."""
-        return pd.read_csv(self.rows, usecols=list(columns), dtype=str, keep_default_na=False)
+        """Some columns of the rows, as text.
+
+        Raises:
+            FileNotFoundError, DamagedError: as `read`.
+        """
+        with self._reading():
+            return pd.read_csv(
+                self.rows,
+                usecols=list(columns),
+                dtype=str,
+                keep_default_na=False,
+                compression="gzip",
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Says of whatever damaged files make of pandas and gzip that they are damaged."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedError(
+                f"the cohort in {self.rows} and {self.facts.name} is damaged ({reason})"
+            ) from None
 
 
 def load_cohort(
@@ -155,13 +208,17 @@ def load_cohort(
     files = cohort_files(cfg, _fingerprint(cfg, data))
     make_cache_folder(files.folder)
     with lock(files.lock):
-        if not files.facts.exists():
+        try:
+            cohort = files.read()
+        except (FileNotFoundError, DamagedError) as error:
+            if isinstance(error, DamagedError):
+                tell_damaged(f"{error}, and is made again")
             # Taken out of the list: what has been read of it makes room for the cohort.
             files.write(make_cohort(cfg, store, labelled.pop(), report), data)
+            return_memory()
+            # From the file also where it has just been made: all jobs see the same.
+            cohort = files.read()
         del labelled
-        return_memory()
-        # From the file also where it has just been made: all jobs see the same.
-        cohort = files.read()
     return_memory()
     return cohort, files.key
 
@@ -169,6 +226,26 @@ def load_cohort(
 def cohort_files(cfg: CohortConfig, key: str) -> CohortFiles:
     """Where the cohort of a fingerprint is kept, or will be."""
     return CohortFiles(Path(cfg.data.cache_dir), key)
+
+
+def read_cohort(cfg: CohortConfig, key: str = "") -> tuple[Cohort, str]:
+    """A cohort that has been made, and its fingerprint; writes nothing, not even a lock.
+
+    Args:
+        cfg: what it is of.
+        key: its fingerprint where it is known: labels and files are then not looked at.
+
+    Raises:
+        UserError: it has not been made, or is damaged.
+    """
+    files = cohort_files(cfg, key or cohort_keys({"": cfg})[""])
+    try:
+        return files.read(), files.key
+    except (FileNotFoundError, DamagedError) as error:
+        raise UserError(
+            f"the cohort of these settings is not made yet under {files.folder} ({error}). Run "
+            f"`ich prepare` with the same data settings first."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -200,9 +277,9 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
     decoded = CacheFolder.find(store, manifest["path"].tolist(), files.folder, data.cache_size)[0][
         0
     ].count_rows()
-    if files.facts.exists():
+    try:
         rows = files.read_columns("image_id", "split")
-    else:
+    except (FileNotFoundError, DamagedError):
         with TemporaryDirectory() as scratch:  # for the secret of pseudonyms, which nobody needs
             elsewhere = replace(data, cache_dir=scratch)
             manifest = _with_keys(elsewhere, manifest, None, None)
@@ -280,12 +357,16 @@ def cohort_rows(folder: Path, key: str, here: Path) -> pd.DataFrame | None:
         here: the cache folder of now.
 
     Returns:
-        None if its file is not on this machine.
+        None if its file is not on this machine, or damaged.
     """
     files = CohortFiles(folder, key)
-    if not files.rows.is_file():
+    try:
+        rows = files.read_columns("image_id", *KEYS, "split")
+    except FileNotFoundError:
         return None
-    rows = files.read_columns("image_id", *KEYS, "split")
+    except DamagedError as error:
+        tell_damaged(str(error))
+        return None
     if Pseudonyms.existing(folder) != Pseudonyms.existing(here):
         # Hashes of another secret match nothing: "nobody is shared" would be a plausible lie.
         rows[KEYS] = ""

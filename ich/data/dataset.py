@@ -5,18 +5,20 @@ Data sets differ in where their files and labels come from, and in nothing after
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from ich.base.config import Config, UserError
+from ich.base.files import DamagedError
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
 from ich.base.records import CohortSummary
 from ich.data.cache import Cache, build_cache, read_cache
 from ich.data.cache_folder import CacheFolder
-from ich.data.cohorts import CohortConfig, cohort_files, load_cohort, open_store
+from ich.data.cohorts import CohortConfig, cohort_files, load_cohort, open_store, read_cohort
 from ich.data.patients import KEYS
 from ich.data.protocol import TEST, TRAIN, VAL, Cohort
 
@@ -111,13 +113,13 @@ def prepare(
     cfg: CohortConfig, report: StageCallback | None = None, build: bool = True, key: str = ""
 ) -> Prepared:
     """The cohort and its decoded slices; see `load_dataset`."""
-    data, files = cfg.data, cohort_files(cfg, key)
-    if key and files.facts.exists():
-        cohort = files.read()
+    data = cfg.data
+    if build:
+        cohort, key = _made_cohort(cfg, report, key)
     else:
-        # A job of a prepared sweep makes nothing: it has no progress to show.
-        cohort, key = load_cohort(cfg, open_store(data, report if build else None), report)
-        files = cohort_files(cfg, key)
+        # A job of a prepared sweep makes nothing, and a report may be of somebody else's records.
+        cohort, key = read_cohort(cfg, key)
+    files = cohort_files(cfg, key)
     # Repeats share one decoded slice.
     images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
     if build:
@@ -131,6 +133,14 @@ def prepare(
     return_memory()
     # Split first, quarantined after: a bad file moves no other image to another side.
     return Prepared(cohort.without(set(cache.quarantine["image_id"])), cohort, cache, key)
+
+
+def _made_cohort(cfg: CohortConfig, report: StageCallback | None, key: str) -> tuple[Cohort, str]:
+    files = cohort_files(cfg, key)
+    if key:
+        with suppress(FileNotFoundError, DamagedError):  # which `load_cohort` makes, and names
+            return files.read(), key
+    return load_cohort(cfg, open_store(cfg.data, report), report)
 
 
 def number_keys(keys: pd.Series) -> np.ndarray:

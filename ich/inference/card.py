@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pandas as pd
-import yaml
-from omegaconf.errors import OmegaConfBaseException
 
 from ich.base.config import Config, Source, UserError, load_config
+from ich.base.files import DamagedError
 from ich.base.records import CohortSummary, FitResult
 from ich.base.results import RunPaths
 from ich.inference.ensemble import Ensemble, Member
@@ -83,7 +82,7 @@ def _read_run(member: Member) -> tuple[RunPaths, Config, FitResult]:
     run = member.run
     # The weights say how their input is made; what they were trained on stands in their run alone.
     fit = run.read_result().fit if run else None
-    if run is None or fit is None or not run.config.is_file():
+    if run is None or fit is None or not run.config.exists():
         raise UserError(
             f"{member.weights} has no finished run beside it, so nothing is known of its data and "
             f"metrics for the model card. Give the folder of its run, its MLflow run id, or "
@@ -91,11 +90,10 @@ def _read_run(member: Member) -> tuple[RunPaths, Config, FitResult]:
         )
     try:
         return run, load_config(run.config), fit
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except DamagedError as error:
         raise UserError(
-            f"{run.config} is damaged or of another version of ich "
-            f"({str(error).splitlines()[0]}), so nothing is known for the model card. Export with "
-            f"the version that trained the run."
+            f"{error}, so nothing is known for the model card. Put a whole copy back, or export "
+            f"with the version that trained the run."
         ) from None
 
 

@@ -17,9 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ich.base.config import TrackingConfig, UserError
 from ich.base.memory import available_memory
@@ -259,11 +256,7 @@ def _title(weights: Path, run: RunPaths | None) -> str:
 
 def config_value(run: RunPaths | None, key: str) -> object:
     """A setting of a run, of whatever version of ich; None if nothing tells."""
-    try:
-        # Without the schema, which would refuse what another version of ich has written.
-        return OmegaConf.select(OmegaConf.load(run.config), key) if run else None
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError):
-        return None
+    return run.setting(key) if run else None
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ich.base.config import EXPORTS, TrackingConfig, UserError
-from ich.base.files import write_text
+from ich.base.files import replacing, write_text
 from ich.base.metadata import Metadata
 from ich.base.terminal import Terminal
 from ich.base.workers import available_cores
@@ -93,8 +93,8 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         raise UserError(
             f"-o is {str(folder)!r}, which cannot be made a folder ({error}). Choose another."
         ) from None
-    # In the folder itself: from another file system a rename would be a copy, which can be cut off.
-    with TemporaryDirectory(dir=folder) as scratch:
+    # Elsewhere, for torch wants the name as it will be; and a killed export leaves nothing there.
+    with TemporaryDirectory() as scratch:
         part = Path(scratch) / EXPORTS[kind]
         if kind == "safetensors":
             shutil.copyfile(member.weights, part)
@@ -111,7 +111,8 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
                 f"from ours, more than {_LARGEST_DIFFERENCE}, so it was not kept. Try another "
                 f"--format, and report it with the network's name."
             )
-        part.rename(folder / part.name)
+        with replacing(folder / part.name) as whole:
+            shutil.copyfile(part, whole)
     write_text(folder / CARD, card)
     return difference
 

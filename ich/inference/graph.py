@@ -8,7 +8,6 @@ channel, so the graph needs nothing from its caller but a square slice in HU.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ich.base.config import AugmentConfig, UserError
+from ich.base.files import replacing
 from ich.base.metadata import Metadata
 from ich.data.decode import area_weights
 from ich.data.dicom import HU_MAX, HU_MIN
@@ -113,10 +113,9 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
     # Of the type alone: None is what the older exporter returns.
     assert program is not None
     program.model.metadata_props.update(metadata or {})
-    # With the process's number: two predictions may convert the same network at once.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    program.save(part)
-    part.rename(path)
+    # Two predictions may convert the same network at once.
+    with replacing(path) as part:
+        program.save(part)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.base.files import csv_text
+from ich.base.files import csv_text, replacing, write_text
 from ich.inference.ensemble import Ensemble
 from ich.inference.explain import check_folder
 from ich.inference.predicted_files import PredictedFiles
@@ -106,15 +106,11 @@ def check_writable(option: str, path: Path, endings: Sequence[str]) -> None:
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """CSV or Parquet, by the name's ending; whole or not at all."""
     # A viewer or a script may read the table while another is written.
-    part = path.with_name(f".{path.name}.part")
-    try:
-        if path.suffix == ".csv":
-            part.write_text(csv_text(table), encoding="utf-8")
-        else:
-            table.to_parquet(part, index=False)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if path.suffix == ".csv":
+        write_text(path, csv_text(table))
+        return
+    with replacing(path) as part:
+        table.to_parquet(part, index=False)
 
 
 def write_left_out(

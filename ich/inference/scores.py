@@ -18,6 +18,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from ich.base.config import EvaluateConfig, Rows, UserError
+from ich.base.files import write_text
 from ich.base.progress import ProgressCallback, StageCallback
 from ich.base.terminal import Terminal
 from ich.base.validation import validate as validate_ranges
@@ -83,8 +84,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     with terminal.preparing(lasting=False) as report:
         table = metrics_table(evaluation, config.resamples, partial(report, "resampling"))
     page = write_evaluation(evaluation, table, folder)
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
-    (folder / "config.yaml").write_text(text)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     shown = shown_table(table, ["auc", "accuracy", *(f"auc_{k}" for k in labels)], "slice")
     terminal.tables(
         f"{model.name} on data={config.data.source.value}",

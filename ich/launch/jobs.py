@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ich.base import provenance
-from ich.base.config import Config, to_yaml
+from ich.base.config import Config
+from ich.base.files import write_text
 from ich.base.memory import importing
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
 from ich.base.records import FAILED, KILLED, NOT_STARTED, Origin, RunResult
@@ -182,18 +183,23 @@ def run_job(
 
 def _prepare_folder(config: Config, run: RunPaths, origin: Origin, state: State) -> None:
     """Makes the folder ready: an earlier run goes on there, or is moved out of the way."""
-    if state is not State.new and run.has_checkpoint():
+    goes_on = state is not State.new and run.has_checkpoint()
+    # One that was ended before its first checkpoint begins again in its place: there is nothing to
+    # keep, and MLflow would have one more run that was killed.
+    if goes_on or run.is_empty(config, origin):
         run.result.unlink(missing_ok=True)  # else a child that dies would seem to have left it
         run.write_tracking(replace(run.read_tracking(), complete=False))
+    else:
+        run.supersede()
+    if goes_on:
         return
-    run.supersede()
     run.root.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(to_yaml(config))
+    run.write_config(config)
     run.write_origin(origin)
     # Of each run its own, for the sweep's record is replaced at every launch.
     run.write_provenance(provenance.record())
     if diff := provenance.git_diff():
-        run.diff.write_text(diff)
+        write_text(run.diff, diff)
 
 
 def _run_child(

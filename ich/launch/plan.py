@@ -193,8 +193,8 @@ def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
             rows = _equivalent_rows(config, fit.cohort.steps, fit.epochs)
             name = run.root.relative_to(output).as_posix()
             yield _speed_key(config, fit.device), (fit.minutes * 60 / rows, name)
-        except (KeyError, TypeError, ValueError, OSError):
-            continue  # of another version of ich
+        except (KeyError, ArithmeticError, OSError):
+            continue  # of another version of ich, or damaged
 
 
 def total_seconds(plan: Plan, at_once: int = 1) -> float | None:

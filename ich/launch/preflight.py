@@ -18,8 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from omegaconf.errors import OmegaConfBaseException
-
 from ich.base import provenance
 from ich.base.config import (
     Config,
@@ -30,6 +28,7 @@ from ich.base.config import (
     load_config,
     to_dict,
 )
+from ich.base.files import DamagedError, write_text
 from ich.base.memory import importing
 from ich.base.naming import identity
 from ich.base.progress import StageCallback
@@ -69,7 +68,7 @@ class Job:
             was, now = identity(load_config(self.run.config)), identity(self.config)
             keys = [k for k in was | now if was.get(k) != now.get(k)]
             found += [f"{k} was {was.get(k)} and is {now.get(k)}" for k in keys]
-        except (OSError, OmegaConfBaseException):
+        except (FileNotFoundError, DamagedError):
             found.append("its config.yaml cannot be read by this version of ich")
         if before.cohort != self.origin.cohort:
             found += describe_data_changes(self.config, before.cohort, self.origin.cohort)
@@ -241,7 +240,7 @@ def _record_launch(
     if is_first_batch:
         # Of an earlier launch, it would keep the jobs of this one from starting.
         sweep.stopped.unlink(missing_ok=True)
-        sweep.diff.write_text(provenance.git_diff())
+        write_text(sweep.diff, provenance.git_diff())
     names = [*before.jobs, *(j.config.job for j in jobs)]
     cohorts = [*before.cohorts, *(j.origin.cohort for j in jobs)]
     modes = {workload_key(j.config): j.origin.mode for j in jobs if j.origin.mode}

@@ -25,12 +25,10 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from omegaconf.errors import OmegaConfBaseException
-
 from ich.base import provenance
-from ich.base.config import Config, UserError, load_config, to_dataclass, to_dict
+from ich.base.config import Config, UserError, load_config, saved_config, to_dataclass, to_dict
 from ich.base.entry import nearest, recorded_command, shell_command
-from ich.base.files import write_json
+from ich.base.files import DamagedError, write_json
 from ich.base.naming import BY_CONTENT, identity
 from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run
 from ich.base.records import NOT_STARTED, FitResult, Hardware, Origin, Provenance, RunResult
@@ -43,6 +41,9 @@ from ich.launch.jobs import run_job
 from ich.launch.preflight import check_weights, weights_digest
 from ich.scoring.verdict import Outcome, RerunComparison, compare_runs, describe
 
+# What may be said of a rerun: where its data and weights lie now, and where it makes its slices.
+_PLACES = (*BY_CONTENT, "data.cache_dir")
+_CACHE_DIR = ".ich-cache"  # as in conf/data
 _COLORS = {Outcome.identical: "green", Outcome.within: "green", Outcome.different: "red"}
 
 
@@ -80,12 +81,13 @@ def read_original(folder: Path) -> Original:
     compare_runs(run, run, 0.0)  # files that cannot be read would otherwise be found hours later
     try:
         config = load_config(run.config)
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error).split())
+    except DamagedError as error:
         raise UserError(
-            f"{run.config} is not of this version of ich ({reason}). Repeat the run with the "
-            f"version that made it: {sweep.record} and {run.provenance} name its commit."
+            f"{error}, so the run cannot be repeated. Put a whole copy back, or take the version "
+            f"that made it: {sweep.record} and {run.provenance} name its commit."
         ) from None
+    # Not where the record says, which may be somebody else's: a rerun writes there.
+    config = replace(config, data=replace(config.data, cache_dir=_CACHE_DIR))
     validate(config)  # somebody may have edited it
     origin = run.read_origin()
     if not (origin.cohort and origin.weights and origin.code):
@@ -159,7 +161,8 @@ def _read_provenance(
 
 
 def moved(original: Original, places: Sequence[str]) -> Original:
-    """The run, of data and weights that lie elsewhere now: `data.root=PATH` and the like.
+    """The run, of data and weights that lie elsewhere now: `data.root=PATH` and the like, and with
+    another folder for what is made of them, `data.cache_dir=PATH`.
 
     Raises:
         UserError: another setting is given, with which it would be another training.
@@ -167,8 +170,8 @@ def moved(original: Original, places: Sequence[str]) -> Original:
     values = to_dict(original.config)
     for word in places:
         key, equals, path = word.partition("=")
-        if not equals or key not in BY_CONTENT:
-            hint, known = nearest(key, BY_CONTENT), ", ".join(f"{k}=PATH" for k in BY_CONTENT)
+        if not equals or key not in _PLACES:
+            hint, known = nearest(key, _PLACES), ", ".join(f"{k}=PATH" for k in _PLACES)
             raise UserError(
                 f"{word} is no place that a rerun takes.{hint} It repeats a run as it was; only "
                 f"where its data and weights lie now can be said: {known}."
@@ -230,8 +233,8 @@ def _config_changes(original: Original) -> Iterator[str]:
     """A config.yaml that was edited, or a later launch that has not come to this job."""
     recorded = original.sweep.read_record().configs.get(original.run.root.name)
     try:
-        launched = identity(to_dataclass(recorded)) if recorded else {}
-    except OmegaConfBaseException:  # of another version of ich
+        launched = identity(saved_config(recorded, "the sweep's record")) if recorded else {}
+    except DamagedError:  # or of another version of ich
         return
     own = identity(original.config)
     name = original.run.config.name
@@ -386,7 +389,8 @@ def rerun(folder: Path, tolerance: float, places: Sequence[str] = ()) -> bool:
             f"The rerun is {result.status}; its log is {log}. The same command goes on with it."
         )
         return False
-    if read_original(folder).fit != original.fit:  # a training takes hours, and sweeps go on
+    # A training takes hours, and sweeps go on.
+    if read_original(folder).fit != original.fit:
         raise UserError(f"{folder} was replaced by another run meanwhile: nothing to compare with.")
     comparison = compare_runs(original.run, original.rerun, tolerance)
     write_json(original.rerun.comparison, _comparison_to_json(original, comparison, differences))
@@ -417,6 +421,9 @@ def _comparison_to_json(
 
 def _print_changes(original: Original, now: Provenance, differences: list[str]) -> None:
     print_line(f"{original.run.root} is repeated in {original.rerun.root}.")
+    here, then = original.config.data.cache_dir, original.run.setting("data.cache_dir")
+    if then != here:
+        print_line(f"Slices are kept in {here}; those of the run were in {then}.")
     if not differences:
         print_line("Code, packages, hardware and threads are those of its record.")
         return

@@ -98,7 +98,7 @@ def train(
     if result.status == FAILED and config.sweep.on_failure.value == "stop":
         sweep.stop_after(config.job)
     # Validation's, also where there is a test set: an optimizing sweeper chooses by it.
-    return result.fit.val_scores[config.train.monitor.value] if result.fit else None
+    return result.fit.val_scores.get(config.train.monitor.value) if result.fit else None
 
 
 def board_for(*configs: Config) -> Board:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
 
 from ich.base.config import flatten_values
 from ich.base.files import write_text
@@ -238,11 +237,7 @@ _LEFT_OUT = (
 
 def _configuration(comparison: Comparison) -> list[Block]:
     """What all runs share, and what differs; no path of the machine."""
-    configs = {
-        run.name: flatten_values(OmegaConf.to_container(run.config))
-        for run in comparison.finished
-        if run.config
-    }
+    configs = {run.name: flatten_values(run.config) for run in comparison.finished if run.config}
     keys = dict.fromkeys(key for values in configs.values() for key in values)
     # A run that lacks a key, as one of an earlier version, has an empty value of it.
     # `startswith` takes a tuple: with a group's name, all of its keys are left out.

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import Config, PrepareConfig, Source
+from ich.base.files import write_bytes
 from ich.data.dicom import HU_MIN
 from ich.data.protocol import ENOUGH, SPLITS, TOLERANCE, VAL, Cohort
 from ich.pages import data_figures, data_tables, slices
@@ -78,9 +79,7 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
 
 def _write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.rename(path)
+    write_bytes(path, content)
     return path
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
+from ich.base.config import select_value
 from ich.base.records import CohortSummary, FitResult
 from ich.scoring.comparison import Comparison
 from ich.scoring.predictions import Predictions
@@ -21,11 +21,11 @@ def describe(comparison: Comparison) -> list[str]:
     """What a table's reader must know: the cohort, the protocol, and what it does not show."""
     if not comparison.finished:
         return ["No job has finished."]
-    configs = [r.config for r in comparison.finished if r.config is not None]
+    configs = [r.config for r in comparison.finished if r.config]
     results = [r.fit for r in comparison.finished]
 
     def setting(key: str) -> str:
-        return _either(OmegaConf.select(c, key) for c in configs)
+        return _either(select_value(c, key) for c in configs)
 
     # Runs of one cohort have equal summaries; a sweep over the cohort has a line for each.
     cohorts: list[CohortSummary] = []
@@ -149,19 +149,20 @@ def _computed(fit: FitResult) -> str:
 
 
 def _optimizer(cfg: Any) -> str:
-    name = str(OmegaConf.select(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
-    return f"{name} {float(OmegaConf.select(cfg, 'optimizer.lr')):g}"
+    name = str(select_value(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
+    lr = select_value(cfg, "optimizer.lr")
+    return f"{name} {lr:g}" if isinstance(lr, int | float) else name
 
 
 def _pixels(cfg: Any) -> str:
-    size = OmegaConf.select(cfg, "data.image_size")
+    size = select_value(cfg, "data.image_size")
     return f"{size} px" if size else "each model's own image size"
 
 
 def _start(cfg: Any) -> str:
-    if OmegaConf.select(cfg, "model.weights"):
+    if select_value(cfg, "model.weights"):
         return "weights from a local file"
-    if OmegaConf.select(cfg, "model.pretrained"):
+    if select_value(cfg, "model.pretrained"):
         return "ImageNet weights"
     return "random initialization (no pretrained weights)"
 

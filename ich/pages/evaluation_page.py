@@ -106,7 +106,7 @@ def _compared(evaluation: Evaluation) -> Comparison:
     for name, predictions in sides:
         if predictions is not None:
             # Neither folder nor config: figures of predictions read neither.
-            run = Run(name, RunPaths(Path(name)), RunResult(FINISHED), None, predictions)
+            run = Run(name, RunPaths(Path(name)), RunResult(FINISHED), {}, predictions)
             sets.append(EvaluationSet(predictions.fingerprint, [SettingResult(name, [run])]))
     runs = [g.runs[0] for s in sets for g in s.settings]
     # No resamples: intervals stand in the table, and these figures have none.

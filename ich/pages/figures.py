@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ich.base.files import replacing, write_bytes
 from ich.pages.page import Picture, draw_picture
 from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult
 from ich.scoring.metrics import counts_by_threshold, sigmoid
@@ -126,13 +127,14 @@ def save_plot(plot: Plot, folder: Path) -> Picture:
     def draw() -> Any:
         figure = plot.draw()
         # Without a date, so that equal figures are equal files.
-        figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
+        with replacing(folder / f"{plot.name}.svg") as part:
+            figure.savefig(part, format="svg", metadata={"Date": None})
         return figure
 
     # For this figure, and not for whatever else the process draws.
     with matplotlib.rc_context(STYLE):
         picture = draw_picture(plot.name, plot.alt, plot.caption, draw)
-    (folder / f"{plot.name}.png").write_bytes(picture.png)
+    write_bytes(folder / f"{plot.name}.png", picture.png)
     return picture
 
 
@@ -180,7 +182,7 @@ def _learning_curves(comparison: Comparison) -> Any:
     for axis, (key, title) in zip(axes[0], panels, strict=True):
         for run, journal in zip(comparison.finished, journals, strict=True):
             # A metric that was NaN stands in the journal as null.
-            values = [(line.step, line.metrics[key]) for line in journal]
+            values = [(line.step, line.metrics.get(key)) for line in journal]
             points = [(step, value) for step, value in values if value is not None]
             style = _colour(settings.index(run.setting))
             if points:
@@ -192,8 +194,9 @@ def _learning_curves(comparison: Comparison) -> Any:
     accuracy = axes[0, 1]
     fit = comparison.finished[0].fit
     if fit.cohort.scored == "val":  # the panels show validation
-        baseline = fit.always_negative["accuracy"]
-        accuracy.axhline(baseline, color="grey", ls=":", label="always negative")
+        baseline = fit.always_negative.get("accuracy")
+        if baseline is not None:
+            accuracy.axhline(baseline, color="grey", ls=":", label="always negative")
     _legend(figure, accuracy)
     return figure
 

@@ -144,7 +144,8 @@ def _groups(jobs: pd.DataFrame) -> list[_Group]:
     for rows, on_same_rows in jobs.groupby("rows", sort=False, dropna=False):
         # Names can be cut to the same text; what settings have of their own tells them apart.
         several = on_same_rows["seeds"].fillna(1) > 1
-        own = on_same_rows["setting"] + on_same_rows["auc_sd"].astype(str)
+        # As texts: without predictions both columns are NaN throughout.
+        own = on_same_rows["setting"].astype(str) + on_same_rows["auc_sd"].astype(str)
         key = own.where(several, on_same_rows["job"])
         lines = [_line(runs) for _, runs in on_same_rows.groupby(key, sort=False)]
         lines.sort(key=lambda line: -np.nan_to_num(line.auc, nan=-1))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ich.base.config import Config, UserError, WindowConfig, load_config
+from ich.base.files import write_bytes
 from ich.data.cohorts import cohort_files
 from ich.data.dataset import load_dataset
 from ich.pages.figures import STYLE, subplots
@@ -91,7 +92,7 @@ def draw_hardest(run: Run, folder: Path) -> Picture | Text:
             slices,
             config.windows.channels[:3],
         )
-    (folder / "hardest.png").write_bytes(picture.png)
+    write_bytes(folder / "hardest.png", picture.png)
     return picture
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ich.base.config import RESAMPLES, UserError
 from ich.base.entry import shell_command
 from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
-from ich.base.results import SweepPaths
+from ich.base.results import SweepPaths, free_shelf
 from ich.base.terminal import Terminal, console, print_line, styled
 from ich.pages.columns import (
     INDISTINGUISHABLE,
@@ -36,7 +35,6 @@ from ich.scoring.comparison import (
     load_comparison,
 )
 
-log = logging.getLogger(__name__)
 _BEST = "\0"  # ends a best value on its way to the terminal
 
 _LEGEND = (
@@ -59,7 +57,9 @@ def compare(
         sweeps: their folders.
         out: where to; the sweep's own folder if there is one sweep.
         resamples: of the bootstrap; 0 for no intervals.
-        page: also figures and `report.html`.
+        page: also figures and `report.html`, after the tables.
+
+    An earlier report with intervals that cannot be computed again is moved to `superseded/`.
 
     Returns:
         The table as written: one row per job of the latest launch, then rows without a job, of
@@ -67,26 +67,49 @@ def compare(
 
     Raises:
         UserError: a folder holds no sweep, or there are several and no `out`.
+        OSError: naming the file that cannot be written, as on a full disk.
     """
     folder = report_folder(sweeps, out)
     with Terminal().preparing("comparing runs", lasting=False) as report:
         comparison = load_comparison(sweeps, resamples, stage(report, "resampling"))
         table = build_table(comparison)
     folder.root.mkdir(parents=True, exist_ok=True)
+    _keep_intervals(folder, comparison)
     heading = describe(comparison)
     # Files, then the terminal, and last the page, which is the likeliest to fail.
     write_text(folder.csv, csv_text(table))
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
     write_text(folder.latex, _latex(comparison, heading))
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
-    _print(folder, comparison.name, heading, table, page)
+    _print(comparison.name, heading, table)
     if page:
-        try:
-            with Terminal().preparing("drawing report.html"):
-                write_page(comparison, folder, heading)
-        except Exception:  # the tables are written, and a sweep's status is that of its jobs
-            log.exception("report.html could not be made; the tables are whole")
+        with Terminal().preparing("drawing report.html"):
+            write_page(comparison, folder, heading)
+    _print_files(folder, page)
     return table
+
+
+def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
+    """Moves an earlier report aside whose intervals are of predictions that are gone."""
+    try:
+        earlier = pd.read_csv(folder.csv, usecols=["job", "auc_low"])
+    except (OSError, ValueError):  # there is none, or one of another version or of no use
+        return
+    known = set(earlier.loc[earlier["auc_low"].notna(), "job"])
+    lost = [run.name for run in comparison.finished if run.predictions is None]
+    if not known & set(lost):
+        return
+    shelf = free_shelf(folder.root, "report")
+    shelf.mkdir(parents=True)
+    files = (folder.csv, folder.metrics, folder.latex, folder.markdown, folder.page, folder.figures)
+    for path in files:
+        if path.exists():
+            path.rename(shelf / path.name)
+    print_line(
+        f"The predictions of {', '.join(sorted(known & set(lost)))} are gone or damaged, so there "
+        f"are no intervals of these any more. The earlier report, which has them, is kept in "
+        f"{shelf}."
+    )
 
 
 def report_folder(sweeps: Sequence[SweepPaths], out: Path | None) -> SweepPaths:
@@ -225,9 +248,7 @@ def _escape(text: str) -> str:
 # --- Terminal ------------------------------------------------------------------------------------
 
 
-def _print(
-    folder: SweepPaths, name: str, heading: list[str], table: pd.DataFrame, page: bool
-) -> None:
+def _print(name: str, heading: list[str], table: pd.DataFrame) -> None:
     console.print()
     print_line((name, "bold"))
     for text in heading:
@@ -236,6 +257,10 @@ def _print(
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
         console.print(styled(_LEGEND))
+
+
+def _print_files(folder: SweepPaths, page: bool) -> None:
+    """What is there now, and what to do with it."""
     again = shell_command("ich", "report", folder.root)
     if page:
         lines = [

@@ -18,11 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
-from ich.base.config import RESAMPLES, UserError
+from ich.base.config import RESAMPLES, UserError, select_value
 from ich.base.progress import ProgressCallback
-from ich.base.records import FitResult, RunResult, SweepRecord
+from ich.base.records import FitResult, Json, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
@@ -41,13 +40,13 @@ _NOT_OF_A_SETTING = ("seed", "job", "name", "tracking", "sweep", "hydra")
 
 @dataclass(frozen=True)
 class Run:
-    """A job of a sweep. name: unique among those compared. predictions: None if it did not finish
-    or left none that can be read."""
+    """A job of a sweep. name: unique among those compared. config: plain values, empty if nothing
+    tells. predictions: None if it did not finish or left none that can be read."""
 
     name: str
     paths: RunPaths
     result: RunResult
-    config: DictConfig | None
+    config: Json
     predictions: Predictions | None
 
     @property
@@ -72,7 +71,8 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        return None if self.config is None else OmegaConf.select(self.config, "seed")
+        seed = select_value(self.config, "seed")
+        return seed if isinstance(seed, int) else None
 
 
 @dataclass
@@ -225,10 +225,11 @@ def load_comparison(
     records, runs = [], []
     for sweep in sweeps:
         record = sweep.read_record()
-        if not sweep.record.exists():
+        # One that is damaged has the jobs whose folders are there.
+        if not (sweep.record.is_file() and record.jobs):
             raise UserError(
-                f"{sweep.root} holds no sweep (no {sweep.record.name}). Give the folder of a "
-                f"sweep, as in ich report multirun_reports/demo."
+                f"{sweep.root} holds no sweep (no {sweep.record.name}, or no run beside it). Give "
+                f"the folder of a sweep, as in ich report multirun_reports/demo."
             )
         records.append(record)
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
@@ -241,8 +242,7 @@ def load_comparison(
 def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
     paths = sweep.run(result.job)
     # As it stands and not as a `Config`, whose keys may have changed since the run.
-    config = OmegaConf.load(paths.config) if paths.config.exists() else None
-    assert config is None or isinstance(config, DictConfig)
+    config = paths.read_config()
     # A run that did not finish may have left those of one of its epochs: nothing to rank.
     predictions = read_predictions(paths) if result.is_finished else None
     return Run(f"{prefix}{result.job}", paths, result, config, predictions)
@@ -273,11 +273,9 @@ def _evaluation_sets(
 
 def _setting_key(run: Run) -> str:
     """Equal for runs that differ in their seed alone: by their configs, since names are cut."""
-    if run.config is None:  # it is gone: the name is all there is
+    if not run.config:  # it is gone or damaged: the name is all there is
         return run.setting
-    values = OmegaConf.to_container(run.config)
-    assert isinstance(values, dict)
-    kept = {str(k): v for k, v in values.items() if k not in _NOT_OF_A_SETTING}
+    kept = {k: v for k, v in run.config.items() if k not in _NOT_OF_A_SETTING}
     # Two sweeps that are compared may hold the same setting: they are not each other's seeds.
     sweep = run.name.rpartition("/")[0]
     return json.dumps([sweep, kept], sort_keys=True, default=str)

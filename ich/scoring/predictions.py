@@ -7,17 +7,20 @@ has a test set, of the test rows. This is its reader, and the resampling of one 
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from ich.base.files import DamagedError, read_bytes, tell_damaged
 from ich.base.results import RunPaths
 from ich.scoring.metrics import all_metrics, best_thresholds, per_study
 from ich.scoring.uncertainty import ScoredRows, bootstrap, group_rows
+
+_LARGEST = 1 << 30  # bytes; predictions for all of RSNA 2019 have 100 MB
 
 
 @dataclass(frozen=True)
@@ -103,26 +106,56 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
         split: whose rows; None for those that are scored, of the test set if there is one.
     """
     try:
-        # Opened here, since numpy leaves a damaged file open.
-        with run.predictions.open("rb") as handle, np.load(handle) as file:
-            arrays = {name: file[name] for name in file.files}
-        return _from_arrays(arrays, split)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        return _from_arrays(read_arrays(run.predictions), split)
+    except FileNotFoundError:
         return None
+    except DamagedError as error:
+        why = str(error)
+    except (ValueError, KeyError, IndexError) as error:
+        why = f"{run.predictions} is damaged ({error})"
+    tell_damaged(why)
+    return None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a `predictions.npz`; none is unpickled.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        DamagedError: it cannot be read.
+    """
+    data = read_bytes(path, _LARGEST)
+    try:
+        with np.load(io.BytesIO(data)) as file:
+            # As the archive names the sizes, which bound what is inflated.
+            if sum(member.file_size for member in file.zip.infolist()) > _LARGEST:
+                raise ValueError("it holds too much")
+            return {name: file[name] for name in file.files}
+    # What numpy, zipfile and zlib raise for damaged bytes has no common base, and no end.
+    except Exception as error:
+        raise DamagedError(f"{path} is damaged ({error})") from None
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
     split = split or ("test" if "test_logits" in arrays else "val")
-    image_id = arrays[f"{split}_image_id"]
+    image_id, labels = arrays[f"{split}_image_id"], arrays["labels"]
     # Found here, a damaged file is a run without predictions; found later, a page that fails.
     for name in {split, "val"}:
-        logits, target = arrays[f"{name}_logits"], arrays[f"{name}_target"]
-        if logits.shape != target.shape or len(logits) != len(arrays[f"{name}_image_id"]):
-            raise ValueError("arrays of different lengths")
+        shape = len(arrays[f"{name}_image_id"]), len(labels)
+        for part in ("logits", "target"):
+            values = arrays[f"{name}_{part}"]
+            if values.shape != shape or values.dtype.kind not in "fiu":
+                raise ValueError(f"{name}_{part} is {values.dtype} {values.shape}")
+        if not np.isin(values, (0, 1)).all():
+            raise ValueError(f"{name}_target is not 0 or 1")
+    for part in ("patient", "study"):
+        values = arrays.get(f"{split}_{part}", np.zeros(len(image_id), int))
+        if values.shape != image_id.shape or values.dtype.kind not in "iu":
+            raise ValueError(f"{split}_{part} is {values.dtype} {values.shape}")
     group, unit = group_rows(arrays[f"{split}_patient"], image_id)
     return Predictions(
         scored=ScoredRows(
-            labels=tuple(str(k) for k in arrays["labels"]),
+            labels=tuple(str(k) for k in labels),
             target=arrays[f"{split}_target"],
             logits=arrays[f"{split}_logits"],
             group=group,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ich.base.config import UserError
 from ich.base.records import Scores
 from ich.base.results import RunPaths
+from ich.scoring.predictions import read_arrays
 
 # Of a line of the journal: which, when, and how fast. Every other value is the training's own.
 _NOT_COMPARED = ("step", "time", "train/images_per_s")
@@ -170,8 +169,10 @@ def _journals(a: RunPaths, b: RunPaths) -> FileComparison:
 
 
 def _epochs(path: Path) -> dict[int, Scores]:
-    path.stat()  # the reader takes a journal that is missing for an empty one
-    return {line.step: line.metrics for line in RunPaths(path.parent).read_metrics()}
+    lines, damaged = RunPaths(path.parent).read_journal()
+    if damaged:  # a comparison without an epoch would call it equal
+        raise ValueError(damaged[0])
+    return {line.step: line.metrics for line in lines}
 
 
 def _results(a: RunPaths, b: RunPaths) -> FileComparison:
@@ -226,9 +227,8 @@ def _predictions(a: RunPaths, b: RunPaths) -> FileComparison:
         x, y = one.get(name), two.get(name)
         if x is None or y is None or x.shape != y.shape:
             count, shown = 1, [Difference(f"shape of {name}", _kind(x), _kind(y), None)]
-        elif name.endswith("_logits"):
-            split = name.removesuffix("_logits")
-            count, shown = _compare_logits(split, one[f"{split}_image_id"], one["labels"], x, y)
+        elif name.endswith("_logits") and (rows := _rows_of(one, name)):
+            count, shown = _compare_logits(*rows, x, y)
         else:
             count, shown = _compare_exactly(name, x, y)
         compared, differing = compared + (1 if x is None else x.size), differing + count
@@ -238,8 +238,16 @@ def _predictions(a: RunPaths, b: RunPaths) -> FileComparison:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of `predictions.npz` but the numbers of patients and studies."""
-    with path.open("rb") as handle, np.load(handle) as file:  # numpy leaves a bad file open
-        return {name: file[name] for name in file.files if not name.endswith(_LOCAL_NUMBERS)}
+    return {k: v for k, v in read_arrays(path).items() if not k.endswith(_LOCAL_NUMBERS)}
+
+
+def _rows_of(arrays: dict[str, np.ndarray], name: str) -> tuple[str, np.ndarray, np.ndarray] | None:
+    """Split, image ids [N] and labels [L] of logits; None if the file names them otherwise."""
+    split, shape = name.removesuffix("_logits"), arrays[name].shape
+    ids, labels = arrays.get(f"{split}_image_id"), arrays.get("labels")
+    if ids is None or labels is None or (len(ids), len(labels)) != shape:
+        return None
+    return split, ids, labels
 
 
 def _compare_exactly(name: str, x: np.ndarray, y: np.ndarray) -> tuple[int, list[Difference]]:
@@ -328,12 +336,5 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         return read(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing, and without it nothing can be compared.") from None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zlib.error,
-        zipfile.BadZipFile,
-        SafetensorError,
-    ) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}), and cannot be compared.") from None

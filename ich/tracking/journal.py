@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ich.base.files import append_line, write_text
 from ich.base.records import EpochMetrics
 from ich.base.results import RunPaths
 
@@ -23,20 +23,16 @@ class Journal:
         """Appends one line, `{"step": ..., "time": ..., <metric>: <value or null>}`."""
         # JSON has no NaN and no infinity: null, which the mirror tells MLflow as undefined.
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with self._path.open("a") as file:
-            line = EpochMetrics(step, time.time(), values)
-            file.write(json.dumps(line.to_json()) + "\n")
-            file.flush()
-            # Synced: MLflow must not know of an epoch that a power cut took out of the journal.
-            os.fsync(file.fileno())
+        line = EpochMetrics(step, time.time(), values)
+        # Synced: MLflow must not know of an epoch that a power cut took out of the journal.
+        append_line(self._path, json.dumps(line.to_json()))
         self._on_write()
 
     def rewind(self, step: int) -> None:
         """Drops the lines after a step: a resumed training writes them again."""
-        # Without a last line that was cut off, to which the next one would be appended.
+        # Without what cannot be read, such as a last line that was cut off, to which the next one
+        # would be appended.
         kept = [line for line in RunPaths(self._path.parent).read_metrics() if line.step <= step]
         if self._path.exists():
             # Whole or not at all: a process that is killed here must not cost the epochs before.
-            part = self._path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line.to_json()) + "\n" for line in kept))
-            part.replace(self._path)
+            write_text(self._path, "".join(json.dumps(line.to_json()) + "\n" for line in kept))

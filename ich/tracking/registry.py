@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ich.base.config import Config, TrackingConfig, UserError, to_dataclass
+from ich.base.config import Config, TrackingConfig, UserError, saved_config
 from ich.base.entry import shell_command
 from ich.base.results import RunPaths, SweepPaths
 from ich.scoring.comparison import (
@@ -80,7 +80,7 @@ def best_run(comparison: Comparison) -> Candidate | None:
     if rows is None or rows.best is None:
         return None
     # Undefined (None) where validation has one class only: such a run is the last choice.
-    run = max(rows.best.runs, key=lambda r: r.fit.val_scores[RANKING_METRIC] or 0.0)
+    run = max(rows.best.runs, key=lambda r: r.fit.val_scores.get(RANKING_METRIC) or 0.0)
     assert run.predictions is not None  # settings consist of runs that have some
     metrics = run.predictions.metrics
     tags = VersionTags(comparison.name, run.name, rows.fingerprint, metrics[RANKING_METRIC])
@@ -184,7 +184,7 @@ def promote(sweep: SweepPaths) -> str:
         UserError: the sweep is not in MLflow, or MLflow cannot be used.
     """
     record = sweep.read_record()
-    configs = [to_dataclass(c) for c in record.configs.values()]
+    configs = [saved_config(c, str(sweep.record)) for c in record.configs.values()]
     if not configs or not all(c.tracking.mlflow for c in configs):
         raise UserError(
             f"{sweep.root} was trained with tracking=none, so MLflow has none of its runs to "

@@ -7,13 +7,23 @@ becomes of the best run the registry's.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from ich.base.config import Config, UserError, load_config, to_dataclass
+from ich.base.config import (
+    Config,
+    TrackingConfig,
+    UserError,
+    load_config,
+    saved_config,
+    select_value,
+)
+from ich.base.files import DamagedError, tell_damaged
+from ich.base.processes import watch_supervisor
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.terminal import print_line
 from ich.tracking.mirror import RunMirror, copy_files, run_tags
@@ -91,9 +101,11 @@ def close_sweep_run(sweep: SweepPaths, status: str, seconds: float | None = None
         status: FINISHED, FAILED or KILLED.
         seconds: how long it may take; what is missing then is copied after the next launch.
     """
-    if not any(c["tracking"]["mlflow"] for c in sweep.read_record().configs.values()):
+    configs = sweep.read_record().configs.values()
+    if not any(select_value(config, "tracking.mlflow") for config in configs):
         return
-    command = [sys.executable, "-m", "ich.tracking.sweep_run", str(sweep.root), status]
+    words = [str(sweep.root), status, str(os.getpid())]
+    command = [sys.executable, "-m", "ich.tracking.sweep_run", *words]
     try:
         # In a session of its own, which Ctrl-C at the terminal does not reach.
         subprocess.run(command, timeout=seconds, start_new_session=True, stdin=subprocess.DEVNULL)
@@ -105,8 +117,8 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
     """What `close_sweep_run` starts a process for."""
     record = sweep.read_record()
     # Any job's will do: the jobs of a sweep share its store.
-    config = to_dataclass(next(iter(record.configs.values())))
     try:
+        config = saved_config(next(iter(record.configs.values())), str(sweep.record))
         store = MlflowStore(config.tracking)
         parent = record.mlflow_run
         # MLflow was away when the sweep was opened, or its database has been deleted since.
@@ -114,7 +126,7 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
             parent = _open_parent(store, config, None)
             sweep.write_record(replace(record, mlflow_run=parent))
         for job in record.jobs:
-            _catch_up(store, sweep.run(job), parent)
+            _catch_up(store, sweep.run(job), config.tracking, parent)
         # Once all are copied, what is still RUNNING has no process left that could end it.
         store.end_running_children(parent, "KILLED")
         data_reports = [sweep.data(key) for key in record.cohorts]
@@ -134,15 +146,24 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
         )
 
 
-def _catch_up(store: MlflowStore, run: RunPaths, parent: str) -> None:
+def _catch_up(store: MlflowStore, run: RunPaths, tracking: TrackingConfig, parent: str) -> None:
     copy = run.read_tracking()
     if copy.complete and copy.mlflow_run and store.exists(copy.mlflow_run):
         # Its records are whole; its files may have been deleted, or not been moved along.
         if copy_files(store, copy.mlflow_run, run, store.artifacts(copy.mlflow_run)):
             log.warning("%s had no files in MLflow any more: they are copied again", run.root.name)
-    elif run.config.exists():
-        RunMirror(load_config(run.config), run, parent).push()
+        return
+    try:
+        # Into the store of the launch: a run's record may be of somebody else's.
+        config = replace(load_config(run.config), tracking=tracking)
+    except FileNotFoundError:
+        return
+    except DamagedError as error:  # which costs this run's copy, and no other's
+        tell_damaged(f"{error}: MLflow has no copy of it")
+        return
+    RunMirror(config, run, parent).push()
 
 
 if __name__ == "__main__":
+    watch_supervisor(int(sys.argv[3]))
     close_in_this_process(SweepPaths(Path(sys.argv[1])), sys.argv[2])

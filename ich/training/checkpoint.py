@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+
+from ich.base.files import replacing
 
 log = logging.getLogger(__name__)
 _MAGIC = b"ich checkpoint 1"
@@ -43,55 +44,59 @@ class CheckpointError(ValueError):
     """Why one file is no checkpoint to go on from."""
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Replaces the older of the two generations in a folder, atomically.
+class Generations:
+    """The two checkpoints of a folder. The newer one is remembered and not looked up: by dates, one
+    of them would never be replaced again after the clock was set back."""
 
-    Raises:
-        OSError: the disk is full; both generations are as they were.
-    """
-    # The name that is still free, or else the older file: the newer one is never touched, so that
-    # there is a whole generation at every moment. Older by date, since what stands inside would
-    # have to be read first; a wrong guess, as after a copy without dates, costs one generation.
-    present = [path for path in _generations(folder) if path.exists()]
-    older = min(present, key=lambda p: p.stat().st_mtime_ns) if len(present) == 2 else None
-    path = older or next(path for path in _generations(folder) if path not in present)
-    # Contiguous, as safetensors asks for: weights in channels_last are not. `Trainer.restore`
-    # brings their layout back.
-    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
-    body = save_tensors(tensors, {"ich": json.dumps(checkpoint.facts)})
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(_MAGIC + hashlib.sha256(body).digest())
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())  # a rename can be on disk before the data it names
-    part.replace(path)
-    return path
+    def __init__(self, folder: Path) -> None:
+        self._paths = [folder / f"checkpoint-{name}.ich" for name in "ab"]
+        self._newest: Path | None = None  # that was read or written here
 
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Replaces the older one, atomically.
 
-def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest undamaged generation of a folder, None if there is none."""
-    # Both are read: which of them is newer stands inside, and the newer one may be the damaged one.
-    readable = []
-    for path in _generations(folder):
-        try:
-            readable.append(_read(path))
-        except FileNotFoundError:
-            continue
-        except (CheckpointError, OSError) as error:
-            log.warning("the checkpoint %s cannot be used: %s", path.name, error)
-    return max(readable, key=lambda c: c.facts["order"], default=None)
+        Raises:
+            OSError: the disk is full; both generations are as they were.
+        """
+        # The newer one is never touched, so that there is a whole generation at every moment.
+        path = next(path for path in self._paths if path != self._newest)
+        # Contiguous, as safetensors asks for: weights in channels_last are not. `Trainer.restore`
+        # brings their layout back.
+        tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.tensors.items()}
+        body = save_tensors(tensors, {"ich": json.dumps(checkpoint.facts)})
+        with replacing(path) as part, part.open("wb") as file:
+            file.write(_MAGIC + hashlib.sha256(body).digest())
+            file.write(body)
+        self._newest = path
 
+    def read(self, check: Callable[[Checkpoint], None] = lambda _: None) -> Checkpoint | None:
+        """The newest that can be used, None if there is none.
 
-def drop_checkpoints(folder: Path) -> None:
-    """Removes what a finished training no longer needs."""
-    for path in _generations(folder):
-        path.unlink(missing_ok=True)
-        path.with_suffix(".part").unlink(missing_ok=True)
+        Args:
+            check: raises CheckpointError for one that is not to be gone on from.
+        """
+        # Both are read: which is newer stands inside, and the newer one may be the damaged one.
+        readable = []
+        for path in self._paths:
+            try:
+                checkpoint = _read(path)
+                check(checkpoint)
+                readable.append((checkpoint.facts["order"], path, checkpoint))
+            except FileNotFoundError:
+                continue
+            except (CheckpointError, OSError) as error:
+                log.warning("the checkpoint %s cannot be used: %s", path.name, error)
+        if not readable:
+            return None
+        _, self._newest, checkpoint = max(readable, key=lambda found: found[:2])
+        return checkpoint
 
-
-def _generations(folder: Path) -> Iterator[Path]:
-    return (folder / f"checkpoint-{name}.ich" for name in "ab")
+    def drop(self) -> None:
+        """Removes what a finished training no longer needs."""
+        self._newest = None
+        for path in self._paths:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.part").unlink(missing_ok=True)  # of a killed process
 
 
 def _read(path: Path) -> Checkpoint:
@@ -107,6 +112,8 @@ def _read(path: Path) -> Checkpoint:
         # `load` leaves the metadata out: here are the header's length and the header, in JSON.
         length = int.from_bytes(body[:8], "little")
         facts = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["ich"])
+        if not all(isinstance(n, int) for n in facts["order"]):
+            raise ValueError("no order")
         return Checkpoint(load_tensors(body), facts)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"it cannot be read ({type(error).__name__})") from None

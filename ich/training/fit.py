@@ -20,6 +20,7 @@ from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, load_dataset
 from ich.scoring.metrics import always_negative, multilabel_metrics
 from ich.tracking.journal import Journal
+from ich.training.checkpoint import Generations
 from ich.training.devices import device_name, pick_device
 from ich.training.model import count_parameters, load_weights
 from ich.training.saving import CheckpointWriter, resume_training, save_best, save_predictions
@@ -60,10 +61,12 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         len(dataset.train.row),
         len(dataset.val.row),
     )
-    state = resume_training(run, trainer, dataset, journal)
+    generations = Generations(run.root)
+    state = resume_training(run, trainer, dataset, journal, generations)
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
-    best = train_epochs(run, journal, trainer, dataset, state, on_step)
+    writer = CheckpointWriter(run, trainer, dataset, state, generations)
+    best = train_epochs(run, journal, trainer, dataset, state, writer, on_step)
     scores, target = best.scores, dataset.val.target
     if dataset.test is not None:  # looked at once, when nothing is left to choose by it
         # The model is at its last epoch; test rows are scored with the weights of its best.
@@ -112,6 +115,7 @@ def train_epochs(
     trainer: Trainer,
     dataset: Dataset,
     state: TrainingState,
+    writer: CheckpointWriter,
     on_step: StepCallback,
 ) -> BestEpoch:
     """Trains the epochs that are left, validates and logs each, and returns the best one.
@@ -120,7 +124,6 @@ def train_epochs(
     nothing had happened.
     """
     cfg = trainer.cfg
-    writer = CheckpointWriter(run, trainer, dataset, state)
     try:
         while state.epoch <= cfg.train.epochs:
             epoch = state.epoch

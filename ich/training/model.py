@@ -19,7 +19,7 @@ from urllib.parse import urlparse
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ich.base.config import ModelConfig, UserError
 from ich.base.entry import nearest
+from ich.base.files import write_bytes
 from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
 
 log = logging.getLogger(__name__)
@@ -356,11 +357,10 @@ def _tensors(path: Path) -> dict[str, _Tensor]:
 
 def save_weights(model: nn.Module, path: Path, metadata: Metadata) -> None:
     """Writes all parameters and buffers as safetensors, complete or not at all."""
-    part = path.with_suffix(".part")
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     # One entry: safetensors writes several in no fixed order, and equal runs have equal files.
-    save_file(state, part, {METADATA_KEY: metadata.to_json()})
-    part.rename(path)
+    # As bytes: of a full disk its own writing raises no OSError.
+    write_bytes(path, save(state, {METADATA_KEY: metadata.to_json()}))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

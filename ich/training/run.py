@@ -21,7 +21,7 @@ from ich.base.records import FAILED, FINISHED, KILLED, FitResult, JobProgress, R
 from ich.base.results import RunPaths
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror
-from ich.training.checkpoint import drop_checkpoints
+from ich.training.checkpoint import Generations
 from ich.training.fit import Terminated, fit
 from ich.training.trainer import StepCallback
 
@@ -140,4 +140,4 @@ def _close(cfg: Config, run: RunPaths, result: RunResult) -> None:
     run.progress.unlink(missing_ok=True)
     # Only once the result is on disk: until then, a checkpoint is all there is to go on from.
     if result.is_finished:
-        drop_checkpoints(run.root)
+        Generations(run.root).drop()

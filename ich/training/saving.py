@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from ich.base.config import Config, image_size
+from ich.base.files import replacing, write_bytes
 from ich.base.metadata import Metadata
 from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, Split
 from ich.scoring.metrics import best_thresholds
 from ich.tracking.journal import Journal
-from ich.training.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from ich.training.checkpoint import Checkpoint, CheckpointError, Generations
 from ich.training.model import (
     Classifier,
     input_spec,
@@ -25,15 +26,23 @@ from ich.training.model import (
 from ich.training.trainer import BestEpoch, Trainer, TrainingState
 
 log = logging.getLogger("ich.train")
+# What of a state is no tensor; the others stand in a checkpoint beside its facts, which are JSON.
+_PROGRESS = [f.name for f in fields(TrainingState) if f.name not in ("losses", "best")]
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a training, every few minutes and whenever it is told to."""
 
     def __init__(
-        self, run: RunPaths, trainer: Trainer, dataset: Dataset, state: TrainingState
+        self,
+        run: RunPaths,
+        trainer: Trainer,
+        dataset: Dataset,
+        state: TrainingState,
+        generations: Generations,
     ) -> None:
         self._run, self._trainer, self._dataset, self._state = run, trainer, dataset, state
+        self._generations = generations
         self._begin = self._saved = time.monotonic()
         self._earlier_seconds = state.wall_seconds
 
@@ -55,39 +64,38 @@ class CheckpointWriter:
             weights = np.frombuffer(self._run.best.read_bytes(), np.uint8)
             tensors["best/weights"] = torch.from_numpy(weights.copy())  # which may be written to
             tensors["best/logits"] = torch.from_numpy(state.best.logits)
-        # What is no tensor; the others stand beside the facts, which are JSON.
-        names = [f.name for f in fields(state) if f.name not in ("losses", "best")]
         facts = {
             # Which of two generations is newer; `resumed`, since a step may be taken twice.
             "order": [state.epoch, state.step, state.resumed],
             "cohort": self._dataset.summary.cohort,
-            "progress": {name: getattr(state, name) for name in names},
+            "progress": {name: getattr(state, name) for name in _PROGRESS},
             "best": state.best and {"epoch": state.best.epoch, "scores": state.best.scores},
             "schedule": self._trainer.schedule(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
         try:
-            write_checkpoint(self._run.root, Checkpoint(tensors, facts))
+            self._generations.write(Checkpoint(tensors, facts))
         except OSError as error:
             log.warning("a checkpoint could not be written (%s); the training goes on", error)
         self._saved = time.monotonic()
 
 
 def resume_training(
-    run: RunPaths, trainer: Trainer, dataset: Dataset, journal: Journal
+    run: RunPaths,
+    trainer: Trainer,
+    dataset: Dataset,
+    journal: Journal,
+    generations: Generations,
 ) -> TrainingState:
     """Sets the trainer to the newest good checkpoint of the run, if there is one, and the run's
     files to what they were then."""
-    checkpoint = read_checkpoint(run.root)
-    # Orders and augmentations are by position: with other rows, the epoch would go on with other
-    # slices than it began with.
-    if checkpoint is not None and checkpoint.facts["cohort"] != dataset.summary.cohort:
-        log.warning("the checkpoint is of another cohort: the training starts anew")
-        checkpoint = None
+    checkpoint = generations.read(lambda found: _require_own(found, trainer, dataset))
     if checkpoint is None:
+        if run.has_checkpoint():
+            log.warning("no checkpoint can be used: the training starts anew")
         # Nothing of an attempt that is not continued may pass for this one's.
-        drop_checkpoints(run.root)
+        generations.drop()
         journal.rewind(0)
         return TrainingState()
     facts, tensors = checkpoint.facts, checkpoint.tensors
@@ -99,20 +107,44 @@ def resume_training(
     if facts["best"]:
         state.best = BestEpoch(**facts["best"], logits=tensors["best/logits"].numpy())
         # The best weights of that moment: those of a later epoch would stand beside its scores.
-        part = run.best.with_suffix(".part")
-        part.write_bytes(tensors["best/weights"].numpy().tobytes())
-        part.replace(run.best)
+        write_bytes(run.best, tensors["best/weights"].numpy().tobytes())
         save_predictions(run, dataset, {"val": state.best.logits})
     journal.rewind(state.epoch - 1)
     # Sums in another order, or of other kernels: the training goes on, but not to the same bits.
     now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for what, value in now.items():
-        if facts[what] != value:
-            log.warning(
-                "%s: %s before, %s now; the last digits may differ", what, facts[what], value
-            )
+        if (before := facts.get(what)) != value:
+            log.warning("%s: %s before, %s now; the last digits may differ", what, before, value)
     log.info("goes on after step %d of epoch %d", state.step, state.epoch)
     return state
+
+
+def _require_own(checkpoint: Checkpoint, trainer: Trainer, dataset: Dataset) -> None:
+    """Refuses what is not of this training, before anything is set to it.
+
+    Raises:
+        CheckpointError: it is of other data, or of another version of ich, timm or torch.
+    """
+    facts, tensors = checkpoint.facts, checkpoint.tensors
+    # Orders and augmentations are by position: with other rows, the epoch would go on with other
+    # slices than it began with.
+    if facts.get("cohort") != dataset.summary.cohort:
+        raise CheckpointError("it is of another cohort")
+    other = "it is of another version of ich, or of what it stands on"
+    progress, best, schedule = (facts.get(k) for k in ("progress", "best", "schedule"))
+    if not isinstance(progress, dict) or {*progress} != {*_PROGRESS} or "best" not in facts:
+        raise CheckpointError(f"{other} (its facts are others)")
+    needed = {"losses"} if progress["step"] else set()
+    if best is not None:
+        needed |= {"best/weights", "best/logits"}
+        if not isinstance(best, dict) or {*best} != {"epoch", "scores"}:
+            raise CheckpointError(f"{other} (its facts are others)")
+    if missing := needed - tensors.keys():
+        raise CheckpointError(f"{other} (it lacks {', '.join(sorted(missing))})")
+    try:
+        trainer.require_own(checkpoint.group("state"), schedule)
+    except ValueError as error:
+        raise CheckpointError(f"{other} ({error})") from None
 
 
 def save_best(
@@ -153,6 +185,5 @@ def save_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarr
             f"{name}_target": split.target,
             f"{name}_logits": values,
         }
-    part = run.predictions.with_name("predictions.part.npz")  # savez would append another suffix
-    np.savez_compressed(part, **arrays)
-    part.rename(run.predictions)
+    with replacing(run.predictions) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # to a file, since it would append a suffix to a name

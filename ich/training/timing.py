@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from ich.base.config import Config, Precision, to_dataclass, to_dict
+from ich.base.config import Config, Precision, saved_config, to_dict
 from ich.base.memory import keep_memory
+from ich.base.processes import watch_supervisor
 from ich.base.provenance import processor
 from ich.base.records import CohortSummary, ComputeMode
 from ich.data.dataset import Dataset, Split
@@ -35,7 +37,7 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, ComputeMode]]
     """
     # In a process of its own: a GPU's memory is free again when it ends, the random state of this
     # one is untouched, and a network that kills its process costs a timing and not the sweep.
-    command = [sys.executable, "-m", "ich.training.timing"]
+    command = [sys.executable, "-m", "ich.training.timing", str(os.getpid())]
     text = json.dumps([to_dict(config) for config in configs])
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -114,14 +116,19 @@ def random_dataset(cfg: Config) -> Dataset:
     return Dataset(hu, labels, split, split, None, summary)
 
 
-def main() -> None:
-    """Reads jobs from standard input and writes a line of JSON for each."""
+def main(supervisor: int) -> None:
+    """Reads jobs from standard input and writes a line of JSON for each.
+
+    Args:
+        supervisor: id of the process without which this one ends.
+    """
+    watch_supervisor(supervisor)
     keep_memory()  # as the trainings do
     for values in json.load(sys.stdin):
-        config = to_dataclass(values)
+        config = saved_config(values, "a job to time")
         mode = select_mode(config, None)
         print(json.dumps({"workload": workload_key(config), "mode": asdict(mode)}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

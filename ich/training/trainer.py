@@ -230,11 +230,36 @@ class Trainer:
         state = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
         return {"scheduler": state, "lr": [float(g["lr"]) for g in self.optimizer.param_groups]}
 
+    def require_own(self, tensors: dict[str, torch.Tensor], schedule: object) -> None:
+        """Refuses what `restore` could not take, or only in part.
+
+        Raises:
+            ValueError: they are not what `tensors` and `schedule` return for such a training.
+        """
+        own = {k: v.shape for k, v in self.tensors().items() if not k.startswith("optimizer/")}
+        kept = {k: v.shape for k, v in tensors.items() if not k.startswith("optimizer/")}
+        # A training that began on a CPU may go on on a GPU, and the other way round.
+        differing = {k for k in own | kept if own.get(k) != kept.get(k)} - {"random/cuda"}
+        if differing:
+            raise ValueError(f"{min(differing)} is another")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for name in tensors.keys() - kept.keys():
+            number = name.split("/")[1]
+            if not number.isdigit() or int(number) >= len(parameters):
+                raise ValueError(f"{name} is of no parameter")
+        groups = self.schedule()
+        if not isinstance(schedule, dict) or schedule.keys() != groups.keys():
+            raise ValueError("its schedule is another")
+        if schedule["scheduler"].keys() != groups["scheduler"].keys():
+            raise ValueError("its schedule is another")
+        if len(schedule["lr"]) != len(groups["lr"]):
+            raise ValueError("its optimizer has other groups")
+
     def restore(self, tensors: dict[str, torch.Tensor], schedule: dict[str, Any]) -> None:
         """Sets model, optimizer, scheduler and random state to what the other two returned.
 
-        Raises:
-            RuntimeError: they are of another network.
+        Args:
+            tensors, schedule: of which `require_own` says nothing.
         """
         state: dict[int, dict[str, torch.Tensor]] = {}
         weights = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ich.base.records import (
     TrackingState,
 )
 from ich.base.results import RunPaths, SweepPaths
+from ich.tracking.journal import Journal
 
 MODE = ComputeMode("fp32", "channels_last", "a chip")
 PROVENANCE = Provenance(
@@ -109,12 +111,14 @@ def test_the_keys_of_a_result_are_what_other_peoples_scripts_rely_on(run: RunPat
 
 
 def test_what_is_undefined_is_null_in_the_file(run: RunPaths) -> None:
-    fit = replace(FIT, scores={"auc": math.nan, "log_loss": math.inf}, auc_top=math.nan)
+    scores = {"accuracy": 0.5, "auc": math.nan, "log_loss": math.inf}
+    fit = replace(FIT, scores=scores, auc_top=math.nan)
     run.write_result(RunResult(FINISHED, fit=fit))
     assert "NaN" not in run.result.read_text()
     back = run.read_result().fit
     assert back is not None
-    assert (dict(back.scores), back.auc_top) == ({"auc": None, "log_loss": None}, None)
+    undefined = {"accuracy": 0.5, "auc": None, "log_loss": None}
+    assert (dict(back.scores), back.auc_top) == (undefined, None)
 
 
 def test_a_result_of_the_first_version_is_read(run: RunPaths) -> None:
@@ -221,10 +225,26 @@ def test_a_sweep_of_the_first_version_is_read(sweep: SweepPaths) -> None:
     assert sweep.read_record() == SweepRecord()
 
 
-def test_a_damaged_record_of_a_sweep_is_not_taken_for_an_empty_one(sweep: SweepPaths) -> None:
-    sweep.record.write_text('{"name": "demo", "jo')
-    with pytest.raises(json.JSONDecodeError):
-        sweep.read_record()
+@pytest.mark.parametrize("text", ['{"name": "demo", "jo', "", "[]", '{"jobs": [7]}', "\0" * 9])
+def test_a_damaged_record_of_a_sweep_has_the_jobs_whose_folders_are_there(
+    sweep: SweepPaths, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for job in ("b", "a"):
+        sweep.run(job).root.mkdir()
+        sweep.run(job).write_result(RunResult(FAILED, "why", job))
+    sweep.record.write_text(text)
+    assert sweep.read_record().jobs == ("a", "b")
+    assert [r.reason for r in sweep.read_results()] == ["why", "why"]
+    assert f"{sweep.record} is damaged" in caplog.text
+    assert f"the jobs are those whose folders are in {sweep.root}" in caplog.text
+
+
+def test_a_record_leads_out_of_no_folder(sweep: SweepPaths) -> None:
+    names = ["a", "../x", "/etc", ".hidden", "a/b", "", "x\0", "b,seed=1"]
+    write_json(sweep.record, {"jobs": names, "cohorts": ["0a1b", "../../x", "not made yet"]})
+    record = sweep.read_record()
+    assert record.jobs == ("a", "b,seed=1")
+    assert record.cohorts == ("0a1b", "not made yet")
 
 
 def test_a_journal_comes_back_without_a_line_that_a_crash_cut_off(run: RunPaths) -> None:
@@ -232,9 +252,21 @@ def test_a_journal_comes_back_without_a_line_that_a_crash_cut_off(run: RunPaths)
     line = EpochMetrics(1, 12.5, {"val/auc": 0.75, "val/auc_any": None})
     run.metrics.write_text(json.dumps(line.to_json()) + '\n{"step": 2, "ti')
     assert run.read_metrics() == [line]
-    run.metrics.write_text('{"st\n' + json.dumps(line.to_json()) + "\n")
-    with pytest.raises(json.JSONDecodeError):
-        run.read_metrics()
+
+
+def test_a_line_of_the_journal_that_is_damaged_costs_itself_and_is_named(
+    run: RunPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = EpochMetrics(1, 12.5, {"val/auc": 0.75})
+    text = json.dumps(line.to_json())
+    others = ['{"st', "\0\0", "[1]", '{"step": "1", "time": 0}', '{"step": 1, "time": 0, "a": "b"}']
+    run.metrics.write_text("\n".join([*others[:3], text, *others[3:]]) + "\n")
+    assert run.read_metrics() == [line]
+    _, damaged = run.read_journal()
+    assert len(damaged) == len(others)
+    assert f"line 1 of {run.metrics} is damaged" in caplog.text
+    Journal(run.metrics).rewind(1)
+    assert run.metrics.read_text() == text + "\n"
 
 
 def test_progress_comes_back_and_is_none_before_the_first_step(run: RunPaths) -> None:
@@ -242,6 +274,59 @@ def test_progress_comes_back_and_is_none_before_the_first_step(run: RunPaths) ->
     progress = JobProgress("training", 1, 10, 3, 40)
     run.write_progress(progress)
     assert run.read_progress() == progress
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"ph', "\0" * 20, "[]", '{"phase": "training"}'],
+)
+def test_damaged_progress_is_none(run: RunPaths, text: str) -> None:
+    run.progress.write_text(text)
+    assert run.read_progress() is None
+    for key, value in (("steps", 0), ("epochs", 0), ("step", "1"), ("epoch", None)):
+        write_json(run.progress, asdict(JobProgress("training", 1, 1, 1, 1)) | {key: value})
+        assert run.read_progress() is None
+
+
+ODD: list[Any] = [None, "x", -1, [], {"a": 1}, True, 10**99]
+
+
+def test_no_value_of_another_type_is_taken(run: RunPaths, sweep: SweepPaths) -> None:
+    """Each value of each record, replaced by each of another type: read, or refused as damaged."""
+    finished = RunResult(FINISHED, "", "job", "vgg16", replace(FIT, threads=2))
+    record = SweepRecord(
+        "s", ("a",), ("c",), "1", "", "x", {"k": MODE}, {"a": Origin("c", mode=MODE)}
+    )
+    records: list[tuple[Path, Any, Callable[[], Any]]] = [
+        (run.result, finished.to_json(), run.read_result),
+        (run.result, FIRST, run.read_result),
+        (run.origin, Origin("c", "w", "x", MODE).to_json(), run.read_origin),
+        (run.provenance, PROVENANCE.to_json(), run.read_provenance),
+        (run.tracking, TrackingState("1", True, "2").to_json(), run.read_tracking),
+        (run.metrics, EpochMetrics(1, 2.0, {"a": 1.0}).to_json(), run.read_metrics),
+        (run.progress, asdict(JobProgress("training", 1, 1, 1, 1)), run.read_progress),
+        (sweep.record, replace(record, provenance=PROVENANCE).to_json(), sweep.read_record),
+        (sweep.stopped, {"job": "a"}, sweep.read_results),
+    ]
+    for path, values, read in records:
+        kind = type(read())
+        for changed in changes(values):
+            path.write_text(json.dumps(changed) + "\n")
+            value = read()
+            assert isinstance(value, kind | JobProgress)
+            if hasattr(value, "to_json"):
+                json.dumps(value.to_json())
+        path.unlink()
+
+
+def changes(values: Any) -> Iterator[Any]:
+    """The same with one value, at any depth, replaced or left out."""
+    yield from ODD
+    if isinstance(values, dict):
+        for key, child in values.items():
+            yield {k: v for k, v in values.items() if k != key}
+            for changed in changes(child):
+                yield values | {key: changed}
 
 
 def test_every_writer_leaves_whole_files_alone(run: RunPaths) -> None:

@@ -70,7 +70,7 @@ def test_a_job_looks_up_nothing_in_the_data_set(
     composed: Compose, phantom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(f'data.root="{phantom}"', "data.cache_size=32")
-    with pytest.raises(UserError, match="are not decoded yet .*Run `ich prepare`"):
+    with pytest.raises(UserError, match="is not made yet .*Run `ich prepare`"):
         load_dataset(config, build=False)
     built = load_dataset(config)
     monkeypatch.setattr(data_module, "build_cache", None)

@@ -19,8 +19,17 @@ from made_up import FIT
 from rich.console import Console
 from sweeps import alive, wait_for
 
-from ich.base.config import Config, OnFailure
-from ich.base.records import FAILED, FINISHED, KILLED, NOT_STARTED, Origin, RunResult, SweepRecord
+from ich.base.config import Config, OnFailure, load_config
+from ich.base.records import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    NOT_STARTED,
+    Origin,
+    RunResult,
+    SweepRecord,
+    TrackingState,
+)
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board
 from ich.launch.jobs import Slot, describe_exit, run_in_slots, run_job
@@ -241,6 +250,49 @@ def test_a_failure_without_a_checkpoint_begins_anew(config: Config, run: RunPath
     assert run_job(config, run, ORIGIN, None, quiet, place("finish()")).is_finished
     kept = RunPaths(run.root.parent / "superseded" / "job.1")
     assert kept.read_result().reason == "ended by SIGSEGV"
+
+
+def test_one_that_is_ended_before_its_first_checkpoint_begins_again_in_its_place(
+    config: Config, run: RunPaths
+) -> None:
+    """There is nothing to keep, and MLflow would have one more run that was killed."""
+    assert run_job(config, run, ORIGIN, None, quiet, place(END % "SIGTERM")).status == KILLED
+    run.write_tracking(TrackingState(mlflow_run="1234", complete=True))
+    assert run_job(config, run, ORIGIN, None, quiet, place("finish()")).is_finished
+    assert not (run.root.parent / "superseded").exists()
+    assert run.read_tracking() == TrackingState(mlflow_run="1234", complete=False)
+    assert started(run) == 2
+
+
+# Damaged state
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda data: data[: len(data) // 2],
+    "NUL": lambda data: b"\0" * len(data),
+    "garbage": lambda data: bytes(b ^ 0xA5 for b in data),
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "origin.json", "result.json", "metrics.jsonl", "tracking.json"]
+)
+def test_a_damaged_file_of_a_finished_run_costs_no_more_than_that_run(
+    config: Config, run: RunPaths, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_job(config, run, ORIGIN, None, quiet, place("finish()"))
+    run.write_tracking(TrackingState(mlflow_run="1234"))
+    run.metrics.write_text('{"step": 1, "time": 0.0}\n')
+    path = run.root / name
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert run_job(config, run, ORIGIN, None, quiet, place("finish()")).is_finished
+    decides = name in ("config.yaml", "origin.json", "result.json")
+    kept = run.root.parent / "superseded" / "job.1"
+    assert kept.exists() == decides
+    if name in ("config.yaml", "origin.json") and damage != "cut":
+        assert f"{path} is damaged" in caplog.text
+    assert load_config(run.config) == config
 
 
 # Several jobs

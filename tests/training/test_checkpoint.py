@@ -6,25 +6,31 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from commands import start_module
+from safetensors.torch import load
 from sweeps import SMALL, saboteur, wait_for
 
 from ich.base.config import Config, to_yaml
-from ich.base.records import FitResult, Origin
+from ich.base.records import ComputeMode, FitResult, Origin
 from ich.base.results import RunPaths
 from ich.data.dataset import load_dataset
 from ich.launch.jobs import run_job
 from ich.tracking.journal import Journal
-from ich.training.checkpoint import Checkpoint, drop_checkpoints, read_checkpoint, write_checkpoint
+from ich.training.checkpoint import Checkpoint, Generations
 from ich.training.fit import Terminated, fit
+from ich.training.mode import CHANNELS_LAST
+from ich.training.saving import resume_training
+from ich.training.trainer import Trainer
 
 Compose = Callable[..., Config]
 
@@ -53,7 +59,7 @@ def run_until(config: Config, run: RunPaths, stop: Callable[[str, int], None] | 
 
 
 def final(run: RunPaths) -> dict[str, torch.Tensor]:
-    found = read_checkpoint(run.root)
+    found = Generations(run.root).read()
     assert found is not None
     return found.tensors
 
@@ -147,7 +153,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     if damage == "flip":
         data[len(data) // 2] ^= 1
     newest.write_bytes(data[: {"cut": len(data) // 2, "flip": len(data), "empty": 0}[damage]])
-    before = read_checkpoint(broken.root)
+    before = Generations(broken.root).read()
     assert before is not None
     assert before.facts["progress"]["epoch"] == 3  # two epochs done
     assert newest.name in caplog.text
@@ -186,15 +192,16 @@ def test_a_checkpoint_that_carries_code_is_not_executed(tmp_path: Path) -> None:
 
     (tmp_path / "checkpoint-a.ich").write_bytes(pickle.dumps(Bomb()))
     torch.save(Bomb(), tmp_path / "checkpoint-b.ich")
-    assert read_checkpoint(tmp_path) is None
+    assert Generations(tmp_path).read() is None
     assert not (tmp_path / "executed").exists()
 
 
 def test_two_generations_are_kept_and_a_full_disk_takes_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    generations = Generations(tmp_path)
     for n in range(4):
-        write_checkpoint(tmp_path, Checkpoint({"n": torch.tensor(n)}, {"order": [n]}))
+        generations.write(Checkpoint({"n": torch.tensor(n)}, {"order": [n]}))
     assert len(list(tmp_path.iterdir())) == 2
 
     def full(_: int) -> None:
@@ -202,12 +209,79 @@ def test_two_generations_are_kept_and_a_full_disk_takes_neither(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(tmp_path, Checkpoint({"n": torch.tensor(9)}, {"order": [9]}))
-    found = read_checkpoint(tmp_path)
+        generations.write(Checkpoint({"n": torch.tensor(9)}, {"order": [9]}))
+    found = Generations(tmp_path).read()
     assert found is not None
     assert found.tensors["n"] == 3
-    drop_checkpoints(tmp_path)
+    generations.drop()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_is_set_back_freezes_no_generation(tmp_path: Path) -> None:
+    generations = Generations(tmp_path)
+    for n in range(6):
+        generations.write(Checkpoint({"n": torch.tensor(n)}, {"order": [n]}))
+        newest = max(tmp_path.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+        os.utime(newest, (1000 - n, 1000 - n))
+    kept = sorted(load(path.read_bytes()[48:])["n"].item() for path in tmp_path.iterdir())
+    assert kept == [4, 5]
+    again = Generations(tmp_path)  # a process that goes on replaces the older one
+    assert again.read().facts["order"] == [5]
+    again.write(Checkpoint({"n": torch.tensor(6)}, {"order": [6]}))
+    kept = sorted(load(path.read_bytes()[48:])["n"].item() for path in tmp_path.iterdir())
+    assert kept == [5, 6]
+
+
+def more(facts: dict[str, Any], _: dict[str, Any]) -> None:
+    facts["progress"]["momentum"] = 1.0
+
+
+def fewer(facts: dict[str, Any], _: dict[str, Any]) -> None:
+    del facts["progress"]["auc_top"]
+
+
+def no_best(_: dict[str, Any], tensors: dict[str, Any]) -> None:
+    del tensors["best/logits"]
+
+
+def other_network(_: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors["state/model/head.weight"] = torch.zeros(3, 3)
+
+
+def no_schedule(facts: dict[str, Any], _: dict[str, Any]) -> None:
+    facts["schedule"] = {"lr": [1.0]}
+
+
+CHANGES = [more, fewer, no_best, other_network, no_schedule]
+
+
+def test_a_checkpoint_of_another_version_is_named_and_not_gone_on_from(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its fields ended each further start in a TypeError."""
+    whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
+    result = run_until(config, whole, None)
+    shutil.copytree(whole.root, run.root)
+    good = Generations(run.root).read()
+    assert good is not None
+    dataset = load_dataset(config)
+    mode = ComputeMode("fp32", CHANNELS_LAST)
+    trainer = Trainer.build(config, dataset, torch.device("cpu"), mode)
+    for change in CHANGES:
+        facts, tensors = json.loads(json.dumps(good.facts)), dict(good.tensors)
+        change(facts, tensors)
+        for _ in range(2):
+            Generations(run.root).drop()
+            Generations(run.root).write(Checkpoint(tensors, facts))
+        journal = Journal(run.metrics)
+        state = resume_training(run, trainer, dataset, journal, Generations(run.root))
+        assert (state.resumed, state.epoch) == (0, 1), change
+        assert not run.has_checkpoint()
+        assert "cannot be used: it is of another version of ich" in caplog.text
+        assert "the training starts anew" in caplog.text
+        caplog.clear()
+    again = run_until(config, run, None)
+    assert (again.resumed, again.scores) == (0, result.scores)
 
 
 @pytest.mark.faults
