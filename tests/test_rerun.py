@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -562,6 +563,45 @@ def test_other_initial_weights_are_refused_with_both_digests(
     edit(run.origin, weights="2d711642b726b044")
     path.unlink()
     assert "they were 2d711642b726b044 and are no file" in refused(capsys, run.root)
+
+
+def test_nothing_is_written_where_a_record_says(
+    run: RunPaths, trains: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's folder may be somebody else's: its cache_dir was made, and slices were written."""
+    trains(nothing)
+    config = load_config(run.config)
+    elsewhere = tmp_path / "elsewhere"
+    data = replace(config.data, cache_dir=str(elsewhere))
+    run.config.write_text(to_yaml(replace(config, data=data)))
+    assert main([str(run.root)]) == 0
+    assert not elsewhere.exists()
+    told = f"Slices are kept in .ich-cache; those of the run were in {elsewhere}."
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert load_config(rerun_of(run).config).data.cache_dir == ".ich-cache"
+    assert main([str(run.root), "--cache-dir", str(elsewhere)]) == 0
+    assert list(elsewhere.glob("cohort-*.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("config.yaml", "config.yaml is damaged .*so the run cannot be repeated"),
+        ("result.json", "It is failed: result.json is damaged"),
+        ("metrics.jsonl", "metrics.jsonl is damaged .*cannot be compared"),
+        ("predictions.npz", "predictions.npz is damaged"),
+        ("best.safetensors", "best.safetensors is damaged"),
+        ("origin.json", "has no origin.json that tells which data"),
+    ],
+)
+def test_a_damaged_run_is_refused_by_name(
+    run: RunPaths, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    path = run.root / name
+    whole = path.read_bytes()
+    for damaged in (b"\0" * len(whole), b"[]\n", whole[: len(whole) // 2] + b"\n", b""):
+        path.write_bytes(damaged)
+        assert re.search(says, refused(capsys, run.root)), damaged[:20]
 
 
 def test_a_record_with_holes_is_refused(run: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.base.files import cut_unfinished_line, lock
+from ich.base.files import cut_unfinished_line, lock, tell_damaged
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
@@ -255,16 +255,23 @@ class _Scan:
 
 
 _UNKNOWN = "?"  # the signature of no file
+_COLUMNS = 5  # of a line of the journal: path, signature, patient, study, readable
 
 
 def _read_scan(path: Path) -> Iterator[list[str]]:
-    """The lines of what was scanned before; one cut off by a crash is left out, and closed."""
+    """The lines of what was scanned before; one cut off by a crash is left out, and closed, and one
+    that is damaged is left out: its file is read again."""
     if not path.exists():
         return
     with path.open("rb+") as file:
         cut_unfinished_line(file)
-    with path.open(newline="", encoding="utf-8") as text:
-        yield from csv.reader(text)
+    with path.open(newline="", encoding="utf-8", errors="replace") as text:
+        try:
+            for line in csv.reader(text):
+                if len(line) == _COLUMNS and "\0" not in line[0]:
+                    yield line
+        except csv.Error as error:  # a line of more than 128 KB
+            tell_damaged(f"{path} is damaged ({error}): what follows is read from the files again")
 
 
 _Job = tuple[Path, list[Location], Pseudonyms]

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ich.base.config import Config, UserError
+from ich.base.records import Origin
 from ich.base.results import SweepPaths
 from ich.base.terminal import Board
 from ich.launch.composing import ComposedJob
@@ -135,7 +136,7 @@ def _score_of(config: Config, wait: Wait, sweep: SweepPaths, follower: Follower)
         return wait()
     except LostJobError as error:
         record, run = sweep.read_record(), sweep.run(config.job)
-        origin, parent = record.origins[config.job], record.mlflow_run
+        origin, parent = record.origins.get(config.job, Origin()), record.mlflow_run
         write_lost(config, run, origin, parent, str(error), lambda: follower.has_result(config))
         return None
 

@@ -227,9 +227,10 @@ def load_comparison(
         record = sweep.read_record()
         # One that is damaged has the jobs whose folders are there.
         if not (sweep.record.is_file() and record.jobs):
+            what = "no run beside" if sweep.record.is_file() else "no"
             raise UserError(
-                f"{sweep.root} holds no sweep (no {sweep.record.name}, or no run beside it). Give "
-                f"the folder of a sweep, as in ich report multirun_reports/demo."
+                f"{sweep.root} holds no sweep ({what} {sweep.record.name}). Give the folder of a "
+                f"sweep, as in ich report multirun_reports/demo."
             )
         records.append(record)
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""

@@ -170,8 +170,8 @@ def _journals(a: RunPaths, b: RunPaths) -> FileComparison:
 
 def _epochs(path: Path) -> dict[int, Scores]:
     lines, damaged = RunPaths(path.parent).read_journal()
-    if damaged:  # a comparison without an epoch would call it equal
-        raise ValueError(damaged[0])
+    if damaged or not lines:  # a comparison without an epoch would call it equal
+        raise ValueError(damaged[0] if damaged else "it holds no epoch")
     return {line.step: line.metrics for line in lines}
 
 
