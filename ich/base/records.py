@@ -39,14 +39,14 @@ def _taken(kind: type, values: Json, strict: bool = False) -> Json:
     for name, hint in _hints(kind).items():
         if name in values:
             try:
-                taken[name] = _typed(values[name], hint)
+                taken[name] = typed_value(values[name], hint)
             except ValueError:
                 if strict:
                     raise ValueError(f"{name} is {values[name]!r}") from None
     return taken
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def typed_value(value: Any, hint: Any) -> Any:
     """A value as JSON has it, as a type of plain values has it: lists become tuples.
 
     Raises:
@@ -56,13 +56,13 @@ def _typed(value: Any, hint: Any) -> Any:
     if kind in (Union, types.UnionType):
         for one in args:
             try:
-                return _typed(value, one)
+                return typed_value(value, one)
             except ValueError:
                 continue
     elif kind is tuple and isinstance(value, list):
-        return tuple(_typed(v, args[0]) for v in value)
+        return tuple(typed_value(v, args[0]) for v in value)
     elif kind in (dict, Mapping) and isinstance(value, dict):
-        return {k: _typed(v, args[1]) for k, v in value.items()}
+        return {k: typed_value(v, args[1]) for k, v in value.items()}
     elif type(value) is int:
         # An int of 400 digits is no number that could be computed with. Of True the type is bool.
         if hint in (int, float, Any) and abs(value) < 1 << 63:

@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
-import numpy as np
 import pandas as pd
 
 from ich.base.config import (
@@ -43,6 +42,7 @@ from ich.base.files import (
 )
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
+from ich.base.records import typed_value
 from ich.data.cache_folder import CacheFolder, make_cache_folder
 from ich.data.content import DataIdentity, digest_of_file, digest_of_files
 from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
@@ -135,9 +135,10 @@ class CohortFiles:
             with blocks:
                 rows = pd.concat(blocks, ignore_index=True)
             facts.pop("data", None)
-            labels = facts.pop("labels")
-            cohort = Cohort(rows, tuple(labels), **facts)
-            if not np.isin(rows[[*labels]].to_numpy(), (0, 1)).all():
+            hints = get_type_hints(Cohort)
+            known = {k: typed_value(v, hints[k]) for k, v in facts.items()}
+            cohort = Cohort(rows, **known)
+            if not all(rows[k].isin((0, 1)).all() for k in cohort.labels):
                 raise ValueError("a label is not 0 or 1")
             counts = rows["split"].value_counts().to_dict()
             if counts != {name: cohort.steps[name] for name in cohort.splits}:
