@@ -579,7 +579,7 @@ def test_nothing_is_written_where_a_record_says(
     told = f"Slices are kept in .ich-cache; those of the run were in {elsewhere}."
     assert told in " ".join(capsys.readouterr().out.split())
     assert load_config(rerun_of(run).config).data.cache_dir == ".ich-cache"
-    assert main([str(run.root), "--cache-dir", str(elsewhere)]) == 0
+    assert main([str(run.root), f"data.cache_dir={elsewhere}"]) == 0
     assert list(elsewhere.glob("cohort-*.json"))
 
 
