@@ -64,12 +64,16 @@ def typed_value(value: Any, hint: Any) -> Any:
     elif kind in (dict, Mapping) and isinstance(value, dict):
         return {k: typed_value(v, args[1]) for k, v in value.items()}
     elif type(value) is int:
-        # An int of 400 digits is no number that could be computed with. Of True the type is bool.
-        if hint in (int, float, Any) and abs(value) < 1 << 63:
+        if hint in (int, float, Any) and _is_number(value):
             return value
     elif hint is Any or type(value) is hint:
         return value
     raise ValueError(f"{value!r} is of another type")
+
+
+def _is_number(value: object) -> bool:
+    # An int of 400 digits is no number that could be computed with. Of True the type is bool.
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def _object(values: Json, key: str) -> Json:
@@ -395,11 +399,13 @@ class EpochMetrics:
         Raises:
             ValueError: it has no epoch and time, or a metric is no number.
         """
-        metrics = {k: v for k, v in values.items() if k not in ("step", "time")}
-        taken = _taken(cls, values | {"metrics": metrics}, strict=True)
-        if not {"step", "time"} <= taken.keys() or taken["step"] < 1:
-            raise ValueError("it is of no epoch")
-        return cls(**taken)
+        metrics = dict(values)
+        step, seconds = metrics.pop("step", None), metrics.pop("time", None)
+        # Not by `typed_value`: the terminal reads a journal several times a second.
+        numbers = all(v is None or _is_number(v) for v in metrics.values())
+        if not (numbers and _is_number(seconds) and type(step) is int and step >= 1):
+            raise ValueError("it is no epoch with its metrics")
+        return cls(step, seconds, metrics)
 
     def to_json(self) -> Json:
         return {"step": self.step, "time": self.time, **self.metrics}

@@ -40,7 +40,8 @@ class ProgressFile:
         now = time.monotonic()
         if now - self._written >= 0.25 or step == steps:
             self._written = now
-            self._run.write_progress(JobProgress(phase, epoch, self._epochs, step, steps))
+            with contextlib.suppress(OSError):  # a full disk: it only tells
+                self._run.write_progress(JobProgress(phase, epoch, self._epochs, step, steps))
 
 
 class GracefulStop:
