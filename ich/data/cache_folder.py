@@ -14,7 +14,6 @@ import csv
 import errno
 import hashlib
 import io
-import json
 import os
 import time
 from array import array
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from ich.base.config import UserError
-from ich.base.files import cut_unfinished_line
+from ich.base.files import cut_unfinished_line, read_json
 from ich.data.content import NOT_READ, sample_crcs
 from ich.data.decode import DECODER_VERSION, DecodeResult
 from ich.data.store import Location, SliceStore
@@ -104,8 +103,8 @@ class CacheFolder:
     def is_of(self, store: SliceStore) -> bool:
         """Whether the files lay there when the cache was last built."""
         try:
-            root = json.loads((self.path / "meta.json").read_text())["root"]
-        except (OSError, ValueError, KeyError, TypeError):
+            root = read_json(self.path / "meta.json").get("root")
+        except OSError:  # it is not there, or damaged
             return False
         return bool(root == str(store.root.resolve()))
 
