@@ -12,7 +12,6 @@ became of single jobs, there is a comparison with intervals (`ich.report`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import hydra
@@ -27,8 +26,8 @@ from ich.base.entry import (
     exit_status,
     is_interrupt,
     keep_traceback,
-    printable,
     shell_command,
+    tell,
 )
 from ich.base.memory import importing, leave
 from ich.base.results import SweepPaths
@@ -69,7 +68,7 @@ def close(interrupted: bool) -> bool:
             compare(sweep, resamples=0 if interrupted else RESAMPLES, page=not interrupted)
         except Exception as error:  # MLflow shall have the jobs all the same
             all_ok = False
-            print(printable(_not_written(sweep, error)), file=sys.stderr)
+            tell(_not_written(sweep, error))
         status = "FINISHED" if ok else "KILLED" if interrupted else "FAILED"
         close_sweep_run(sweep, status, _PATIENCE_INTERRUPTED if interrupted else None)
         all_ok &= ok
@@ -79,7 +78,7 @@ def close(interrupted: bool) -> bool:
 def _not_written(sweep: SweepPaths, error: Exception) -> str:
     why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return (
-        f"ich: the comparison of {sweep.root} could not be written ({why}). Its jobs are whole: "
+        f"the comparison of {sweep.root} could not be written ({why}). Its jobs are whole: "
         f"{shell_command('ich', 'report', sweep.root)} makes it again. {keep_traceback()}"
     )
 

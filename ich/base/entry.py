@@ -128,8 +128,13 @@ def exit_status(command: Callable[[], int]) -> int:
 
         if not isinstance(error, UserError | OSError):
             raise
-        print(printable(f"ich: {_paragraph(error)}"), file=sys.stderr)
+        tell(_paragraph(error))
         return Status.MISTAKE
+
+
+def tell(paragraph: str) -> None:
+    """Says what is amiss, in one paragraph, on standard error."""
+    print(printable(f"ich: {paragraph}"), file=sys.stderr)
 
 
 def _paragraph(error: Exception) -> str:

@@ -20,7 +20,6 @@ from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, load_dataset
 from ich.scoring.metrics import always_negative, multilabel_metrics
 from ich.tracking.journal import Journal
-from ich.training.checkpoint import Generations
 from ich.training.devices import device_name, pick_device
 from ich.training.model import count_parameters, load_weights
 from ich.training.saving import CheckpointWriter, resume_training, save_best, save_predictions
@@ -61,8 +60,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         len(dataset.train.row),
         len(dataset.val.row),
     )
-    generations = Generations(run.root)
-    state = resume_training(run, trainer, dataset, journal, generations)
+    state, generations = resume_training(run, trainer, dataset, journal)
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
     writer = CheckpointWriter(run, trainer, dataset, state, generations)

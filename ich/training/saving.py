@@ -82,14 +82,12 @@ class CheckpointWriter:
 
 
 def resume_training(
-    run: RunPaths,
-    trainer: Trainer,
-    dataset: Dataset,
-    journal: Journal,
-    generations: Generations,
-) -> TrainingState:
+    run: RunPaths, trainer: Trainer, dataset: Dataset, journal: Journal
+) -> tuple[TrainingState, Generations]:
     """Sets the trainer to the newest good checkpoint of the run, if there is one, and the run's
-    files to what they were then."""
+    files to what they were then; returns its state, and the checkpoints, of which this one is the
+    newest."""
+    generations = Generations(run.root)
     checkpoint = generations.read(lambda found: _require_own(found, trainer, dataset))
     if checkpoint is None:
         if run.has_checkpoint():
@@ -97,7 +95,7 @@ def resume_training(
         # Nothing of an attempt that is not continued may pass for this one's.
         generations.drop()
         journal.rewind(0)
-        return TrainingState()
+        return TrainingState(), generations
     facts, tensors = checkpoint.facts, checkpoint.tensors
     state = TrainingState(**facts["progress"])
     state.resumed += 1
@@ -116,7 +114,7 @@ def resume_training(
         if (before := facts.get(what)) != value:
             log.warning("%s: %s before, %s now; the last digits may differ", what, before, value)
     log.info("goes on after step %d of epoch %d", state.step, state.epoch)
-    return state
+    return state, generations
 
 
 def _require_own(checkpoint: Checkpoint, trainer: Trainer, dataset: Dataset) -> None:

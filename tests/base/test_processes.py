@@ -26,8 +26,9 @@ STARTED = {
     "base.provenance._git": "git, for ten seconds at most",
     "base.provenance._gpus": "nvidia-smi, for ten seconds at most",
     "benchmarks.jobs.bench_start": "imports libraries, and ends",
+    "benchmarks.jobs._busy_process": "looks for its parent itself",
     "benchmarks.jobs._training": "a training watches",
-    "benchmarks.jobs._prediction_peak": "watches: below",
+    "benchmarks.jobs._prediction_peak": "watches, as the timing does",
 }
 STARTING = {"Popen", "run", "call", "check_call", "check_output", "Process", "fork", "system"}
 OWNERS = {"subprocess", "os", "multiprocessing", "context"}

@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_version_is_named_and_not_gone_on_from(
             Generations(run.root).drop()
             Generations(run.root).write(Checkpoint(tensors, facts))
         journal = Journal(run.metrics)
-        state = resume_training(run, trainer, dataset, journal, Generations(run.root))
+        state, _ = resume_training(run, trainer, dataset, journal)
         assert (state.resumed, state.epoch) == (0, 1), change
         assert not run.has_checkpoint()
         assert "cannot be used: it is of another version of ich" in caplog.text
