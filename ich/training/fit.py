@@ -51,15 +51,9 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     labels = dataset.labels
     mode = select_and_record_mode(cfg, run)
     trainer = Trainer.build(cfg, dataset, device, mode)
-    log.info(
-        "%s on %s, %s, %s: %d training rows, %d validation rows",
-        cfg.model.timm,
-        device_name(device),
-        mode.precision,
-        mode.layout,
-        len(dataset.train.row),
-        len(dataset.val.row),
-    )
+    where = f"{device_name(device)}, {mode.precision}, {mode.layout}"
+    rows = len(dataset.train.row), len(dataset.val.row)
+    log.info("%s on %s: %d training rows, %d validation rows", cfg.model.timm, where, *rows)
     state, generations = resume_training(run, trainer, dataset, journal)
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
