@@ -41,7 +41,9 @@ check: $(READY)  ## what CI runs: ruff, mypy, all tests
 	$(MAKE) test MARK=
 
 ui: $(READY)  ## the MLflow UI on 127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
+	@mkdir -p .ich-cache/tmp  # the server opens a lock of a foreseeable name in TMPDIR, and empties it
+	TMPDIR=.ich-cache/tmp MLFLOW_DISABLE_TELEMETRY=true \
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 $(ARGS)
 
 report: $(READY)  ## rebuild a table from its files; ARGS=multirun_reports/demo
 	$(BIN)/python -m ich.report $(or $(ARGS),multirun_reports/demo)

@@ -39,6 +39,7 @@ class Status(IntEnum):
     TERMINATED = 128 + signal.SIGTERM
 
 
+_LONGEST = 3000  # characters of an error's text
 _received: list[int] = []  # signals that ended this process
 
 
@@ -71,6 +72,19 @@ def printable(text: str) -> str:
     # The escape character is not printable, nor is a line break, a half of a pair, or what turns
     # the direction of writing: each is shown as Python would write it.
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def masked(text: str) -> str:
+    """A text without the user and password that its URIs may hold."""
+    return re.sub(r"://[^/\s@]+@", "://***@", text)
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, in one line and without passwords; whole, for its cause comes last."""
+    # SQLAlchemy's quote the statement that a database did not take, with all its values: pages.
+    text = masked(" ".join(str(error).split("[SQL: ")[0].split()))
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 class PrintableFormatter(logging.Formatter):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ich.base.config import AugmentConfig, UserError
+from ich.base.entry import one_line
 from ich.base.files import replacing
 from ich.base.metadata import Metadata
 from ich.data.decode import area_weights
@@ -107,7 +108,7 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
             )
     except torch.onnx.OnnxExporterError as error:
         raise UserError(
-            f"the network cannot be converted to ONNX ({' '.join(str(error).split())[:200]}). Use "
+            f"the network cannot be converted to ONNX ({one_line(error)}). Use "
             f"--format torch_export or safetensors, and --engine torch."
         ) from None
     # Of the type alone: None is what the older exporter returns.

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from ich.base.config import Config, UserError
+from ich.base.entry import one_line
 from ich.base.records import Origin
 from ich.base.results import SweepPaths
 from ich.base.terminal import Board
@@ -33,7 +34,7 @@ from ich.launch.jobs import VISIBLE, Slot, slurm_thread_limit, thread_limit, wri
 from ich.launch.launcher import SweepLauncher, check_range
 from ich.launch.remote import Follower, ending_jobs
 from ich.launch.steps import board_for, prepare, train
-from ich.tracking.store import one_line
+from ich.tracking.places import tracking_environment
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,19 @@ class PlacedJob:
         config: the job.
         folder: where the sweep was launched; relative paths of the config start there.
         environment: what the training is given beside the environment of the engine's process.
+        tracking: MLflow's variables where it was launched, for both.
     """
 
     config: Config
     folder: str
     environment: dict[str, str]
+    tracking: dict[str, str]
 
     def __call__(self) -> float | None:
         """Trains; returns the monitored metric, None if the job did not finish."""
         os.chdir(self.folder)
+        # Here too, for this process tells MLflow of a training that could not do so itself.
+        os.environ.update(self.tracking)
         # What Slurm did give a job is truer than what was asked for.
         slot = Slot(environment=self.environment | slurm_thread_limit())
         # Silent: the launching terminal follows what the training writes into the sweep's folder.
@@ -104,12 +109,13 @@ class ClusterLauncher(SweepLauncher):
             UserError: the engine is not there, or does not take them.
         """
 
+    def placed(self, job: ComposedJob) -> PlacedJob:
+        """A job as it goes to a process of the cluster."""
+        own = self.environment | dict(job.composed.hydra.job.env_set)
+        return PlacedJob(job.config, str(Path.cwd()), own, tracking_environment())
+
     def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
-        configs, folder = [job.config for job in jobs], str(Path.cwd())
-        calls = [
-            PlacedJob(job.config, folder, self.environment | dict(job.composed.hydra.job.env_set))
-            for job in jobs
-        ]
+        configs, calls = [job.config for job in jobs], [self.placed(job) for job in jobs]
         self.check()
         sweep = prepare(configs)
         # These are left in reverse. When an exception ends the launch, running jobs are first asked

@@ -20,10 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ich.base.config import Config, UserError, flatten
+from ich.base.entry import one_line
 from ich.base.metadata import read_metadata
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, RunResult
 from ich.base.results import RunPaths
-from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore, one_line
+from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore
 
 _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
 _RETRY_SECONDS = 20

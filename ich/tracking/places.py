@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from ich.base.config import TrackingConfig, UserError
+from ich.base.entry import masked
 
 # MLflow's own, which count where the config says nothing.
 URI_VARIABLE, EXPERIMENT_VARIABLE = "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"
@@ -51,9 +52,9 @@ class Place:
         return f"{Path(os.path.relpath(self.database))}{name}"
 
 
-def masked(text: str) -> str:
-    """A text without the user and password that its URIs may hold."""
-    return re.sub(r"://[^/\s@]+@", "://***@", text)
+def tracking_environment() -> dict[str, str]:
+    """MLflow's variables as they are here, for a process that does not inherit them."""
+    return {k: os.environ[k] for k in (URI_VARIABLE, EXPERIMENT_VARIABLE) if k in os.environ}
 
 
 def resolve_place(cfg: TrackingConfig, folder: Path | None = None) -> Place:

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from ich.base.config import Config, TrackingConfig, UserError, saved_config
-from ich.base.entry import shell_command
+from ich.base.entry import one_line, shell_command
 from ich.base.results import RunPaths, SweepPaths
 from ich.scoring.comparison import (
     COMPARED_METRICS,
@@ -30,7 +30,6 @@ from ich.tracking.store import (
     WEIGHTS_IN_RUN,
     MissingDatabaseError,
     MlflowStore,
-    one_line,
     remedy,
 )
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ich.base.config import TrackingConfig, UserError
+from ich.base.entry import masked
 from ich.base.files import lock
 from ich.base.records import Scores
 from ich.tracking.places import (
@@ -20,7 +21,6 @@ from ich.tracking.places import (
     follow_project,
     is_same_place,
     local_path,
-    masked,
     place_tag,
     resolve_place,
 )
@@ -32,7 +32,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # MLflow would otherwise retry a dead server for minutes, at every call.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-_LONGEST = 3000  # characters of an error's text
 _PARAM_LIMIT = 6000  # of MLflow, characters
 _CUT = " ... cut here, whole in config.yaml"
 MODEL_FOLDER = "model"  # the served model among a run's artifacts
@@ -269,14 +268,6 @@ class MlflowStore:
         query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment_id], query):
             self.end(run.info.run_id, status)
-
-
-def one_line(error: BaseException | str) -> str:
-    """What an error says, in one line and without passwords; whole, for its cause comes last."""
-    # MLflow's quote the statement that a database did not take, with all its values: pages.
-    text = masked(" ".join(str(error).split("[SQL: ")[0].split()))
-    half = _LONGEST // 2
-    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 # What an error of MLflow's, or of what it uses, holds, and what mends it; the first one counts.

@@ -22,6 +22,7 @@ from ich.base.config import (
     saved_config,
     select_value,
 )
+from ich.base.entry import one_line
 from ich.base.files import DamagedError, tell_damaged
 from ich.base.processes import watch_supervisor
 from ich.base.results import RunPaths, SweepPaths
@@ -29,7 +30,7 @@ from ich.base.terminal import print_line
 from ich.tracking.mirror import RunMirror, copy_files, run_tags
 from ich.tracking.places import resolve_place
 from ich.tracking.registry import register_best
-from ich.tracking.store import MlflowStore, one_line, remedy
+from ich.tracking.store import MlflowStore, remedy
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from ich.base.config import ModelConfig, UserError
-from ich.base.entry import nearest
+from ich.base.entry import nearest, one_line
 from ich.base.files import write_bytes
 from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
 
@@ -218,10 +218,9 @@ def check_architecture(cfg: ModelConfig, channels: int, size: int, outputs: int 
             AttributeError,
             AssertionError,
         ) as e:
-            reason = " ".join(str(e).split())[:200]
             raise UserError(
                 f"{cfg.name} ({cfg.timm}) cannot be trained on {channels} channels of {size} "
-                f"pixels as a convolutional base with one linear layer: {reason}. Change "
+                f"pixels as a convolutional base with one linear layer: {one_line(e)}. Change "
                 f"data.image_size, or choose a convolutional network."
             ) from None
     unused = [name for name, p in model.named_parameters() if p.grad is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,12 +86,31 @@ def test_a_job_that_cannot_begin_is_lost_with_its_reason(
 ) -> None:
     """As on a machine where the launching folder is not to be seen."""
     launcher = SlurmLauncher(str(tmp_path / "%j"), "local", timeout_min=5)
-    call = PlacedJob(composed(), str(tmp_path / "elsewhere"), {})
+    call = PlacedJob(composed(), str(tmp_path / "elsewhere"), {}, {})
     with launcher.submitted([call]) as waits, pytest.raises(LostJobError) as raised:
         waits[0]()
     assert "its process failed (FileNotFoundError: " in str(raised.value)
     log = Path(str(raised.value).split("see ")[1])
     assert "elsewhere" in log.read_text()
+
+
+def test_a_job_on_a_cluster_is_told_mlflows_variables(
+    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of Ray's does not inherit them, and would have made a database of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "stroke")
+    cfg = OmegaConf.create({"hydra": {"job": {"env_set": {}}}})
+    placed = ray().placed(ComposedJob([], cfg, composed()))
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    seen: list[str | None] = []
+
+    def train(*_: object) -> None:
+        seen.append(os.environ.get("MLFLOW_EXPERIMENT_NAME"))
+
+    monkeypatch.setattr("ich.launch.clusters.train", train)
+    placed()
+    assert seen == ["stroke"]
 
 
 def test_slurm_that_is_not_there_is_said_in_a_sentence(

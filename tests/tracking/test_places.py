@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ich.base.config import TrackingConfig, UserError
-from ich.tracking.places import masked, resolve_place
-from ich.tracking.store import MlflowStore, one_line, remedy
+from ich.base.entry import masked, one_line
+from ich.tracking.places import resolve_place
+from ich.tracking.store import MlflowStore, remedy
 
 HERE = TrackingConfig(mlflow=True)
 
@@ -231,3 +233,23 @@ def test_an_error_is_told_to_its_end_and_its_remedy_is_of_its_cause() -> None:
         one_line("database is locked\n[SQL: INSERT ...]\n[parameters: 1]") == "database is locked"
     )
     assert len(one_line("y" * 9999)) < 3010
+
+
+# The temporary folder, which others can write to
+
+
+def test_no_file_of_a_known_name_is_opened_in_the_temporary_folder(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's server opens a lock there, and would empty the file that it is a link to."""
+    temporary = project / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    Path("mlflow.db").unlink()
+    log_model(MlflowStore(HERE))
+    assert list(temporary.iterdir()) == []
+    repository = Path(__file__).parents[2]
+    told = subprocess.run(
+        ["make", "-n", "-o", ".venv/ready", "ui"], cwd=repository, capture_output=True, text=True
+    )
+    assert "TMPDIR=.ich-cache/tmp" in told.stdout
