@@ -148,10 +148,12 @@ def test_a_reason_with_brackets_is_shown_whole(
         tmp_path / "[red]s", {"vgg16": 1.0, "xception": 1.0}, composed, None, ["vgg16"]
     )
     run = sweep.run("vgg16")
-    run.write_result(replace(run.read_result(), reason="no [/b] [batch]"))
+    run.write_result(replace(run.read_result(), reason="no [/b]\n\x1b[2J[batch]"))
     compare(sweep, resamples=0, page=False)
     printed = capsys.readouterr().out
-    assert "failed: no [/b] [batch]" in printed
+    shown = r"failed: no [/b] \x1b[2J[batch]"  # in one line, and nothing of it acts
+    assert shown in printed
+    assert shown in sweep.markdown.read_text()
     assert printed.count("[red]s") >= 3  # its name, and its folder
 
 

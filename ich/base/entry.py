@@ -97,6 +97,12 @@ class PrintableFormatter(logging.Formatter):
         return "\n".join(map(printable, super().formatException(ei).splitlines()))
 
 
+def print_warnings() -> None:
+    """Makes harmless what a process prints of warnings that it has no log for."""
+    if logging.lastResort:
+        logging.lastResort.setFormatter(PrintableFormatter())
+
+
 def shell_command(*words: object) -> str:
     """A command to paste into a shell, each word quoted where it has to be."""
     return " ".join(map(_shell_word, map(str, words)))
@@ -127,8 +133,7 @@ def exit_status(command: Callable[[], int]) -> int:
 
     A bug of ours is raised, and so is SystemExit, by which SIGTERM ends the command.
     """
-    if logging.lastResort:  # prints warnings where nothing else does
-        logging.lastResort.setFormatter(PrintableFormatter())
+    print_warnings()
     try:
         return command()
     except (Exception, KeyboardInterrupt) as error:

@@ -23,6 +23,7 @@ from ich.benchmarks.peers import Rate, rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.benchmarks.settings import Settings
 from ich.data.dataset import load_dataset
+from ich.tracking.places import sqlite_uri
 from ich.training.timing import select_mode
 
 _COHORTS = (2_000, 20_000)  # rows, in `memory`
@@ -34,7 +35,7 @@ _COHORTS = (2_000, 20_000)  # rows, in `memory`
 def bench_start(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Starts per second: of a job, from its process to its first step, MLflow included, against
     importing the libraries that it needs."""
-    database = f'tracking.uri="sqlite:///{folder}/m.db"'
+    database = f'tracking.uri="{sqlite_uri(folder / "m.db")}"'
     config = compose_job("mobilenet_v2", 96, folder, "tracking=mlflow", database)
     # As before a sweep's jobs, which find their slices decoded.
     load_dataset(config)

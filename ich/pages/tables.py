@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ich.base.config import RESAMPLES, UserError
-from ich.base.entry import shell_command
+from ich.base.entry import printable, shell_command
 from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths, free_shelf
@@ -166,7 +166,8 @@ def _cell(row: pd.Series, name: str, shown: Shown, mark: str) -> str:
 def _status(row: pd.Series) -> str:
     # A mean's reason says how many seeds it is of, as its name has done.
     texts = (row["status"], "" if _is_mean(row) else row["reason"])
-    return ": ".join(text for text in texts if isinstance(text, str) and text)
+    text = ": ".join(text for text in texts if isinstance(text, str) and text)
+    return printable(" ".join(text.split()))  # a line break of an error's would end the row
 
 
 # --- Markdown and LaTeX --------------------------------------------------------------------------

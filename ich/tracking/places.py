@@ -74,7 +74,7 @@ def resolve_place(cfg: TrackingConfig, folder: Path | None = None) -> Place:
     experiment = cfg.experiment or os.environ.get(EXPERIMENT_VARIABLE) or _EXPERIMENT
     if not given:
         database = folder / _DATABASE
-        uri, source = _sqlite_uri(database), ""
+        uri, source = sqlite_uri(database), ""
     elif given.startswith("sqlite:///"):
         uri, database = _read_sqlite_uri(given, source, folder)
     elif given.startswith("file:") or ("://" not in given and given != "databricks"):
@@ -102,10 +102,10 @@ def _read_sqlite_uri(uri: str, source: str, folder: Path) -> tuple[str, Path]:
     path = Path(url.database or "").expanduser()
     if url.query:
         return uri, folder / unquote(str(path).removeprefix("file:"))
-    return _sqlite_uri(folder / path), folder / path
+    return sqlite_uri(folder / path), folder / path
 
 
-def _sqlite_uri(path: Path) -> str:
+def sqlite_uri(path: Path) -> str:
     """The URI of a database file, which SQLAlchemy reads as this very path."""
     from sqlalchemy.engine import make_url
 

@@ -22,7 +22,7 @@ from ich.base.config import (
     saved_config,
     select_value,
 )
-from ich.base.entry import one_line
+from ich.base.entry import one_line, print_warnings
 from ich.base.files import DamagedError, tell_damaged
 from ich.base.processes import watch_supervisor
 from ich.base.results import RunPaths, SweepPaths
@@ -167,4 +167,5 @@ def _catch_up(store: MlflowStore, run: RunPaths, tracking: TrackingConfig, paren
 
 if __name__ == "__main__":
     watch_supervisor(int(sys.argv[3]))
+    print_warnings()
     close_in_this_process(SweepPaths(Path(sys.argv[1])), sys.argv[2])
