@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ich.base.config import (
     saved_config,
     select_value,
 )
-from ich.base.entry import one_line, print_warnings
+from ich.base.entry import masked, one_line, print_warnings
 from ich.base.files import DamagedError, tell_damaged
 from ich.base.processes import watch_supervisor
 from ich.base.results import RunPaths, SweepPaths
@@ -52,7 +53,7 @@ def check_tracking(config: Config) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = one_line(error)
+        reason = one_line(error).replace("<database_uri>", shlex.quote(masked(place.uri)))
         if "database is locked" not in reason:
             raise UserError(
                 f"MLflow at {place} cannot be used: {reason.rstrip('.')}. {remedy(reason)}"

@@ -362,5 +362,7 @@ def test_a_database_of_another_version_says_the_command_that_mends_it(
     """The command stood behind the 300th character, where the message was cut off."""
     with sqlite3.connect(tmp_path / "ml.db") as db:
         db.execute("UPDATE alembic_version SET version_num = 'cc1f77228345'")
-    with pytest.raises(UserError, match=r"mlflow db upgrade .*Copy the database, then do as it"):
+    with pytest.raises(
+        UserError, match=r"mlflow db upgrade sqlite:.*ml.db' .*Copy the database, then do as it"
+    ):
         check_tracking(config)
