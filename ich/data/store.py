@@ -7,7 +7,9 @@ process needs to read a file is a `Location`.
 
 from __future__ import annotations
 
+import bz2
 import errno
+import lzma
 import os
 import stat
 import struct
@@ -28,12 +30,20 @@ from isal import igzip_lib, isal_zlib
 from ich.data.dicom import DicomError
 
 MAX_BYTES = 64 << 20  # of a slice's file, before and after inflating; a CT slice has half a MB
-_LABEL_BYTES = 1 << 30
-_STORED, _DEFLATED, _MISSING = 0, 8, -1
-_ENCRYPTED, _UTF8 = 0x1, 0x800
+MAX_TABLE_BYTES = 256 << 20  # of a label or metadata file, inflated; the RSNA's has 120 MB
+_MISSING = -1
+_STORED, _DEFLATED, _BZIP2, _LZMA = 0, 8, 12, 14
+# Of APPNOTE.TXT 4.4.5; the others have not been written for decades.
+_NOT_READ = {9: "Deflate64", 93: "Zstandard", 95: "XZ", 98: "PPMd"}
+_ENCRYPTED = 0x1  # among an entry's flags
+_ZIP64, _UNICODE_PATH = 0x1, 0x7075  # tags of extra fields
 # Of an entry in the directory: magic, flags, method, CRC-32, packed and full size, the lengths of
 # name, extra field and comment, offset.
 _ENTRY = struct.Struct("<4s4xHH4xLLLHHH8xL")
+
+
+# What reading and unpacking raise of damaged bytes.
+_DAMAGED = (OSError, EOFError, UnicodeError, igzip_lib.IsalError, lzma.LZMAError)
 
 
 class Unreadable(DicomError):
@@ -67,13 +77,17 @@ class Location(NamedTuple):
 
 @dataclass(frozen=True)
 class SliceStore:
-    """A folder tree or one zip archive."""
+    """A folder tree or one zip archive.
+
+    follow_links: whether a linked folder belongs to the tree, if what it leads to lies elsewhere.
+    """
 
     root: Path
+    follow_links: bool = False
 
     @staticmethod
     def open(root: str) -> SliceStore:
-        """Checks that `root` is a folder or a zip archive.
+        """A data set's folder, whose linked folders belong to it, or its zip archive.
 
         Raises:
             UserError: it does not exist or is neither.
@@ -92,7 +106,7 @@ class SliceStore:
                 f"data.root is {root!r}, which is neither a folder nor a zip archive. Give the "
                 f"folder or the zip that holds the slices; a broken download must be repeated."
             )
-        return SliceStore(path)
+        return SliceStore(path, follow_links=True)
 
     @property
     def is_zip(self) -> bool:
@@ -111,12 +125,26 @@ class SliceStore:
         def keep_closed(error: OSError) -> None:
             paths.append(Path(os.fsdecode(error.filename)).relative_to(self.root).as_posix())
 
-        for folder, below, files in os.walk(self.root, onerror=keep_closed):
-            # In place, by which os.walk leaves out the hidden ones; links are not followed.
-            below[:] = sorted(d for d in below if not d.startswith("."))
-            relative = Path(folder).relative_to(self.root).as_posix()
+        known = [self.root.resolve()]  # trees that are walked through
+
+        def follow(folder: Path) -> bool:
+            place = folder.resolve()
+            # Else a file would be there twice, or a circle be walked for ever.
+            if not self.follow_links or any(
+                place.is_relative_to(k) or k.is_relative_to(place) for k in known
+            ):
+                return False
+            known.append(place)
+            return True
+
+        for folder, below, files in os.walk(self.root, onerror=keep_closed, followlinks=True):
+            here = Path(folder)
+            named = sorted(d for d in below if not d.startswith("."))
+            links = [d for d in named if (here / d).is_symlink() and not follow(here / d)]
+            # In place, by which os.walk leaves out the hidden ones and links.
+            below[:] = [d for d in named if d not in links]
+            relative = here.relative_to(self.root).as_posix()
             prefix = "" if relative == "." else f"{relative}/"
-            links = [d for d in below if Path(folder, d).is_symlink()]
             paths += [prefix + name for name in [*files, *links]]
         return sorted(paths)
 
@@ -147,16 +175,24 @@ class SliceStore:
         return Location(path, status.st_size, status.st_mtime_ns)
 
     def read(self, path: str) -> bytes:
-        """One file of the store, whole, up to a gigabyte: a label CSV.
+        """One file of the store, whole: a label CSV.
 
         Raises:
             FileNotFoundError: it is not there.
-            DicomError: it is damaged.
+            UserError: it is damaged, too large, or packed in a way that is not read.
         """
+        from ich.base.config import UserError  # as in `open`
+
         (location,) = self.locate([path])
         if location.size == _MISSING:
             raise FileNotFoundError(f"{self.root} holds no {path}")
-        return read_bytes(self.root, location, _LABEL_BYTES)
+        try:
+            return read_bytes(self.root, location, MAX_TABLE_BYTES)
+        except DicomError as error:
+            raise UserError(
+                f"{path} in {self.root} cannot be used: {error.reason}. Unpack it with the program "
+                f"that packed it, and give it with data.labels=FILE."
+            ) from None
 
     def identity(self) -> str:
         """Changes with where the store is and, as far as a cheap look tells, with what is in it."""
@@ -191,7 +227,7 @@ def read_bytes(
         if location.offset >= 0:
             return _read_member(root, location, head)
         return _read_file(f"{root}/{location.path}", location, head)
-    except (OSError, igzip_lib.IsalError, UnicodeError) as error:  # type: ignore[misc]
+    except _DAMAGED as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             raise DicomError("a symbolic link, which is not followed") from None
         raise Unreadable(f"cannot be read ({type(error).__name__})") from None
@@ -219,17 +255,14 @@ def _read_member(root: Path, location: Location, head: int | None) -> bytes:
     flags, method = location.kind >> 16, location.kind & 0xFFFF
     if flags & _ENCRYPTED:
         raise DicomError("encrypted in the archive")
-    if method not in (_STORED, _DEFLATED):
-        raise DicomError(f"compressed in the archive by method {method}, not stored or deflated")
+    if method not in (_STORED, _DEFLATED, _BZIP2, _LZMA):
+        raise DicomError(
+            f"compressed in the archive by {_NOT_READ.get(method, f'method {method}')}, which is "
+            f"not read: Deflate, bzip2 and LZMA are"
+        )
     with root.open("rb", buffering=0) as archive:
-        packed = _packed(archive.fileno(), location, flags, head)
-    if method == _DEFLATED:
-        # Negative: bare deflate data, without a header of zlib.
-        inflate = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)
-        # No more, whatever the stream holds.
-        data = inflate.decompress(packed, head or location.size + 1)
-    else:
-        data = packed
+        packed = _packed(archive.fileno(), location, head)
+    data = _inflate(packed, method, location.size if head is None else min(head, location.size))
     if head is not None:
         return data[:head]
     if len(data) != location.size or isal_zlib.crc32(data) != location.stamp:
@@ -237,19 +270,45 @@ def _read_member(root: Path, location: Location, head: int | None) -> bytes:
     return data
 
 
-def _packed(archive: int, location: Location, flags: int, head: int | None) -> bytes:
+def _inflate(packed: bytes, method: int, size: int) -> bytes:
+    """At most one byte more than `size`, whatever the stream holds."""
+    if method == _DEFLATED:
+        # Negative: bare deflate data, without a header of zlib.
+        return bytes(isal_zlib.decompressobj(-isal_zlib.MAX_WBITS).decompress(packed, size + 1))
+    if method == _BZIP2:
+        return bz2.BZ2Decompressor().decompress(packed, size + 1)
+    if method == _LZMA:
+        # Version and length of the properties, these, and the bare stream (APPNOTE.TXT 5.8.8).
+        parameters, dictionary = struct.unpack("<BL", packed[4:9].ljust(5, b"\xff"))
+        settings: dict[str, int] = {
+            "id": lzma.FILTER_LZMA1,
+            "lc": parameters % 9,
+            "lp": parameters // 9 % 5,
+            "pb": parameters // 45,
+            # No more than there is to look back on: a file may ask for gigabytes.
+            "dict_size": max(4096, min(dictionary, size)),
+        }
+        bare = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[settings])
+        # Not a byte more: a stream without an end mark does not say where it ends.
+        return bare.decompress(packed[9:], size)
+    return packed
+
+
+def _packed(archive: int, location: Location, head: int | None) -> bytes:
     header = os.pread(archive, 30, location.offset)
-    length = int.from_bytes(header[26:28], "little")
-    name = os.pread(archive, length, location.offset + 30)
-    same = name == location.path.encode("utf-8" if flags & _UTF8 else "cp437")
+    n, m = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    # The local header has an extra field of its own, often of another length than the directory's.
+    rest = os.pread(archive, n + m, location.offset + 30)
+    same = _member_name(rest[:n], rest[n:]) == location.path
     # An archive that was replaced since has other members at the same places.
     if header[:4] != b"PK\x03\x04" or not same:
         raise Unreadable("damaged in the archive (its local header differs)")
-    # The local header has an extra field of its own, often of another length than the directory's.
-    start = location.offset + 30 + length + int.from_bytes(header[28:30], "little")
-    # Deflated data are at most a little longer than what they stand for.
-    wanted = location.packed if head is None else min(location.packed, head + 1024)
-    return os.pread(archive, wanted, start)
+    wanted = location.packed
+    # Of the other methods a beginning may give nothing: bzip2 has blocks of up to 900 KB.
+    if head is not None and location.kind & 0xFFFF in (_STORED, _DEFLATED):
+        # Deflated data are at most a little longer than what they stand for.
+        wanted = min(wanted, head + 1024)
+    return os.pread(archive, wanted, location.offset + 30 + n + m)
 
 
 def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
@@ -270,7 +329,7 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
             start, size, shift = _find_directory(archive)
             archive.seek(start)
             for name, *entry, offset, packed, kind in _members(archive, size):
-                if not name.endswith("/"):
+                if name and not name.endswith("/"):
                     names.append(name)
                     fields.extend((*entry, offset + shift, packed, kind))
     # Sizes that contradict each other end an iterator early, or do not fit 64 bits.
@@ -327,18 +386,39 @@ def _members(archive: IO[bytes], size: int) -> Iterator[tuple[str, int, int, int
         size -= 46 + len(rest)
         if 0xFFFFFFFF in (full, packed, offset):
             full, packed, offset = _zip64(rest[n : n + m], full, packed, offset)
-        name = rest[:n].decode("utf-8" if flags & _UTF8 else "cp437")
+        name = _member_name(rest[:n], rest[n : n + m])
         yield name, full, crc, offset, packed, flags << 16 | method
+
+
+def _member_name(raw: bytes, extra: bytes) -> str:
+    """A member's path, with forward slashes. What is no ASCII is UTF-8 if it can be, flagged so or
+    not (macOS sets no flag), else code page 437 (APPNOTE.TXT 4.4.17 and appendix D)."""
+    for tag, data in _fields(extra) if not raw.isascii() else ():
+        # A second name in UTF-8, valid as long as the first has not been changed (4.6.9).
+        if tag == _UNICODE_PATH and data[1:5] == isal_zlib.crc32(raw).to_bytes(4, "little"):
+            raw = data[5:]
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        name = raw.decode("cp437")
+    # Programs for Windows may write their own separators.
+    return name.replace("\\", "/").lstrip("/")
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
     """Sizes and offset, where they are too large for 32 bits, from an entry's extra field."""
+    for tag, data in _fields(extra):
+        # Only values that did not fit are there, in this order (APPNOTE.TXT 4.5.3).
+        if tag == _ZIP64:
+            large = struct.iter_unpack("<Q", data[: len(data) // 8 * 8])
+            return [next(large)[0] if v == 0xFFFFFFFF else v for v in values]
+    return list(values)
+
+
+def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    """The tag and data of each of an entry's extra fields (APPNOTE.TXT 4.5.1)."""
     at = 0
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, at)
-        # Only values that did not fit are there, in this order (APPNOTE.TXT 4.5.3).
-        if tag == 1:
-            large = struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length // 8 * 8])
-            return [next(large)[0] if v == 0xFFFFFFFF else v for v in values]
+        yield tag, extra[at + 4 : at + 4 + length]
         at += 4 + length
-    return list(values)

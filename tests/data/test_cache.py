@@ -11,7 +11,9 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from ich.data.cache_folder import CacheFolder
 from ich.data.content import sample_crcs
 from ich.data.decode import DecodeRequest, checksum, decode_to_cache, resize_area, square
 from ich.data.dicom import DicomError, read_hu
-from ich.data.store import Location, SliceStore, read_bytes, read_directory
+from ich.data.store import Location, SliceStore, Unreadable, read_bytes, read_directory
 
 SIZE = 32
 
@@ -711,7 +713,10 @@ def test_what_cannot_be_read_from_an_archive_is_refused_by_name(tmp_path: Path) 
     (good,) = SliceStore(path).locate(["a"])
     cases = [
         (good._replace(kind=good.kind | 1 << 16), "encrypted in the archive"),
-        (good._replace(kind=12), "compressed in the archive by method 12, not stored or deflated"),
+        (good._replace(kind=9), "by Deflate64, which is not read: Deflate, bzip2 and LZMA are"),
+        (good._replace(kind=6), "compressed in the archive by method 6, which is not read"),
+        (good._replace(kind=12), r"cannot be read \(OSError\)"),
+        (good._replace(kind=14), "cannot be read|its size or CRC-32 differs"),
         (good._replace(stamp=1), r"damaged in the archive \(its size or CRC-32 differs\)"),
         (good._replace(size=5), "its size or CRC-32 differs"),
         (good._replace(offset=3), "its local header differs"),
@@ -726,6 +731,106 @@ def test_what_cannot_be_read_from_an_archive_is_refused_by_name(tmp_path: Path) 
     path.unlink()
     with pytest.raises(DicomError, match=r"cannot be read \(FileNotFoundError\)"):
         read_bytes(path, good)
+
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [0, 1, 5000, 3_000_000])
+def test_members_are_read_however_they_are_compressed(
+    tmp_path: Path, method: int, size: int
+) -> None:
+    data = np.random.default_rng(0).integers(0, 50, size, np.uint8).tobytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("a", data)
+    (location,) = SliceStore(tmp_path / "a.zip").locate(["a"])
+    assert read_bytes(tmp_path / "a.zip", location) == data
+    assert read_bytes(tmp_path / "a.zip", location, head=1000) == data[:1000]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_member_cut_or_changed_is_damaged_however_it_is_compressed(
+    tmp_path: Path, method: int
+) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a", b"content" * 99)
+    (location,) = SliceStore(path).locate(["a"])
+    whole = path.read_bytes()
+    changed = [whole[:n] + bytes([whole[n] ^ 64]) + whole[n + 1 :] for n in range(31, 99, 2)]
+    cut = [location._replace(packed=n) for n in range(location.packed)]
+    refused = 0
+    for data, place in [*((whole, c) for c in cut), *((c, location) for c in changed)]:
+        path.write_bytes(data)
+        try:  # the end of a stream, or the version of LZMA, tells nothing of the content
+            assert read_bytes(path, place) == b"content" * 99
+        except Unreadable:
+            refused += 1
+    assert refused > location.packed - 9
+
+
+def test_lzma_is_given_no_more_memory_than_the_file_needs(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a", b"content" * 99)
+    (location,) = SliceStore(path).locate(["a"])
+    data = bytearray(path.read_bytes())
+    dictionary = 31 + 5  # behind the header of 30 bytes, the name, version, length and one byte
+    data[dictionary : dictionary + 4] = b"\xff" * 4  # 4 GB to look back on
+    path.write_bytes(data)
+    tracemalloc.start()
+    assert read_bytes(path, location) == b"content" * 99
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(("change", "reason"), [(9, "by Deflate64"), (1 << 16, "encrypted")])
+def test_labels_that_cannot_be_unpacked_are_refused_in_a_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int, reason: str
+) -> None:
+    path = members(tmp_path / "a.zip", **{"stage_2_train.csv": b"ID,Label\n"})
+    store = SliceStore(path)
+    (location,) = store.locate(["stage_2_train.csv"])
+    monkeypatch.setattr(SliceStore, "locate", lambda *_: [location._replace(kind=change)])
+    with pytest.raises(
+        UserError, match=rf"stage_2_train.csv in .*a.zip cannot be used: .*{reason}"
+    ):
+        store.read("stage_2_train.csv")
+
+
+@pytest.mark.parametrize(
+    ("raw", "flags", "extra", "name"),
+    [
+        (b"a/b.dcm", 0, b"", "a/b.dcm"),
+        (b"a\\b.dcm", 0, b"", "a/b.dcm"),
+        (b"\\\\a//b.dcm", 0, b"", "a//b.dcm"),
+        ("Sch\u00e4del\\1.dcm".encode(), 0x800, b"", "Sch\u00e4del/1.dcm"),
+        ("Sch\u00e4del/1.dcm".encode(), 0, b"", "Sch\u00e4del/1.dcm"),
+        ("Scha\u0308del/1.dcm".encode(), 0, b"", "Scha\u0308del/1.dcm"),
+        ("Sch\u00e4del/1.dcm".encode("cp437"), 0, b"", "Sch\u00e4del/1.dcm"),
+        ("Sch\u00e4del/1.dcm".encode("cp437"), 0x800, b"", "Sch\u00e4del/1.dcm"),
+        (b"\x90/1.dcm", 0, "\u0391/1.dcm".encode(), "\u0391/1.dcm"),
+    ],
+)
+def test_members_are_called_as_whoever_packed_them_called_them(
+    tmp_path: Path, raw: bytes, flags: int, extra: bytes, name: str
+) -> None:
+    """Backslashes of Windows, UTF-8 without its flag (macOS), code page 437, and a second name."""
+    path, data = tmp_path / "a.zip", b"content"
+    field = b""
+    if extra:
+        body = b"\x01" + zlib.crc32(raw).to_bytes(4, "little") + extra
+        field = struct.pack("<HH", 0x7075, len(body)) + body
+    sizes = struct.pack("<LLLHH", zlib.crc32(data), len(data), len(data), len(raw), len(field))
+    local = b"PK\3\4" + struct.pack("<HHHHH", 20, flags, 0, 0, 0) + sizes + raw + field
+    entry = b"PK\1\2" + struct.pack("<HHHHHH", 20, 20, flags, 0, 0, 0) + sizes
+    entry += bytes(14) + raw + field
+    end = struct.pack("<4s4xHHLLH", b"PK\5\6", 1, 1, len(entry), len(local + data), 0)
+    path.write_bytes(local + data + entry + end)
+    assert SliceStore(path).paths == [name]
+    assert SliceStore(path).read(name) == data
 
 
 def test_a_zip_bomb_is_inflated_no_further_than_it_says(tmp_path: Path) -> None:
