@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ich.base.config import UserError, WindowConfig
+from ich.base.naming import why_unusable
 
 METADATA_KEY = "ich"  # of the entry in a weights file
 _FORMAT = 1
@@ -69,9 +70,7 @@ class Metadata:
         if not (
             all(isinstance(s, int) and 1 <= s <= _LARGEST_SIDE for s in sizes)
             and labels
-            and len(set(labels)) == len(labels)
-            # Tables separate the positive labels of a slice by `;`.
-            and not any(set(k) & set(";\n") for k in labels)
+            and not why_unusable(labels)
             and set(self.thresholds) == set(labels)
             and all(0 <= t <= 1 for t in limits)
             and 1 <= len(self.windows) <= _MOST_WINDOWS

@@ -1,10 +1,17 @@
-"""What tells trainings apart: the settings their outcome depends on, and the names of folders."""
+"""What tells trainings apart: the settings their outcome depends on, and the names of folders; and
+what a label may be called.
+
+A label's name is a column of tables, the end of a metric's name in MLflow, a word of commands and
+pages, a part of a picture's file name, and stands in the weights. It is checked once, for all of
+these, before anything is made of it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 
 from ich.base.config import Config, flatten
 
@@ -73,3 +80,65 @@ def sweep_name(task_overrides: Iterable[str], swept: Iterable[str], base: str) -
 
 def _short_hash(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:6]
+
+
+# Labels
+
+# Of any script. MLflow takes no others in a metric's name, but for `/` and `:`, which file systems
+# and Hydra have another use for.
+_NAME = re.compile(r"[^\W_]([\w .-]*[\w.-])?")
+_MAX_BYTES = 200  # in UTF-8: a file's name may have 255, and MLflow's names 250
+# Columns of tables that have one per label: of the cohort, of predictions and of evaluations.
+_COLUMNS = (
+    *("image_id", "path", "patient_id", "study_id", "patient", "study", "repeat", "split"),
+    *("file", "slices", "positive", "reason", "label", "id"),
+)
+# Behind `auc_`, `ap_` or `accuracy_` they make the name of another number than a label's.
+_METRICS = ("macro", "top", "sd", "low", "high", "minus_best_low", "minus_best_high")
+_NO_LABEL = ("negative",)  # the row of the data report that shows a slice without any
+_WORDS = ("null", "none", "true", "false", "yes", "no", "on", "off")  # of Hydra and YAML
+_RESERVED = frozenset((*_COLUMNS, *_METRICS, *_NO_LABEL, *_WORDS))
+_METRIC_PARTS = ("at_90_", "at_95_")  # sensitivity_at_90_<label> is no sensitivity_<label>
+_SUFFIXES = ("_top3", "_slice", "_target")  # of a label's further columns
+
+
+def clean_name(text: str) -> str:
+    """A heading without blanks around it, in Unicode's composed form (macOS decomposes umlauts)."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def why_unusable(names: Sequence[str]) -> str:
+    """Why labels cannot have these names, after "has"; empty if they can."""
+    for name in names:
+        if reason := _why_not(name):
+            return f"a label {name[:80]!r}, {reason}"
+    seen: dict[str, str] = {}
+    for name in names:
+        # Pictures are called by it, on file systems that may not tell cases apart.
+        form = re.sub(r"[ _.-]", "_", unicodedata.normalize("NFKC", name).casefold())
+        if form in seen:
+            return (
+                f"the labels {seen[form]!r} and {name!r}, which differ in case, blanks, dots or "
+                f"dashes only"
+            )
+        seen[form] = name
+    for form, name in seen.items():
+        for suffix in _SUFFIXES:
+            if form.endswith(suffix) and (stem := form.removesuffix(suffix)) in seen:
+                return f"a label {name!r}, but so a further column of {seen[stem]!r} is called"
+    return ""
+
+
+def _why_not(name: str) -> str:
+    if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_BYTES:
+        return (
+            f"but a label's name is made of letters and digits, with blanks, dots, `_` and `-` "
+            f"behind the first, and has at most {_MAX_BYTES} bytes"
+        )
+    if name.casefold() in _RESERVED or name.casefold().startswith(_METRIC_PARTS):
+        return "but where predictions are written, compared or asked for, that is something else"
+    try:
+        float(name)
+    except ValueError:
+        return ""
+    return "but that is a number, and would be read as one"

@@ -23,6 +23,7 @@ from ich.base.config import (
     WindowsConfig,
     image_size,
 )
+from ich.base.naming import clean_name, why_unusable
 
 
 def validate(config: AnyConfig) -> None:
@@ -72,6 +73,10 @@ def _check_labels(data: DataConfig) -> None:
         any_label,
         f"null or one of data.label_columns, {', '.join(labels or [])}",
     )
+    if reason := why_unusable([clean_name(name) for name in labels or []]):
+        raise UserError(
+            f"data.label_columns has {reason}. Rename the column in the label file, and here."
+        )
 
 
 def _check_protocol(p: ProtocolConfig) -> None:
