@@ -131,7 +131,7 @@ def _read_zip(rng: np.random.Generator, folder: Path, seed: bytes) -> None:
         assert ".." not in Path(name).parts
         try:
             store.read(name)
-        except (DicomError, FileNotFoundError):
+        except (DicomError, UserError, FileNotFoundError):
             continue
 
 

@@ -45,11 +45,12 @@ from ich.base.progress import StageCallback, stage
 from ich.base.records import typed_value
 from ich.data.cache_folder import CacheFolder, make_cache_folder
 from ich.data.content import DataIdentity, digest_of_file, digest_of_files
-from ich.data.manifest import BLOCK, Labels, build_manifest, label_source, read_labels
-from ich.data.patients import KEYS, Pseudonyms, read_metadata, scan_headers
+from ich.data.manifest import Labels, build_manifest, label_source, read_labels
+from ich.data.patients import KEYS, Pseudonyms, keys_of_images, read_metadata, scan_headers
 from ich.data.phantom.spec import GENERATOR_VERSION, PhantomSpec
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL, Cohort, apply_protocol
 from ich.data.store import SliceStore
+from ich.data.tables.reading import BLOCK
 
 CohortConfig = Config | PrepareConfig | EvaluateConfig  # whatever has data and a protocol
 
@@ -420,7 +421,8 @@ def _with_keys(
     rows = rows.drop(columns=KEYS, errors="ignore")
     if cfg.metadata is not None:
         # An image that the file does not name has no key, and `sound` refuses it.
-        keys = read_metadata(Path(cfg.metadata), pseudonyms).reindex(rows["image_id"]).fillna("")
+        named = read_metadata(path := Path(cfg.metadata), pseudonyms)
+        keys = keys_of_images(named, rows["image_id"].tolist(), path.name)
     elif own[0] is not None:
         keys = pseudonyms.keys(rows, own)
     elif store is not None:

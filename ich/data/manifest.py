@@ -3,13 +3,13 @@
 Two forms are read. The RSNA's is long: `ID_<image>_<label>,Label`, one row per image and label. The
 other is wide: `image_id` or `path`, then one column per label. What is wrong is named by line or id
 and refused; exact repetitions, which the RSNA's has four of, are dropped and counted.
-`read_labels` does all that; `build_manifest` finds the images' files.
+`read_labels` does all that; `build_manifest` finds the images' files, also those whose names differ
+from the table's in form only (`ich.data.tables.names`).
 """
 
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,10 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import DataConfig, Source, UserError
+from ich.base.naming import clean_name, why_unusable
 from ich.data.store import SliceStore
+from ich.data.tables.names import example, match_by_form, plain_path, stem_of
+from ich.data.tables.reading import bare, find_column, read_table, tell
 
 # An id becomes part of a path and of tables, so only harmless characters are accepted.
 # Ends are \Z: in Python $ also stands before a line break at the very end.
@@ -27,19 +30,12 @@ _ROW_ID = r"^(ID_[0-9A-Za-z]+)_(\w+)\Z"
 _IMAGE_ID = r"[0-9A-Za-z][0-9A-Za-z_.-]*"
 # Relative, with forward slashes and without `..`: it stays below data.root.
 _PATH = r"(?!/)(?!(?:.*/)?\.\.(?:/|\Z))[^\x00-\x1f\\]+"
-BLOCK = 100_000  # rows of a CSV read at a time: pandas needs far more memory while reading
-_BAD_CSV = (
-    pd.errors.ParserError,
-    pd.errors.EmptyDataError,
-    UnicodeDecodeError,
-    OSError,
-    zipfile.BadZipFile,
-)
-_TRAIN_CSV = re.compile(r"stage_[12]_train\.csv")
-_TRAIN_DIR = re.compile(r"stage_[12]_train(_images)?")
-_SUFFIXES = (".dcm", ".dicom", ".ima")
+_TRAIN_CSV = re.compile(r"stage_[12]_train\.csv", re.IGNORECASE)
+_TRAIN_DIR = re.compile(r"stage_[12]_train(_images)?", re.IGNORECASE)
+# Of the text: as numbers, 0.9999999999999999999 and 1e-400 are 1 and 0.
+_ZERO, _ONE = r"(?i:0(?:\.0+)?|false)", r"(?i:1(?:\.0+)?|true)"
 
-# What a wide CSV or a metadata file may call its key columns; the first is ours.
+# What a wide CSV or a metadata file may call its key columns, in any case; the first is ours.
 IMAGE = ("image_id", "Image", "ImageId", "SOPInstanceUID")
 PATIENT = ("patient_id", "PatientID")
 STUDY = ("study_id", "StudyInstanceUID")
@@ -62,8 +58,6 @@ class Labels:
 
 
 _NUMBER = re.compile(r"[-+]?[0-9.]{1,8}")  # what may be shown of a value
-# Columns of tables that have one column per label too (`ich.predict`, `ich.serving`).
-RESERVED_COLUMNS = frozenset({"file", "study", "slices", "positive", "reason"})
 
 
 def read_labels(
@@ -75,55 +69,46 @@ def read_labels(
     """Reads a label CSV, long or wide.
 
     Args:
-        source: a path (`.gz` is unpacked) or an open binary file.
+        source: a path or an open binary file; `ich.data.tables.reading` says what is unpacked.
         name: what the source is called in messages.
         columns: the labels, in order; None takes all there are.
         any_label: the label that must be the OR of the others, if one is.
 
     Raises:
-        UserError: a malformed row (by line), contradicting repetitions, a missing label, or an
-            `any_label` that is not the OR of the others (by id).
+        UserError: a malformed row (by line), contradicting repetitions, a label that is missing or
+            whose name cannot be used, or an `any_label` that is not the OR of the others (by id).
     """
-    frame = read_csv(source, f"the label file {name}")
-    long = {"ID", "Label"} <= set(frame.columns)
-    read = _read_long if long else _read_wide
+    frame = read_table(source, f"the label file {name}", ("ID", "Label", *IMAGE, *PATH))
+    columns = [clean_name(c) for c in columns] if columns else None
+    read = _read_long if {"ID", "Label"} <= set(frame.columns) else _read_wide
     labels = read(frame, name, columns)
-    if taken := sorted(RESERVED_COLUMNS & set(labels.names)):
-        raise UserError(
-            f"the label file {name} has a label {taken[0]!r}, but where predictions are written "
-            f"{', '.join(sorted(RESERVED_COLUMNS))} are other columns. Rename it, or choose the "
-            f"labels with data.label_columns."
-        )
     if any_label is not None:
-        if any_label not in labels.names:
-            raise UserError(
-                f"data.any_label is {any_label!r}, but the label file {name} has the labels "
-                f"{', '.join(labels.names)}. Name one of them, or set data.any_label=null."
-            )
-        others = [k for k in labels.names if k != any_label]
-        # An `any` that is not their OR is a mistake somewhere, and it is not known in which column.
-        either = labels.table[others].max(axis=1)
-        _refuse_ids(
-            name,
-            labels.table.loc[either != labels.table[any_label], "image_id"],
-            f"have an `{any_label}` that is not the OR of their other labels",
-        )
+        _check_any(labels, name, clean_name(any_label))
     return labels
 
 
-def read_csv(source: Path | IO[bytes], name: str) -> pd.DataFrame:
-    """A CSV as text, blank lines kept so that line numbers hold; unreadable ones are refused."""
-    # Else pandas skips blank lines, and takes an id such as NA for a gap.
-    try:
-        with pd.read_csv(
-            source, dtype=str, keep_default_na=False, skip_blank_lines=False, chunksize=BLOCK
-        ) as blocks:
-            frame = pd.concat(blocks, ignore_index=True)
-    except _BAD_CSV as error:
-        raise UserError(f"{name} cannot be read as CSV: {error}") from None
-    if frame.empty:
-        raise UserError(f"{name} holds no row below its heading.")
-    return frame
+def _check_any(labels: Labels, name: str, any_label: str) -> None:
+    if any_label not in labels.names:
+        raise UserError(
+            f"data.any_label is {any_label!r}, but the label file {name} has the labels "
+            f"{', '.join(labels.names)}. Name one of them, or set data.any_label=null."
+        )
+    others = [k for k in labels.names if k != any_label]
+    # An `any` that is not their OR is a mistake somewhere, and it is not known in which column.
+    either = labels.table[others].max(axis=1)
+    _refuse_ids(
+        name,
+        labels.table.loc[either != labels.table[any_label], "image_id"],
+        f"have an `{any_label}` that is not the OR of their other labels",
+    )
+
+
+def _check_names(name: str, names: Sequence[str]) -> None:
+    if reason := why_unusable(names):
+        raise UserError(
+            f"the label file {name} has {reason}. Rename the column, or choose the labels with "
+            f"data.label_columns."
+        )
 
 
 def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) -> Labels:
@@ -131,6 +116,7 @@ def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
     _refuse_rows(name, frame["ID"], parts[1].isna(), "is no id of the form ID_<image>_<label>")
     # dict.fromkeys keeps the order of appearance, which a set would not.
     names = tuple(columns or dict.fromkeys(parts[1]))
+    _check_names(name, names)
     _refuse_rows(name, frame["ID"], ~parts[1].isin(names), f"ends in none of {', '.join(names)}")
     value = _zero_or_one(name, frame["Label"])
     table = pd.DataFrame({"image_id": parts[0], "label": parts[1], "value": value})
@@ -153,7 +139,8 @@ def _read_long(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
 
 
 def _read_wide(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) -> Labels:
-    keys = {k[0]: first_of(frame, k) for k in (IMAGE, PATH, PATIENT, STUDY)}
+    groups = (IMAGE, PATH, PATIENT, STUDY)
+    keys = {k[0]: find_column(frame, k, f"the label file {name}") for k in groups}
     if keys["image_id"] is None and keys["path"] is None:
         raise UserError(
             f"the label file {name} has the columns {_listed(frame.columns)}, but must have ID and "
@@ -161,7 +148,8 @@ def _read_wide(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
             f"data.labels at such a file."
         )
     # Whatever is no key: a wide file says by its columns what its labels are.
-    names = tuple(columns or (c for c in frame.columns if c not in keys.values()))
+    known = {bare(key) for group in groups for key in group}
+    names = tuple(columns or (c for c in frame.columns if bare(c) not in known))
     if missing := [k for k in names if k not in frame.columns]:
         raise UserError(
             f"the label file {name} has no column {', '.join(missing)}; it has "
@@ -172,28 +160,31 @@ def _read_wide(frame: pd.DataFrame, name: str, columns: Sequence[str] | None) ->
             f"the label file {name} has no label column, only {_listed(frame.columns)}. Add one "
             f"column of 0 and 1 for each label."
         )
+    _check_names(name, names)
     table = pd.DataFrame({k: frame[c] for k, c in keys.items() if c is not None})
+    if "path" in table:
+        table["path"] = table["path"].map(plain_path).astype("str")
     for key, pattern in (("image_id", _IMAGE_ID), ("path", _PATH)):
         if key in table:
             bad = ~table[key].str.fullmatch(pattern)
             _refuse_rows(name, table[key], bad, f"is no {key.replace('_', ' ')}")
     if "image_id" not in table:
         table.insert(0, "image_id", table["path"])
-    for label in names:
-        table[label] = _zero_or_one(name, frame[label])
+    # Together: thousands of columns, one after the other, would be copied as often.
+    table = table.assign(**{label: _zero_or_one(name, frame[label]) for label in names})
     distinct = table.drop_duplicates()
     _refuse_ids(
         name,
         distinct.loc[distinct["image_id"].duplicated(), "image_id"],
         "stand twice with different values",
     )
+    if "path" in distinct:
+        shared = distinct["path"].duplicated(keep=False)
+        _refuse_ids(
+            name, distinct.loc[shared, "image_id"], "have one path, and a file is one image"
+        )
     repeated = table.loc[table["image_id"].duplicated(), "image_id"].nunique()
     return Labels(distinct.reset_index(drop=True), names, int(repeated))
-
-
-def first_of(frame: pd.DataFrame, names: Sequence[str]) -> str | None:
-    """The first of some column names that a frame has."""
-    return next((n for n in names if n in frame.columns), None)
 
 
 def _listed(columns: Iterable[object]) -> str:
@@ -202,10 +193,14 @@ def _listed(columns: Iterable[object]) -> str:
 
 
 def _zero_or_one(name: str, values: pd.Series) -> pd.Series:
-    # What is no number becomes NaN, which is neither 0 nor 1.
-    number = pd.to_numeric(values, errors="coerce")
-    _refuse_rows(name, values, ~number.isin([0, 1]), "is no label; labels are 0 or 1")
-    return number.astype(np.int8)
+    one = values == "1"
+    if not (one | (values == "0")).all():
+        one = values.str.fullmatch(_ONE)
+        other = ~(one | values.str.fullmatch(_ZERO))
+        _refuse_rows(name, values, other, "is no label; labels are 0 or 1")
+        if values.str.isalpha().any():
+            tell(f"in the label file {name}, True is read as 1 and False as 0")
+    return one.astype(np.int8)
 
 
 def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> None:
@@ -215,13 +210,12 @@ def _refuse_rows(name: str, values: pd.Series, bad: pd.Series, what: str) -> Non
         # Any other column may hold names: one that was taken for a label, or patients.
         cells = [values.iloc[row][:80] for row in rows[:5]]
         texts = [repr(c) if own or not c or _NUMBER.fullmatch(c) else "a text" for c in cells]
-        # Lines are counted from 1, and the heading is the first.
-        shown = "; ".join(f"line {row + 2}: {t}" for row, t in zip(rows[:5], texts, strict=True))
+        lines = values.index[rows[:5]]
+        shown = "; ".join(f"line {line}: {t}" for line, t in zip(lines, texts, strict=True))
         where = "" if values.name in ("ID", "Label") else f" in the column {values.name}"
         raise UserError(
             f"the label file {name} has {len(rows)} bad row(s){where}: a value {what} ({shown}). "
-            f"Mend or remove them, or name the columns that are labels with data.label_columns; "
-            f"the heading is line 1."
+            f"Mend or remove them, or name the columns that are labels with data.label_columns."
         )
 
 
@@ -254,50 +248,61 @@ def build_manifest(labels: Labels, store: SliceStore | None, source: Source) -> 
     """Adds `path`, the file of each image in the store, to the wide labels.
 
     An image without a file keeps an empty path: it is quarantined when slices are decoded. Without
-    a store no image has one.
+    a store no image has one. A name that differs from its file's in form only is matched where one
+    file alone can be meant, and that is said.
 
     Raises:
-        UserError: not one labelled image has a file, or several files could be one image's.
+        UserError: not one labelled image has a file, several files could be one image's, or one
+            file several images'.
     """
     table = labels.table
     if store is None:
         return table.assign(path="")
-    if "path" in table:
-        existing = set(store.paths)
-        paths = [p if p in existing else "" for p in table["path"]]
+    by_path = "path" in table
+    wanted = table["path" if by_path else "image_id"].tolist()
+    # The data set's test images lie beside the training folders, and have no label.
+    is_rsna = source is not Source.folder and not by_path
+    files = [p for p in store.paths if _is_training_file(p)] if is_rsna else store.paths
+    if by_path:
+        path_of = {p: p for p in files}
+    elif is_rsna:  # the files are sorted: of an image of both stages the later counts
+        path_of = {stem_of(p.rpartition("/")[2]): p for p in files}
     else:
-        find = _rsna_slices if source is not Source.folder else _by_file_name
-        path_of = find(store, table["image_id"])
-        paths = [path_of.get(i, "") for i in table["image_id"]]
+        path_of = _by_file_name(files, set(wanted))
+    path_of = {name: path_of[name] for name in wanted if name in path_of}
+    if len(path_of) < len(wanted):  # each is there once
+        _add_by_form(path_of, wanted, files, by_path)
+    paths = [path_of.get(name, "") for name in wanted]
     # A few without a file are quarantined; all of them mean that the two do not belong together.
-    if not any(paths):
-        form = "by their file name or path" if source is Source.folder else "as stage_2_train/*.dcm"
+    if not path_of:
+        form = "as stage_2_train/*.dcm" if is_rsna else "by their file name or path"
         raise UserError(
             f"{store.root} holds none of the {len(table):,} labelled images {form}; it has "
-            f"{len(store.paths):,} files. Point data.root at the folder or zip that holds the "
-            f"slices, and data.labels at the CSV that belongs to them."
+            f"{len(store.paths):,} files. {_difference(wanted[0], files or store.paths)} Point "
+            f"data.root at the folder or zip that holds the slices, and data.labels at the CSV "
+            f"that belongs to them."
+        )
+    if missing := paths.count(""):
+        taken = set(paths)
+        free = [p for p in files if p not in taken]
+        tell(
+            f"{missing:,} of {len(paths):,} labelled images have no file. "
+            f"{_difference(wanted[paths.index('')], free)}"
         )
     return table.assign(path=paths)
 
 
-def _rsna_slices(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
-    """Image id -> path of its training file, in a store of the RSNA layout."""
-    # Of training folders only: the data set's test images lie beside them, and have no label.
-    path_of = {}
-    for path in store.paths:
-        folder, _, file = path.rpartition("/")
-        if file.endswith(".dcm") and _TRAIN_DIR.fullmatch(folder.rpartition("/")[2]):
-            path_of[file.removesuffix(".dcm")] = path
-    return path_of
+def _is_training_file(path: str) -> bool:
+    folder, _, file = path.rpartition("/")
+    is_training = _TRAIN_DIR.fullmatch(folder.rpartition("/")[2])
+    return bool(is_training) and file.lower().endswith(".dcm")
 
 
-def _by_file_name(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
+def _by_file_name(files: Sequence[str], wanted: set[str]) -> dict[str, str]:
     """Image id -> path of the one file of that name, with or without a DICOM suffix."""
-    wanted, path_of, twice = set(image_ids), dict[str, str](), list[str]()
-    for path in store.paths:
-        file = path.rpartition("/")[2]
-        stem, dot, suffix = file.rpartition(".")
-        image = stem if f"{dot}{suffix}".lower() in _SUFFIXES else file
+    path_of, twice = dict[str, str](), list[str]()
+    for path in files:
+        image = stem_of(path.rpartition("/")[2])
         if image in wanted:
             if image in path_of:
                 # Not the first, nor the last: either could be another patient's slice.
@@ -309,6 +314,35 @@ def _by_file_name(store: SliceStore, image_ids: pd.Series) -> dict[str, str]:
             f"`path`, relative to data.root, in data.labels instead of `image_id`."
         )
     return path_of
+
+
+def _add_by_form(
+    path_of: dict[str, str], wanted: Sequence[str], files: Sequence[str], by_path: bool
+) -> None:
+    """Adds the files of names that differ from theirs in form only."""
+    taken = set(path_of.values())
+    lost, free = [w for w in wanted if w not in path_of], [p for p in files if p not in taken]
+    found, unclear = match_by_form(lost, free, any_folder=not by_path)
+    if by_path and not (found or unclear or path_of):
+        # All of them lie a folder higher or lower than the table says.
+        found, unclear = match_by_form(lost, free, any_folder=True)
+    if unclear:
+        raise UserError(
+            f"{len(unclear):,} labelled images cannot be told apart by their names: {unclear[0]}. "
+            f"Give the files' own names in a column `path`, relative to data.root."
+        )
+    path_of |= found
+    if found:
+        name, path = next(iter(found.items()))
+        tell(
+            f"{len(found):,} of {len(wanted):,} labelled images have a file whose name differs in "
+            f"form only, as {name!r} and {path!r}: these are taken to be the same"
+        )
+
+
+def _difference(wanted: str, files: Sequence[str]) -> str:
+    like = example(wanted, files)
+    return f"The labels name {wanted!r}; there is {like!r}." if like else ""
 
 
 def label_source(cfg: DataConfig, store: SliceStore | None) -> tuple[Path | None, str]:

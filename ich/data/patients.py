@@ -27,8 +27,10 @@ from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
 from ich.data.dicom import DicomError, read_keys
-from ich.data.manifest import IMAGE, PATIENT, STUDY, first_of, read_csv
+from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.store import Location, SliceStore, Unreadable, read_bytes
+from ich.data.tables.names import example, match_by_form
+from ich.data.tables.reading import find_column, read_table, tell
 
 _CHUNK = 256  # headers a worker reads at a time
 _HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
@@ -142,8 +144,9 @@ def read_metadata(path: Path, pseudonyms: Pseudonyms) -> pd.DataFrame:
             f"data.metadata is {str(path)!r}, which is no file. Give a CSV with a column for the "
             f"image and one for the patient, or null to read the files' headers."
         )
-    frame = read_csv(path, f"the metadata file {path.name}")
-    image, patient, study = (first_of(frame, names) for names in (IMAGE, PATIENT, STUDY))
+    name = f"the metadata file {path.name}"
+    frame = read_table(path, name, IMAGE)
+    image, patient, study = (find_column(frame, names, name) for names in (IMAGE, PATIENT, STUDY))
     if image is None or patient is None:
         raise UserError(
             f"the metadata file {path.name} must have a column for the image ({', '.join(IMAGE)}) "
@@ -158,6 +161,49 @@ def read_metadata(path: Path, pseudonyms: Pseudonyms) -> pd.DataFrame:
             f"(the first: {', '.join(twice[:3])}). Mend or remove these rows."
         )
     return keys.set_index("image_id")
+
+
+def keys_of_images(keys: pd.DataFrame, images: list[str], name: str) -> pd.DataFrame:
+    """The keys of N images, empty where the metadata do not name one.
+
+    Args:
+        keys: of `read_metadata`.
+        images: N ids, as the labels have them; what differs from them in form only is the same.
+        name: what the metadata are called in messages.
+
+    Raises:
+        UserError: they name none of the images, or one of theirs may be two of these.
+    """
+    known = set(keys.index)
+    lost = [image for image in dict.fromkeys(images) if image not in known]
+    free = sorted(known.difference(images))
+    found, unclear = match_by_form(lost, free, any_folder=True, are_files=False)
+    if unclear:
+        raise UserError(
+            f"the metadata file {name} has {len(unclear):,} images that cannot be told apart by "
+            f"their names: {unclear[0]}. Name them as the labels do."
+        )
+    if found:
+        image, other = next(iter(found.items()))
+        tell(
+            f"the metadata file {name} has {len(found):,} images whose names differ from the "
+            f"labels' in form only, as {other!r} and {image!r}: these are taken to be the same"
+        )
+        keys = pd.concat([keys, keys.loc[list(found.values())].set_axis(list(found))])
+    if lost := [image for image in lost if image not in found]:
+        like = example(lost[0], free)
+        difference = f"The labels name {lost[0]!r}" + (f"; it has {like!r}." if like else ".")
+        count = len(set(images))
+        if len(lost) == count:
+            raise UserError(
+                f"the metadata file {name} matched 0 of {count:,} images. {difference} Name the "
+                f"images there as the labels do."
+            )
+        tell(
+            f"the metadata file {name} matched {count - len(lost):,} of {count:,} images. "
+            f"{difference}"
+        )
+    return keys.reindex(images).fillna("")
 
 
 def scan_headers(

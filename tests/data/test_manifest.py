@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import shutil
+import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ich.base.config import Config, UserError
+from ich.base.config import Config, Source, UserError
 from ich.data.dataset import load_dataset
-from ich.data.manifest import Labels, read_labels
+from ich.data.manifest import Labels, build_manifest, read_labels, rsna_labels
 from ich.data.phantom.spec import LABELS, SUBTYPES
+from ich.data.store import SliceStore
+from ich.data.tables.reading import tell
 
 Compose = Callable[..., Config]
 
@@ -108,7 +112,12 @@ def test_bad_long_labels_are_refused_by_line_or_id(
         ("image_id,a\n../x,0\n", r"in the column image_id: a value is no image id .line 2: '../x'"),
         ("path,a\n/etc/passwd,0\n", "is no path .line 2: '/etc/passwd'"),
         ("path,a\na/../../b,0\n", "is no path .line 2: 'a/../../b'"),
-        ("path,a\na\\b,0\n", "is no path"),
+        ("path,a\n..\\b,0\n", "is no path .line 2: '../b'"),
+        ("path,a\n\\\\server\\b,0\n", "is no path .line 2: '/server/b'"),
+        ("path,a\n./b,0\n.\\b,1\n", "b stand twice with different values"),
+        ("image_id,path,a\nx,s/1,0\ny,./s/1,1\nz,s/2,0\n", "x, y have one path, and a file is one"),
+        ("image_id,PatientID,patient_id,a\nx,p,q,0\n", "has the columns PatientID and patient_id"),
+        ("image_id,a,Image_ID\nx,0,y\n", "has the columns image_id and Image_ID"),
         ("image_id\nx\n", "has no label column, only image_id"),
         ("name,a\nx,0\n", "has the columns name, a, but must have ID and Label"),
     ],
@@ -116,6 +125,52 @@ def test_bad_long_labels_are_refused_by_line_or_id(
 def test_bad_wide_labels_are_refused_by_line_or_id(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image_id,bleed,any,bleed\nx,0,0,1\n", "has 2 columns with the heading 'bleed'"),
+        ("ID,Label,Label\nID_a_any,0,1\n", "has 2 columns with the heading 'Label'"),
+        ("image_id,any\nx,0,1\n", r"has 2 headings, but a row with 3 values \(line 2: 'x'\)"),
+        ("image_id,any\n0,x,1\n", "has 2 headings, but a row with 3 values"),
+        ("image_id,patient_id,any\nx,p,0,0\n", "has 3 headings, but a row with 4 values"),
+        ("image_id,any,patient_id\nx,0\n", "has 3 headings, but a row with 2 values"),
+        *(
+            (f"image_id,any\nx,{value}\n", "is no label; labels are 0 or 1 .line 2")
+            for value in (
+                "0.9999999999999999999",
+                "1e-400",
+                "1e0",
+                "+1",
+                "0x1",
+                "\u0661",
+                "T",
+                "yes",
+            )
+        ),
+        ("ID,Label\nID_a_any,0.99999999999999999999\n", "is no label"),
+        ("image_id,any,a;b\nx,0,0\n", "has a label 'a;b', but a label's name is made of"),
+        ("ID,Label\nID_a_any,0\nID_a_split,0\n", "has a label 'split', but where"),
+        ("image_id,any,Any\nx,0,0\n", "has the labels 'any' and 'Any', which differ in case"),
+    ],
+)
+def test_what_may_mean_something_else_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(text, None, None)
+
+
+def test_true_and_false_are_labels_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    tell.cache_clear()
+    got = read("image_id,a,b\nx,TRUE,0.0\ny,False,1.00\n", None, None).table
+    assert got[["a", "b"]].to_numpy().tolist() == [[1, 0], [0, 1]]
+    assert "in the label file labels.csv, True is read as 1 and False as 0" in caplog.text
+
+
+def test_keys_are_known_in_any_case_and_never_labels() -> None:
+    got = read("Image ID,Patient-ID,SOPInstanceUID,a\nx,p,1.2,0\n", None, None)
+    assert got.names == ("a",)
+    assert got.table.iloc[0].tolist() == ["x", "p", 0]
 
 
 def test_labels_that_the_config_names_must_be_there() -> None:
@@ -185,6 +240,127 @@ def test_labels_without_images_are_refused(
     shutil.copy(phantom / "stage_2_train.csv", tmp_path)
     with pytest.raises(UserError, match=r"holds none of the \d+ labelled images as stage_2_train"):
         load_dataset(composed("data=rsna", f"data.root={tmp_path}"))
+
+
+# Names that differ in form only
+
+
+def store_of(folder: Path, *files: str) -> SliceStore:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return SliceStore.open(str(folder))
+
+
+def paths_of(
+    store: SliceStore, key: str, names: Sequence[str], source: Source = Source.folder
+) -> list[str]:
+    rows = "".join(f"{name},{n % 2}\n" for n, name in enumerate(names))
+    labels = read(f"{key},a\n{rows}", None, None)
+    return build_manifest(labels, store, source)["path"].tolist()
+
+
+FILES = ("p0/Id_1.dcm", "p1/Id_2.dcm", "Schädel/Id_3.DCM")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Id_1", "Id_2", "Id_3"),
+        ("Id_1.dcm", "Id_2.png", "Id_3.jpeg"),
+        ("ID_1", "id_2", "ID_3.IMA"),
+    ],
+)
+def test_ids_are_found_in_any_form(
+    tmp_path: Path, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    tell.cache_clear()
+    assert paths_of(store_of(tmp_path, *FILES, "x.txt"), "image_id", names) == list(FILES)
+    said = f"3 of 3 labelled images have a file whose name differs in form only, as '{names[0]}'"
+    assert (said in caplog.text) == (names[0] != "Id_1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p,
+        lambda p: f"./{p}",
+        lambda p: p.replace("/", "\\"),
+        str.upper,
+        lambda p: p[:-4],
+        lambda p: f"{p[:-4]}.png",
+        lambda p: f"data/scans/{p}",
+        lambda p: f"D:\\scans\\{p}",
+        lambda p: unicodedata.normalize("NFD", p),
+        lambda p: p.partition("/")[2],
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_paths_are_found_in_any_form(
+    tmp_path: Path, form: Literal["NFC", "NFD"], change: Callable[[str], str]
+) -> None:
+    files = [unicodedata.normalize(form, f) for f in FILES]
+    wanted = [change(f) for f in FILES]
+    assert paths_of(store_of(tmp_path, *files), "path", wanted) == files
+    if "scans" not in wanted[0]:  # the same below another folder
+        store = store_of(tmp_path / "all", *(f"set/{f}" for f in files))
+        assert paths_of(store, "path", wanted) == [f"set/{f}" for f in files]
+
+
+def test_names_of_the_rsna_layout_are_found_in_any_form(tmp_path: Path) -> None:
+    files = ("RSNA/Stage_2_Train/ID_1.DCM", "RSNA/Stage_2_Train/id_2.dcm")
+    store = store_of(tmp_path, *files, "RSNA/stage_2_test/ID_1.dcm", "RSNA/Stage_2_Train.CSV")
+    labels = read("ID,Label\nID_1_any,0\nID_2_any,1\n", None, None)
+    assert build_manifest(labels, store, Source.rsna)["path"].tolist() == list(files)
+    both = store_of(tmp_path / "both", "stage_1_train/ID_1.dcm", "stage_2_train/ID_1.dcm")
+    later = build_manifest(labels, both, Source.rsna)["path"].tolist()
+    assert later == ["stage_2_train/ID_1.dcm", ""]
+    assert rsna_labels(store) == "RSNA/Stage_2_Train.CSV"
+
+
+def test_one_that_is_missing_is_not_taken_from_another_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell.cache_clear()
+    store = store_of(tmp_path, "p0/1.dcm", "1.dcm", "old/p1/1.dcm")
+    assert paths_of(store, "path", ["p0/1.dcm", "p1/1.dcm"]) == ["p0/1.dcm", ""]
+    assert (
+        "1 of 2 labelled images have no file. The labels name 'p1/1.dcm'; there is" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "message"),
+    [
+        ("image_id", ["id_1"], "told apart by their names: 'id_1' may be 'a/ID_1.dcm' or 'b/Id_1"),
+        ("image_id", ["Id_2.dcm", "ID_2"], "'Id_2.dcm' and 'ID_2' may both be 'a/id_2.dcm'"),
+        ("path", ["q/a/id_2", "r/a/id_2.png"], "'q/a/id_2' and 'r/a/id_2.png' may both be"),
+        ("image_id", ["17"], "none of the 1 labelled images by their file name or path; .*'17'"),
+        ("path", ["s/id_3.dcm"], "The labels name 's/id_3.dcm'; there is 'a/id_2.dcm'"),
+    ],
+)
+def test_names_that_may_be_several_or_none_are_shown(
+    tmp_path: Path, key: str, names: list[str], message: str
+) -> None:
+    store = store_of(tmp_path, "a/ID_1.dcm", "b/Id_1.dcm", "a/id_2.dcm")
+    with pytest.raises(UserError, match=message):
+        paths_of(store, key, names)
+
+
+def test_linked_folders_belong_to_a_data_set_unless_they_lead_in_circles(tmp_path: Path) -> None:
+    store_of(tmp_path / "elsewhere", "p0/1.dcm", "p1/2.dcm")
+    root = tmp_path / "root"
+    store_of(root, "own/3.dcm")
+    (root / "p0").symlink_to(tmp_path / "elsewhere" / "p0")
+    (root / "again").symlink_to(tmp_path / "elsewhere" / "p0")
+    (root / "up").symlink_to(tmp_path)
+    (root / "own" / "self").symlink_to(root)
+    (root / "own" / "loop").symlink_to("loop")
+    (tmp_path / "elsewhere" / "p0" / "back").symlink_to(root)
+    found = SliceStore.open(str(root)).paths
+    assert [p for p in found if p.endswith(".dcm")] == ["again/1.dcm", "own/3.dcm"]
+    assert {"p0", "up", "own/self", "own/loop", "again/back"} <= set(found)
+    assert SliceStore(root).paths == ["again", "own/3.dcm", "own/loop", "own/self", "p0", "up"]
 
 
 # Other people's data

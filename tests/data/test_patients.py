@@ -17,8 +17,9 @@ from commands import run_module
 from ich.base.config import Config, UserError
 from ich.data import patients as patients_module
 from ich.data.dataset import load_dataset
-from ich.data.patients import Pseudonyms, read_metadata, scan_headers
+from ich.data.patients import Pseudonyms, keys_of_images, read_metadata, scan_headers
 from ich.data.store import SliceStore, read_bytes
+from ich.data.tables.reading import tell
 
 Compose = Callable[..., Config]
 
@@ -86,6 +87,47 @@ def test_metadata_gives_keys_by_image(tmp_path: Path, pseudonyms: Pseudonyms) ->
     assert keys.index.tolist() == ["a", "b"]
     assert keys.loc["a", "patient"] == keys.loc["b", "patient"] == pseudonyms.key("patient", "p")
     assert keys.loc["a", "study"] != keys.loc["b", "study"]
+
+
+def keys_by_metadata(
+    folder: Path, pseudonyms: Pseudonyms, named: list[str], images: list[str]
+) -> list[str]:
+    """The patient keys of images by metadata in which the nth image is of patient n."""
+    (folder / "m.csv").write_text(
+        "image_id;patient_id\n" + "".join(f"{image};{n}\n" for n, image in enumerate(named))
+    )
+    keys = read_metadata(folder / "m.csv", pseudonyms)
+    return keys_of_images(keys, images, "m.csv")["patient"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("named", "images"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a.dcm", "b.dcm"], ["a", "b"]),
+        (["A", "B.png"], ["a", "b"]),
+        (["a", "b"], ["p0/a.dcm", "p1/b.dcm"]),
+        (["scans\\p0\\a.dcm", "./p1/b.dcm"], ["p0/a.dcm", "P1/B"]),
+        (["p0/a.dcm", "p1/b.dcm", "c"], ["a", "b"]),
+    ],
+)
+def test_metadata_name_images_in_any_form(
+    tmp_path: Path, pseudonyms: Pseudonyms, named: list[str], images: list[str]
+) -> None:
+    expected = [pseudonyms.key("patient", n) for n in "01"]
+    assert keys_by_metadata(tmp_path, pseudonyms, named, images) == expected
+
+
+def test_metadata_of_other_images_are_refused_and_of_some_are_said(
+    tmp_path: Path, pseudonyms: Pseudonyms, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"m.csv matched 0 of 2 images. .* 'ID_1'; it has 'id-1'"):
+        keys_by_metadata(tmp_path, pseudonyms, ["zzz", "id-1"], ["ID_1", "ID_2"])
+    with pytest.raises(UserError, match="told apart by their names: 'a' may be 'A' or 'a.dcm'"):
+        keys_by_metadata(tmp_path, pseudonyms, ["A", "a.dcm"], ["a", "b"])
+    tell.cache_clear()
+    assert keys_by_metadata(tmp_path, pseudonyms, ["a", "x"], ["b", "a"])[0] == ""
+    assert "m.csv matched 1 of 2 images. The labels name 'b'; it has 'x'" in caplog.text
 
 
 @pytest.mark.parametrize(
