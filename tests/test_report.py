@@ -28,6 +28,7 @@ from ich.report import main
 from ich.scoring.comparison import RANKING_METRIC, load_comparison
 from ich.scoring.effects import compute_effects
 from ich.scoring.findings import REPORT_TABLE_2
+from ich.scoring.predictions import read_predictions
 from ich.sweep import close
 from ich.tracking.registry import promote
 from ich.tracking.sweep_run import close_in_this_process
@@ -125,6 +126,20 @@ def test_damaged_predictions_cost_their_interval_and_nothing_else(three: SweepPa
     assert table.loc["vgg16", "auc"] > 0.5
     assert pd.isna(table.loc["vgg16", "auc_low"])
     assert table.loc["xception", "auc_low"] > 0.5
+
+
+def test_arrays_of_another_shape_or_type_are_no_predictions(three: SweepPaths) -> None:
+    run = three.run("vgg16")
+    with np.load(run.predictions) as file:
+        whole = dict(file)
+    for name, array in whole.items():
+        others = [array[:-1], array[..., None], np.array(3), np.array(["x"]), array.astype("S9")]
+        for other in others:
+            if other.dtype.kind != "S" or array.dtype.kind != "U":  # texts may be bytes
+                np.savez(run.predictions, **whole | {name: other})
+                assert read_predictions(run) is None, (name, other.dtype, other.shape)
+    np.savez(run.predictions, **whole | {"val_image_id": whole["val_image_id"].astype(object)})
+    assert read_predictions(run) is None
 
 
 def test_a_sweep_over_settings_says_what_each_is_worth(tmp_path: Path, composed: Compose) -> None:

@@ -111,7 +111,7 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
         return None
     except DamagedError as error:
         why = str(error)
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         why = f"{run.predictions} is damaged ({error})"
     tell_damaged(why)
     return None
@@ -140,6 +140,8 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], split: str | None) -> Predict
     split = split or ("test" if "test_logits" in arrays else "val")
     image_id, labels = arrays[f"{split}_image_id"], arrays["labels"]
     # Found here, a damaged file is a run without predictions; found later, a page that fails.
+    if (image_id.ndim, labels.ndim) != (1, 1):
+        raise ValueError("it names no images or labels")
     for name in {split, "val"}:
         shape = len(arrays[f"{name}_image_id"]), len(labels)
         for part in ("logits", "target"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -66,7 +67,11 @@ def _save(path: Path, d: Dataset, signed: bool) -> None:
     meta.MediaStorageSOPInstanceUID = UID(f"2.25.{int(str(d.SOPInstanceUID)[3:], 16)}")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian if signed else ImplicitVRLittleEndian
     d.file_meta, d.preamble = meta, b"\0" * 128
-    d.save_as(path, enforce_file_format=False)
+    # Not by pydicom, which puts a traceback into the error of a full disk.
+    buffer = io.BytesIO()
+    d.save_as(buffer, enforce_file_format=False)
+    with path.open("wb") as file:
+        file.write(buffer.getvalue())
 
 
 def _write_study(job: tuple[PhantomSpec, int, Path]) -> list[tuple[str, dict[str, int]]]:
