@@ -200,7 +200,8 @@ def read_bytes(path: Path, most: int = _LARGEST) -> bytes:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise DamagedError(f"{path} is no regular file")
             data = file.read(most + 1)
-    except (FileNotFoundError, NotADirectoryError):
+    # ValueError: a name that no file can have, with a NUL, which a record may give.
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
     except DamagedError:
         raise

@@ -149,8 +149,9 @@ class CohortFiles:
     def data(self) -> DataIdentity | None:
         """What its data set was; None if nothing tells."""
         try:
-            return DataIdentity(**read_json(self.facts)["data"])
-        except (FileNotFoundError, DamagedError, KeyError, TypeError):
+            values, hints = read_json(self.facts)["data"], get_type_hints(DataIdentity)
+            return DataIdentity(**{k: typed_value(values[k], h) for k, h in hints.items()})
+        except (FileNotFoundError, DamagedError, KeyError, TypeError, ValueError):
             return None
 
     def note_slices(self, slices: CacheFolder) -> None:

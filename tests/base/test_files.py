@@ -167,6 +167,12 @@ def test_what_cannot_be_read_is_named(
     assert "\n" not in str(error.value)
 
 
+def test_a_name_that_no_file_can_have_is_of_none(tmp_path: Path) -> None:
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(FileNotFoundError):
+            read_bytes(tmp_path / name)
+
+
 def test_a_file_that_is_too_large_is_not_read(path: Path) -> None:
     path.write_bytes(b" " * 101)
     assert len(read_bytes(path, 101)) == 101

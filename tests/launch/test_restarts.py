@@ -88,6 +88,9 @@ def test_a_damaged_cohort_is_made_again_and_named(
     files.rows.unlink()
     load_cohort(config, store)
     assert {p: p.read_bytes() for p in whole} == whole
+    assert files.data() is not None
+    files.facts.write_bytes(whole[files.facts].replace(b'"count": ', b'"count": "x", "more": '))
+    assert files.data() is None
 
 
 def test_a_plan_and_a_job_read_a_damaged_cohort_without_a_traceback(config: Config) -> None:
