@@ -23,6 +23,7 @@ from sweeps import SMALL, saboteur, wait_for
 from ich.base.config import Config, to_yaml
 from ich.base.records import ComputeMode, FitResult, Origin
 from ich.base.results import RunPaths
+from ich.data.cohorts import cohort_keys
 from ich.data.dataset import load_dataset
 from ich.launch.jobs import run_job
 from ich.tracking.journal import Journal
@@ -293,7 +294,7 @@ def test_a_job_process_that_is_ended_and_killed_goes_on_each_time(
     whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
-    origin = Origin(cohort="c", weights="w", code="x")
+    origin = Origin(cohort=cohort_keys({"": config})[""], weights="w", code="x")
     run.write_origin(origin)
     assert end_by(signal.SIGTERM, run) == 128 + signal.SIGTERM
     assert run.read_result().status == "killed"
