@@ -166,7 +166,7 @@ def _paragraph(error: Exception) -> str:
             f"{error.filename} cannot be used ({error.strerror}). Give this command in a folder of "
             f"your own, or name one that can be written where a setting or an option says where to."
         )
-    return f"a folder or file cannot be used: {error}. {keep_traceback()}"
+    return f"a folder or file cannot be used: {str(error).rstrip('.')}. {keep_traceback()}"
 
 
 def keep_traceback() -> str:

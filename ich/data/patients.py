@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import UserError
-from ich.base.files import cut_unfinished_line, lock, tell_damaged
+from ich.base.files import cut_unfinished_line, lock, naming, tell_damaged
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
@@ -247,9 +247,10 @@ def scan_headers(
                 progress(done, len(wanted))
             with journal.open("a", newline="") as file:
                 for lines in run_parallel(_scan_chunk, jobs, processes):
-                    csv.writer(file).writerows(lines)
-                    # A scan that is killed goes on from here. A lost line costs one header.
-                    file.flush()
+                    with naming(journal):
+                        csv.writer(file).writerows(lines)
+                        # A scan that is killed goes on from here. A lost line costs one header.
+                        file.flush()
                     for read in lines:
                         scan.add(*read)
                     done += len(lines)
