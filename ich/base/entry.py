@@ -164,8 +164,12 @@ def _paragraph(error: Exception) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return (
             f"{error.filename} cannot be used ({error.strerror}). Give this command in a folder of "
-            f"your own, or name one that can be written where a setting or an option says where to."
+            f"your own, or name a place that can be written: data.cache_dir and sweep.output, or "
+            f"output or -o, as the command has it."
         )
+    # Of ours, whose text says what and where.
+    if error.errno is None and isinstance(error, PermissionError | FileExistsError):
+        return str(error)
     return f"a folder or file cannot be used: {str(error).rstrip('.')}. {keep_traceback()}"
 
 

@@ -174,10 +174,10 @@ class Terminal:
         sweep: SweepPaths,
         states: Sequence[State],
         other_code: Sequence[str],
-        superseded: Mapping[str, Sequence[str]],
+        superseded: Sequence[str],
     ) -> None:
-        """One line as the jobs of a sweep begin; which finished runs are of other code; and what
-        has changed since those that are moved aside, by job."""
+        """One line as the jobs of a sweep begin; which finished runs are of other code; and in
+        sentences, which are moved aside and why."""
         words = {
             State.done: "finished before",
             State.resume: "to go on",
@@ -194,17 +194,8 @@ class Terminal:
                 f" and are kept: {shown}. name=NEW runs everything with the code of now.",
                 out=self.out,
             )
-        # One line for all jobs that have the same reasons, mostly the data.
-        for why in dict.fromkeys(map(tuple, superseded.values())):
-            names = [job for job, reasons in superseded.items() if tuple(reasons) == why]
-            shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
-            several = "finished runs move" if len(names) > 1 else "finished run moves"
-            print_line(
-                (f"{len(names)} {several} to superseded/", "yellow"),
-                f", since this has changed: {'; '.join(why)}. It is {shown}; name=NEW leaves it "
-                f"where it is.",
-                out=self.out,
-            )
+        for sentence in superseded:
+            print_line((sentence, "yellow"), out=self.out)
 
 
 class Board:

@@ -59,7 +59,8 @@ def make_cache_folder(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"the cache folder {folder} cannot be used ({error.strerror or error}). Set "
-            f"data.cache_dir to a folder that can be written, or go to a folder of your own."
+            f"data.cache_dir (or --cache-dir) to a folder that can be written, or go to one of "
+            f"your own."
         ) from None
 
 

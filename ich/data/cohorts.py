@@ -42,9 +42,10 @@ from ich.base.files import (
 )
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
+from ich.base.provenance import code_version
 from ich.base.records import typed_value
 from ich.data.cache_folder import CacheFolder, make_cache_folder
-from ich.data.content import DataIdentity, digest_of_file, digest_of_files
+from ich.data.content import DataIdentity, LabelledFiles, digest_of_file, digest_of_listing
 from ich.data.manifest import Labels, build_manifest, label_source, read_labels
 from ich.data.patients import KEYS, Pseudonyms, keys_of_images, read_metadata, scan_headers
 from ich.data.phantom.spec import GENERATOR_VERSION, PhantomSpec
@@ -206,18 +207,21 @@ def load_cohort(
     Raises:
         UserError: see `ich.data.manifest`, `ich.data.patients` and `ich.data.protocol`.
     """
-    labelled = [_labelled(cfg.data, store)]
-    data = _identify(cfg.data, store, labelled[0].manifest)
+    data, looked, *labelled = _identify(cfg.data, store)
     files = cohort_files(cfg, _fingerprint(cfg, data))
     make_cache_folder(files.folder)
     with lock(files.lock):
+        if looked is not None:
+            looked.write()
         try:
             cohort = files.read()
         except (FileNotFoundError, DamagedError) as error:
             if isinstance(error, DamagedError):
                 tell_damaged(f"{error}, and is made again")
             # Taken out of the list: what has been read of it makes room for the cohort.
-            files.write(make_cohort(cfg, store, labelled.pop(), report), data)
+            cohort = make_cohort(cfg, store, labelled.pop() or _labelled(cfg.data, store), report)
+            files.write(cohort, data)
+            del cohort
             return_memory()
             # From the file also where it has just been made: all jobs see the same.
             cohort = files.read()
@@ -274,15 +278,14 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
     data, store = cfg.data, _existing_store(cfg.data)
     if store is None:
         return _guess(cfg, _phantom_slices(data))
-    manifest, names, _ = _labelled(data, store)
-    files = cohort_files(cfg, _fingerprint(cfg, _identify(data, store, manifest)))
-    # Rows of the same data set's other images count as decoded: an estimate.
-    decoded = CacheFolder.find(store, manifest["path"].tolist(), files.folder, data.cache_size)[0][
-        0
-    ].count_rows()
+    identity, _, labelled = _identify(data, store)
+    files = cohort_files(cfg, _fingerprint(cfg, identity))
     try:
-        rows = files.read_columns("image_id", "split")
+        rows = files.read_columns("image_id", "path", "split")
+        decoded = _count_decoded(data, store, rows)
     except (FileNotFoundError, DamagedError):
+        manifest, names, _ = labelled or _labelled(data, store)
+        decoded = _count_decoded(data, store, manifest)
         with TemporaryDirectory() as scratch:  # for the secret of pseudonyms, which nobody needs
             elsewhere = replace(data, cache_dir=scratch)
             manifest = _with_keys(elsewhere, manifest, None, None)
@@ -294,6 +297,13 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
     images = rows["image_id"].nunique()
     counts = {name: int((rows["split"] == name).sum()) for name in SPLITS}
     return Sizes(counts, images, _missing_bytes(cfg, images, decoded), True)
+
+
+def _count_decoded(cfg: DataConfig, store: SliceStore, rows: pd.DataFrame) -> int:
+    """How many slices there are of a data set, of which these rows are some: an estimate."""
+    folder, paths = Path(cfg.cache_dir), rows["path"].tolist()
+    (slices, _), *_ = CacheFolder.find(store, paths, folder, cfg.cache_size)
+    return slices.count_rows()
 
 
 def _guess(cfg: CohortConfig, images: int, decoded: int | None = None) -> Sizes:
@@ -455,8 +465,7 @@ def cohort_keys(configs: Mapping[str, CohortConfig]) -> dict[str, str]:
         what = repr(replace(cfg.data, subset=1.0, cache_size=0))
         if what not in known:
             store = _existing_store(cfg.data)
-            manifest = _labelled(cfg.data, store).manifest if store else None
-            known[what] = None if manifest is None else _identify(cfg.data, store, manifest)
+            known[what] = _identify(cfg.data, store)[0] if store else None
         data = known[what]
         keys[name] = NOT_MADE if data is None else _fingerprint(cfg, data)
     return keys
@@ -481,19 +490,62 @@ def describe_data_changes(cfg: CohortConfig, before: str, now: str) -> list[str]
     return found or ([] if then and here else [f"cohort {before} then, {now} now"])
 
 
-def _identify(cfg: DataConfig, store: SliceStore | None, manifest: pd.DataFrame) -> DataIdentity:
-    """What the labels and labelled files are, in seconds for the RSNA's 752,803."""
+@dataclass(frozen=True)
+class LookedUp:
+    """Which files the labels name, kept by what was looked at to know that: to read the RSNA's
+    labels takes a good part of a minute, and every launch asks.
+
+    path: where it is kept. listing: of the files that there were (`digest_of_listing`).
+    """
+
+    path: Path
+    listing: str
+    files: LabelledFiles
+
+    @staticmethod
+    def read(path: Path, listing: str) -> LookedUp | None:
+        """None if other files were there."""
+        try:
+            values, hints = read_json(path), get_type_hints(LabelledFiles)
+            if values["listing"] != listing:
+                return None
+            files = LabelledFiles(**{k: typed_value(values[k], hints[k]) for k in hints})
+        except (FileNotFoundError, DamagedError, ValueError, KeyError):
+            return None
+        return LookedUp(path, listing, files)
+
+    def write(self) -> None:
+        write_text(self.path, json.dumps({"listing": self.listing, **asdict(self.files)}))
+
+
+def _identify(
+    cfg: DataConfig, store: SliceStore | None
+) -> tuple[DataIdentity, LookedUp | None, Labelled | None]:
+    """What the labels and labelled files are; and what was found out for that, if it was not known:
+    to be kept, and the manifest."""
     path, name = label_source(cfg, store)
     if path is not None:
         labels = digest_of_file(path)
     else:
         assert store is not None
         labels = hashlib.sha256(store.read(name)).hexdigest()
-    metadata = Path(cfg.metadata) if cfg.metadata else None
-    files, count = digest_of_files(store, manifest["path"].tolist()) if store else ("", 0)
+    metadata = ""
     # One that is missing is said where it is read.
-    is_there = metadata is not None and metadata.is_file()
-    return DataIdentity(labels, digest_of_file(metadata) if is_there else "", files, count)  # type: ignore[arg-type]
+    if cfg.metadata and (file := Path(cfg.metadata)).is_file():
+        metadata = digest_of_file(file)
+    if store is None:
+        return DataIdentity(labels, metadata, "", 0), None, None
+    # With our code, by which names of images are matched with those of files.
+    asked = repr((labels, cfg.source.value, cfg.label_columns, cfg.any_label, code_version()))
+    key = hashlib.sha256(asked.encode()).hexdigest()[:16]
+    place, listing = Path(cfg.cache_dir) / f"files-{key}.json", digest_of_listing(store)
+    looked, new, labelled = LookedUp.read(place, listing), None, None
+    if looked is None:
+        labelled = _labelled(cfg, store)
+        files = LabelledFiles.find(store, labelled.manifest["path"].tolist())
+        looked = new = LookedUp(place, listing, files)
+    of_files = looked.files.digest(store), looked.files.count
+    return DataIdentity(labels, metadata, *of_files), new, labelled
 
 
 def _existing_store(cfg: DataConfig) -> SliceStore | None:

@@ -13,7 +13,7 @@ import hashlib
 import os
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
@@ -22,7 +22,7 @@ from isal import isal_zlib
 
 from ich.base.workers import run_parallel, worker_count
 from ich.data.dicom import DicomError
-from ich.data.store import Location, SliceStore, read_bytes
+from ich.data.store import Location, SliceStore, read_bytes, read_raw_directory
 
 NOT_READ = -1  # in the place of a CRC-32: the file could not be read
 _SAMPLE = 64  # files of a folder whose bytes are looked at
@@ -65,17 +65,45 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_of_files(store: SliceStore, paths: Sequence[str]) -> tuple[str, int]:
-    """SHA-256 of what these files are, and how many there are; a path that is empty is none."""
-    there = sorted({path for path in paths if path})
+@dataclass(frozen=True)
+class LabelledFiles:
+    """The labelled files of a data set. names: SHA-256 of their names, sizes and, in a zip, CRCs.
+    count: of them. sample: paths of those in a folder whose bytes count too."""
+
+    names: str
+    count: int
+    sample: tuple[str, ...]
+
+    @staticmethod
+    def find(store: SliceStore, paths: Sequence[str]) -> LabelledFiles:
+        """Looks at these files' names and sizes; a path that is empty is none."""
+        there = sorted({path for path in paths if path})
+        digest = hashlib.sha256()
+        for start in range(0, len(there), _BLOCK):
+            for location in store.locate(there[start : start + _BLOCK]):
+                crc = location.stamp if store.is_zip else ""
+                digest.update(f"{location.size} {crc} ".encode() + _name(location.path) + b"\n")
+        sample = () if store.is_zip else tuple(_sample(there))
+        return LabelledFiles(digest.hexdigest(), len(there), sample)
+
+    def digest(self, store: SliceStore) -> str:
+        """SHA-256 of what they are; reads the bytes of the sample."""
+        crcs = list(sample_crcs(store, self.sample).values())
+        return hashlib.sha256(f"{self.names} {crcs}".encode()).hexdigest()
+
+
+def digest_of_listing(store: SliceStore) -> str:
+    """SHA-256 of the names and sizes of all files of a data set, or of a zip's whole directory: the
+    labelled ones are the same as long as this and the labels are. Takes a look, and no more."""
     digest = hashlib.sha256()
-    for start in range(0, len(there), _BLOCK):
-        for location in store.locate(there[start : start + _BLOCK]):
-            crc = location.stamp if store.is_zip else ""
-            digest.update(f"{location.size} {crc} ".encode() + _name(location.path) + b"\n")
-    if not store.is_zip:
-        digest.update(repr(list(sample_crcs(store, there).values())).encode())
-    return digest.hexdigest(), len(there)
+    if store.is_zip:
+        for block in read_raw_directory(store.root):
+            digest.update(block)
+        return digest.hexdigest()
+    for start in range(0, len(store.paths), _BLOCK):
+        for location in store.locate(store.paths[start : start + _BLOCK]):
+            digest.update(f"{location.size} ".encode() + os.fsencode(location.path) + b"\n")
+    return digest.hexdigest()
 
 
 def _name(path: str) -> bytes:
@@ -85,10 +113,14 @@ def _name(path: str) -> bytes:
 
 def sample_crcs(store: SliceStore, paths: Sequence[str]) -> dict[str, int]:
     """CRC-32 of the bytes of at most 64 of these files, by path."""
+    locations = store.locate(_sample(paths))
+    return {location.path: content_crc(store.root, location) for location in locations}
+
+
+def _sample(paths: Iterable[str]) -> list[str]:
     # By a hash of the name, so that of a data set that grows mostly the same are looked at.
     names = {path for path in paths if path}
-    chosen = nsmallest(_SAMPLE, names, key=lambda p: (zlib.crc32(_name(p)), p))
-    return {location.path: content_crc(store.root, location) for location in store.locate(chosen)}
+    return nsmallest(_SAMPLE, names, key=lambda p: (zlib.crc32(_name(p)), p))
 
 
 def content_crc(root: Path, location: Location) -> int:

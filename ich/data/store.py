@@ -194,16 +194,6 @@ class SliceStore:
                 f"that packed it, and give it with data.labels=FILE."
             ) from None
 
-    def identity(self) -> str:
-        """Changes with where the store is and, as far as a cheap look tells, with what is in it."""
-        tops = [self.root]
-        if not self.is_zip:
-            # A folder's time changes as files come and go, not as one is rewritten in place. Two
-            # levels reach the RSNA's slices.
-            tops += sorted(p for g in ("*", "*/*") for p in self.root.glob(g) if p.is_dir())
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in tops]
-        return f"{self.root.resolve()}|{stats}"
-
 
 def read_bytes(
     root: Path, location: Location, limit: int = MAX_BYTES, head: int | None = None
@@ -345,6 +335,20 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
         i for n, i in enumerate(order) if n + 1 == len(order) or names[i] != names[order[n + 1]]
     ]
     return [names[i] for i in kept], np.frombuffer(fields, np.int64).reshape(-1, 5)[kept]
+
+
+def read_raw_directory(path: Path) -> Iterator[bytes]:
+    """The directory of a zip archive as it stands there, in pieces; of a damaged one nothing, which
+    `read_directory` explains."""
+    with path.open("rb") as archive:
+        try:
+            start, size, _ = _find_directory(archive)
+            archive.seek(start)
+        except (OSError, ValueError, struct.error):
+            return
+        while size > 0 and (block := archive.read(min(size, 1 << 20))):
+            size -= len(block)
+            yield block
 
 
 def _find_directory(archive: IO[bytes]) -> tuple[int, int, int]:

@@ -205,8 +205,8 @@ def _require_whole_paths(command: str, words: Sequence[str]) -> None:
             bad.append(word)
     if bad:
         raise UserError(
-            f"{bad[0]} is a path with characters that Hydra reads in its own way (commas, blanks, "
-            f"brackets, =, or nothing but digits). Quote it for Hydra too: "
+            f"{bad[0]} is a path with characters that Hydra reads in its own way, such as commas, "
+            f"brackets, #, = and umlauts. Quote it for Hydra too: "
             f"{_mended_command(command, words, bad)}"
         )
 

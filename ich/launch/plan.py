@@ -19,7 +19,7 @@ from ich.base.results import RunPaths, State
 from ich.base.terminal import format_duration
 from ich.data.cohorts import Sizes, cohort_sizes
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
-from ich.launch.preflight import Job, check_jobs, data_key, inspect_jobs
+from ich.launch.preflight import Job, check_jobs, data_key, describe_superseded, inspect_jobs
 from ich.training.devices import device_name, pick_device
 from ich.training.model import Cost, check_architecture, initial_weights_source, model_cost
 from ich.training.timing import time_training_steps
@@ -219,6 +219,7 @@ def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[st
     rows = [_table_row(p) for p in plan.jobs]
     todo = [p for p in plan.jobs if p.job.state is not State.done]
     sentences = [_describe_cohort(sizes) for sizes in plan.cohorts]
+    sentences += describe_superseded([p.job for p in plan.jobs])
     if todo:
         most = max(p.checkpoints for p in todo) / 1e6
         kept = sum(p.disk for p in todo) / 1e6

@@ -77,6 +77,22 @@ class Job:
         return found or [f"its {self.run.best.name} is gone"]
 
 
+def describe_superseded(jobs: Sequence[Job]) -> list[str]:
+    """Which finished runs these jobs move aside, and what has changed since: a sentence for all of
+    the same reasons, mostly the data."""
+    moved = {job.config.job: why for job in jobs if (why := tuple(job.superseded_because()))}
+    sentences = []
+    for why in dict.fromkeys(moved.values()):
+        names = [job for job, reasons in moved.items() if reasons == why]
+        shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+        several = "finished runs move" if len(names) > 1 else "finished run moves"
+        sentences.append(
+            f"{len(names)} {several} to superseded/ ({shown}; name=NEW leaves all in place), since "
+            f"this has changed: {'; '.join(why)}."
+        )
+    return sentences
+
+
 def check_jobs(configs: Sequence[Config]) -> SweepPaths:
     """Checks what can be checked of all jobs without a look at their data; returns their folder.
 

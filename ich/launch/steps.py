@@ -30,7 +30,7 @@ launched: list[SweepPaths] = []
 def prepare(configs: Sequence[Config]) -> SweepPaths:
     """Opens the sweep of these jobs with a progress display."""
     with importing():  # it takes a second or two, which a mistake in an override need not wait for
-        from ich.launch.preflight import open_sweep
+        from ich.launch.preflight import describe_superseded, open_sweep
 
         # With what closes the sweep hours later: whatever is edited meanwhile, it ends with the
         # code that it began with.
@@ -40,8 +40,7 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
     if sweep not in launched:
         launched.append(sweep)
     other = [job.config.job for job in jobs if job.is_of_other_code]
-    superseded = {job.config.job: why for job in jobs if (why := job.superseded_because())}
-    Terminal().opened(sweep, [job.state for job in jobs], other, superseded)
+    Terminal().opened(sweep, [job.state for job in jobs], other, describe_superseded(jobs))
     return sweep
 
 

@@ -67,6 +67,8 @@ def test_a_folder_that_cannot_be_written_is_named(capsys: Capture, number: int) 
     wanted = f"ich: /theirs/.ich-cache cannot be used ({os.strerror(number)}). Give this command in"
     assert err.startswith(wanted)
     assert err.count("\n") == 1
+    assert exit_status(raising(PermissionError("cannot write ph: no permission"))) == 2
+    assert capsys.readouterr().err == "ich: cannot write ph: no permission\n"
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

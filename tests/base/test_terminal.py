@@ -37,13 +37,13 @@ def test_paths_and_texts_with_brackets_are_shown_whole() -> None:
     terminal, name = Terminal(out), HOSTILE + ACTING
     place = Path(name)
     terminal.prepared(place, 3, 0, place / "report.html")
-    terminal.opened(SweepPaths(place), [State.new], [name], {name: [name]})
+    terminal.opened(SweepPaths(place), [State.new], [name], [name])
     terminal.verified([name], [name])
     terminal.tables(name, [([name, "n"], [[name, "1"]])], [name])
     terminal.say(name)
-    assert shown(out).count(HOSTILE + SHOWN) == 13
+    assert shown(out).count(HOSTILE + SHOWN) == 12
     assert set(shown(out)) & set(ACTING) == {"\n", *"[2J"}
-    assert len(shown(out).splitlines()) == 16  # thirteen, and three that are empty
+    assert len(shown(out).splitlines()) == 16  # twelve with a name, one without, and three empty
 
 
 def test_a_jobs_lines_show_its_folder_and_its_error_whole(composed: Callable[..., Config]) -> None:

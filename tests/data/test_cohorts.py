@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from ich.base.config import Config
+from ich.data import cohorts
 from ich.data.cohorts import cohort_files, cohort_keys, describe_data_changes, load_cohort
-from ich.data.content import digest_of_files, sample_crcs
+from ich.data.content import LabelledFiles, sample_crcs
 from ich.data.store import SliceStore
 
 Compose = Callable[..., Config]
@@ -127,8 +128,42 @@ def test_names_in_another_normal_form_are_the_same(project: Path, tmp_path: Path
         root = Path(shutil.copytree(project, tmp_path / form))
         (root / "p0").rename(root / unicodedata.normalize(form, "Kopf_ä"))
         store = SliceStore(root)
-        digests.append(digest_of_files(store, [p for p in store.paths if p.endswith(".dcm")]))
+        paths = [p for p in store.paths if p.endswith(".dcm")]
+        digests.append(LabelledFiles.find(store, paths).names)
     assert digests[0] == digests[1]
+
+
+def test_labels_are_read_again_only_where_they_or_the_files_are_others(
+    project: Path, key: Callable[..., str], composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read the RSNA's takes a good part of a minute."""
+    config = composed(*OWN, "data.root=.", "data.labels=labels.csv")
+    first = key()
+    assert load_cohort(config, SliceStore(Path()))[1] == first
+    read = []
+    real = cohorts.load_labels
+    monkeypatch.setattr(cohorts, "load_labels", lambda *a: read.append(1) or real(*a))
+    os.utime("labels.csv", ns=(1, 1))
+    assert key() == first
+    # As the cache does not lie in the data set here, nothing has come to it by then.
+    assert load_cohort(config, SliceStore(Path()))[1] == first
+    assert not read
+    Path("notes.txt").touch()
+    assert key() == first
+    assert read == [1]
+    load_cohort(config, SliceStore(Path()))
+    del read[:]
+    assert key() == first
+    (memo,) = Path(config.data.cache_dir).glob("files-*.json")
+    for damaged in ("", "[]", "{", '{"listing": 1}'):
+        memo.write_text(damaged)
+        assert key() == first
+    assert read == [1] * 4
+    sampled = sample_crcs(SliceStore(Path()), [p.as_posix() for p in Path().glob("p*/*.dcm")])
+    load_cohort(config, SliceStore(Path()))
+    file = Path(next(iter(sampled)))
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")  # of the same size
+    assert key() != first
 
 
 def test_what_has_changed_is_said(project: Path, composed: Compose) -> None:

@@ -85,11 +85,12 @@ def test_what_is_finished_stays_so_wherever_its_data_lie(
 def test_what_has_changed_is_said_before_a_finished_run_moves_aside(
     launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    moves = "1 finished run moves to superseded/, since this has changed: "
-    assert f"{moves}train.epochs was 10 and is 2. It is job;" in launch("train.epochs=2")
+    moves = "1 finished run moves to superseded/ (job; name=NEW leaves all in place), since this "
+    moves += "has changed: "
+    assert f"{moves}train.epochs was 10 and is 2." in launch("train.epochs=2")
     files = sorted((tmp_path / "data").glob("*/*.dcm"))
     files[0].unlink()
-    wanted = f"{moves}{len(files)} labelled files then, {len(files) - 1} now. It is job;"
+    wanted = f"{moves}{len(files)} labelled files then, {len(files) - 1} now."
     assert wanted in launch("data.max_quarantine=0.5")
     run = SweepPaths(tmp_path / "out" / "test").run("job")
     shutil.copy(files[1], files[0])
