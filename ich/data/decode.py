@@ -18,7 +18,7 @@ from isal import isal_zlib
 
 from ich.base.memory import keep_slice_memory
 from ich.data.dicom import HU_MIN, DicomError, read_hu, read_slice
-from ich.data.store import Location, Unreadable, read_bytes
+from ich.data.store import Location, Unreadable, read_dicom
 
 DECODER_VERSION = 4  # raise it when the same file would decode to other values
 
@@ -75,7 +75,7 @@ def decode_to_cache(request: DecodeRequest) -> list[DecodeResult]:
 def _decode_into(target: int, root: Path, location: Location, row: int, size: int) -> DecodeResult:
     path, signature, crc = location.path, location.signature, -1
     try:
-        source = read_bytes(root, location)
+        source = read_dicom(root, location)
         crc = isal_zlib.crc32(source)
         hu = resize_area(square(read_hu(source)), size)
     except DicomError as error:
@@ -120,7 +120,7 @@ def read_slices(request: ReadRequest) -> list[ReadResult]:
     results = []
     for location, number in zip(request.locations, request.numbers, strict=True):
         try:
-            decoded = read_slice(read_bytes(request.root, location))
+            decoded = read_slice(read_dicom(request.root, location))
         except DicomError as error:
             results.append(ReadResult(number, {}, reason=error.reason))
             continue

@@ -6,7 +6,6 @@ CT slice in HU, is refused by name.
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import re
@@ -18,17 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.dataelem import RawDataElement
-from pydicom.encaps import encapsulate, get_frame
-from pydicom.errors import InvalidDicomError
+from pydicom.charset import convert_encodings
+from pydicom.dataelem import RawDataElement, empty_value_for_VR
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     HTJ2K,
     JPEG2000,
     UID,
     CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
@@ -45,7 +43,7 @@ from pydicom.uid import (
 )
 
 from ich.data.elements import DicomError as DicomError
-from ich.data.elements import Elements, find_elements, transfer_syntax
+from ich.data.elements import Elements, find_elements
 from ich.data.pixels.codecs import decode_jpeg, decode_jpeg_2000, decode_jpeg_ls, decode_rle
 from ich.data.pixels.hounsfield import HU_MAX as HU_MAX
 from ich.data.pixels.hounsfield import HU_MIN as HU_MIN
@@ -117,7 +115,7 @@ _KEYWORDS = (
     "ImageType",
     *("HighBit", "NumberOfFrames", "Rows", "Columns", "RescaleSlope", "RescaleIntercept"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
-    "SpecificCharacterSet",  # pydicom refuses the whole header for one that it does not know
+    "MediaStorageSOPClassUID",  # of files without a SOPClassUID
 )
 _CHECKED_TAGS = tuple(int(Tag(keyword)) for keyword in _KEYWORDS)
 # Where the slice belongs; read without a check, and absent in many files.
@@ -131,7 +129,9 @@ _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
     )
 )
 _WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
-_PIXEL_DATA = Tag("PixelData")
+_KEYS = frozenset(
+    int(Tag(keyword)) for keyword in ("SpecificCharacterSet", "PatientID", "StudyInstanceUID")
+)
 
 
 # Of each encoding the plug-in of pydicom that decodes it (always the same one, for another may fill
@@ -150,6 +150,7 @@ _CODECS = {
     HTJ2K: ("pylibjpeg", decode_jpeg_2000),
     RLELossless: ("", decode_rle),
 }
+_LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless, JPEG2000, HTJ2K)
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 
 
@@ -208,28 +209,12 @@ def read_slice(data: bytes) -> Slice:
 
 def _read(data: bytes) -> tuple[Elements, np.ndarray]:
     elements = find_elements(data, _WANTED)
-    # The short way needs both: a plain file, and a header that passed every check before.
-    header = _seen.get(_key(elements)) if elements else None
-    if elements and header:
-        stored = _uncompressed(elements, header, data)
-    else:
-        elements, header, stored = _read_by_pydicom(data)
+    header = _header(elements)
+    if not elements.start:
+        raise DicomError("PixelData is missing")
+    native = header.syntax in _NATIVE
+    stored = (_uncompressed if native else _decoded)(elements, header, data)
     return elements, to_hu(stored, header.scale)
-
-
-def _read_by_pydicom(data: bytes) -> tuple[Elements, _Header, np.ndarray]:
-    with warnings.catch_warnings():
-        # RSNA's identifiers look like ID_..., which is no valid UID; nothing here reads them.
-        warnings.simplefilter("ignore")
-        # The pixel data are not copied out of `data`: pydicom only says where they are.
-        dataset = _parse(data, defer_size=4096)
-        elements = _elements(dataset, data)
-        header = _header(dataset, elements)
-        if not elements.start:
-            raise DicomError("PixelData is missing")
-        if header.syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
-            return elements, header, _uncompressed(elements, header, data)
-        return elements, header, _decoded(_parse(data), header)
 
 
 def _text(elements: Elements, tag: int) -> str:
@@ -262,40 +247,27 @@ def read_keys(data: bytes) -> tuple[str, str]:
     Raises:
         DicomError: the file is no DICOM, or its header is damaged.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dataset = _parse(data, stop_before_pixels=True)
-        with _damaged_header_refused():
-            # Inside, for pydicom converts a value when it is first asked for.
-            patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
-    return str(patient or ""), str(study or "")
-
-
-def _parse(data: bytes, **options: Any) -> pydicom.Dataset:
-    if not data:
-        raise DicomError("the file is empty")
-    syntax, deflated = transfer_syntax(data), DeflatedExplicitVRLittleEndian.encode()
-    if syntax == deflated or (not syntax and deflated in data[:4096]):
-        # pydicom would inflate it whole, to up to a thousand times its size, before any check.
-        raise DicomError(
-            f"the transfer syntax {DeflatedExplicitVRLittleEndian.name} is not read: `dcmconv +te` "
-            f"of DCMTK converts it"
-        )
+    elements = find_elements(data, _KEYS, pixels=False)
     with _damaged_header_refused():
-        return pydicom.dcmread(io.BytesIO(data), **options)
+        dataset = _dataset(elements)
+        # As pydicom itself does where it reads a file.
+        encoding = convert_encodings(dataset.get("SpecificCharacterSet"))
+        dataset.set_original_encoding(None, elements.little, encoding)
+        patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
+    return str(patient or ""), str(study or "")
 
 
 @contextmanager
 def _damaged_header_refused() -> Iterator[None]:
-    """A damaged header can raise nearly anything: in the parser, or when an element is first looked
-    at, for pydicom converts values no sooner. Only the error's name is shown: its text may quote
-    any element."""
+    """pydicom can raise nearly anything when it converts a value, and warns of identifiers. Only
+    the error's name is shown: its text may quote any element."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # RSNA's identifiers look like ID_..., which is no valid UID.
+            warnings.simplefilter("ignore")
+            yield
     except DicomError:
         raise
-    except InvalidDicomError:
-        raise DicomError("not a DICOM file (no DICM prefix)") from None
     except Exception as error:
         raise DicomError(f"unreadable header ({type(error).__name__})") from None
 
@@ -306,41 +278,32 @@ _seen: dict[tuple[object, ...], _Header] = {}
 _SEEN_LIMIT, _SEEN_BYTES = 256, 1024  # headers, and bytes of each
 
 
-def _header(dataset: pydicom.Dataset, elements: Elements) -> _Header:
-    with _damaged_header_refused():
-        key = _key(elements)
-        if (header := _seen.get(key)) is None:
-            header = _check(dataset)
-            if len(_seen) >= _SEEN_LIMIT:
-                _seen.clear()
-            # So much in these elements is no scanner's; files made that way would fill the memory.
-            if sum(len(value) for _, value in filter(None, key[1:])) <= _SEEN_BYTES:
-                _seen[key] = header
-        return header
+def _header(elements: Elements) -> _Header:
+    # All that decides: the checks see nothing else of the file.
+    key = elements.syntax, *map(elements.values.get, _CHECKED_TAGS)
+    if (header := _seen.get(key)) is None:
+        with _damaged_header_refused():
+            header = _check(_dataset(elements), UID(elements.syntax))
+        if len(_seen) >= _SEEN_LIMIT:
+            _seen.clear()
+        # So much in these elements is no scanner's; files made that way would fill the memory.
+        if sum(len(value) for _, value in elements.values.values()) <= _SEEN_BYTES:
+            _seen[key] = header
+    return header
 
 
-def _key(elements: Elements) -> tuple[Any, ...]:
-    return elements.syntax, *map(elements.values.get, _CHECKED_TAGS)
+def _dataset(elements: Elements) -> pydicom.Dataset:
+    """pydicom's objects of the elements that were found, which convert their values."""
+    raw = {}
+    for tag, (vr, value) in elements.values.items():
+        filled = value or empty_value_for_VR(vr, raw=True)
+        raw[BaseTag(tag)] = RawDataElement(
+            BaseTag(tag), vr, len(value), filled, 0, vr is None, elements.little
+        )
+    return pydicom.Dataset(raw)
 
 
-def _elements(dataset: pydicom.Dataset, data: bytes) -> Elements:
-    """What `find_elements` would have found."""
-    values = {}
-    for tag in _WANTED:
-        item = dataset.get_item(tag, keep_deferred=True)
-        if isinstance(item, RawDataElement):
-            value, start = item.value, item.value_tell
-            if value is None:  # empty, or so long that pydicom has not read it yet
-                value = data[start : start + item.length]
-            values[tag] = item.VR, value
-    pixels = dataset.get_item(_PIXEL_DATA, keep_deferred=True)
-    start, length = 0, 0
-    if isinstance(pixels, RawDataElement):
-        start, length = pixels.value_tell, pixels.length
-    return Elements(str(dataset.file_meta.get("TransferSyntaxUID", "")), values, start, length)
-
-
-def _check(dataset: pydicom.Dataset) -> _Header:
+def _check(dataset: pydicom.Dataset, syntax: UID) -> _Header:
     for keyword, allowed in _ALLOWED.items():
         value = dataset.get(keyword)
         if value not in allowed or isinstance(value, float):  # 16.0 is in allowed
@@ -352,7 +315,7 @@ def _check(dataset: pydicom.Dataset) -> _Header:
             f"dcm4che splits it"
         )
     for keyword, known in _ALLOWED_IF_THERE.items():
-        value = dataset.get(keyword)
+        value = dataset.get(keyword) or dataset.get(f"MediaStorage{keyword}")
         if value not in (None, "") and str(value).strip().upper() not in known:
             raise DicomError(f"{keyword} is {_shown(value)}, not {_shown(known[0])}")
     _check_image_type(dataset)
@@ -375,8 +338,8 @@ def _check(dataset: pydicom.Dataset) -> _Header:
         raise DicomError(f"RescaleSlope is {slope:g} in a file of wrapped 12-bit values, not 1")
     signed = bool(dataset.PixelRepresentation)
     scale = Scale(dataset.BitsStored, signed, slope, intercept, wrapped)
-    scale = scale._replace(padding=_padding(dataset, scale))
-    return _Header(dataset.Rows, dataset.Columns, scale, _syntax(dataset))
+    scale = scale._replace(padding=_padding(dataset, scale, syntax in _LOSSY))
+    return _Header(dataset.Rows, dataset.Columns, scale, _checked_syntax(syntax))
 
 
 def _check_image_type(dataset: pydicom.Dataset) -> None:
@@ -391,12 +354,12 @@ def _check_image_type(dataset: pydicom.Dataset) -> None:
         raise DicomError("ImageType says SECONDARY, and no plane that is known to be in HU")
 
 
-def _padding(dataset: pydicom.Dataset, scale: Scale) -> Padding | None:
+def _padding(dataset: pydicom.Dataset, scale: Scale, lossy: bool) -> Padding | None:
     first = _padding_value(dataset, "PixelPaddingValue")
     if first is None:
         return None
     last = _padding_value(dataset, "PixelPaddingRangeLimit")
-    return padding_of(first, first if last is None else last, scale)
+    return padding_of(first, first if last is None else last, scale, lossy)
 
 
 def _padding_value(dataset: pydicom.Dataset, keyword: str) -> int | None:
@@ -438,10 +401,9 @@ def _finite(dataset: pydicom.Dataset, keyword: str) -> float:
     return number
 
 
-def _syntax(dataset: pydicom.Dataset) -> UID:
-    """The transfer syntax, checked to be one that can be decoded here."""
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
+def _checked_syntax(syntax: UID) -> UID:
+    """The transfer syntax, if it is one that can be decoded here."""
+    if not syntax:
         raise DicomError("the transfer syntax is missing, so the encoding of the pixels is unknown")
     if syntax in _NATIVE:
         return syntax
@@ -464,8 +426,8 @@ def _uncompressed(elements: Elements, header: _Header, data: bytes) -> np.ndarra
             f"pixel data cannot be decoded: {present:,} bytes, but {header.rows} x "
             f"{header.columns} pixels of 16 bits take {2 * count:,}"
         )
-    kind = "<i2" if header.scale.signed else "<u2"
-    stored = np.frombuffer(data, kind, count, elements.start)
+    stored = np.frombuffer(data, "<u2" if elements.little else ">u2", count, elements.start)
+    stored = stored.astype("<u2", copy=False).view("<i2" if header.scale.signed else "<u2")
     return _without_unused_bits(stored, header).reshape(header.rows, header.columns)
 
 
@@ -476,29 +438,50 @@ def _without_unused_bits(stored: np.ndarray, header: _Header) -> np.ndarray:
     return stored
 
 
-def _decoded(dataset: pydicom.Dataset, header: _Header) -> np.ndarray:
-    """Pixel data in any other encoding, by pydicom and its plug-ins."""
-    decoder, shape = get_decoder(header.syntax), (header.rows, header.columns)
+def _decoded(elements: Elements, header: _Header, data: bytes) -> np.ndarray:
+    """Pixel data in any other encoding, by pydicom's plug-ins."""
+    plugin, decode_whole = _CODECS[header.syntax]
+
+    def decode(stream: bytes) -> np.ndarray:
+        stored: np.ndarray = get_decoder(header.syntax).as_array(
+            encapsulate([stream]),
+            index=0,
+            decoding_plugin=plugin,
+            number_of_frames=1,
+            rows=header.rows,
+            columns=header.columns,
+            samples_per_pixel=1,
+            photometric_interpretation="MONOCHROME2",
+            bits_allocated=16,
+            bits_stored=header.scale.bits,
+            pixel_representation=int(header.scale.signed),
+            pixel_keyword="PixelData",
+        )[0]
+        return stored
+
     try:
-        if header.syntax.is_encapsulated:
-            plugin, decode_whole = _CODECS[header.syntax]
-            table = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
-            offsets = table if all(table) else None
-            frame = get_frame(dataset.PixelData, 0, number_of_frames=1, extended_offsets=offsets)
-
-            def decode(stream: bytes) -> np.ndarray:
-                dataset.PixelData = encapsulate([stream])
-                stored: np.ndarray = decoder.as_array(dataset, index=0, decoding_plugin=plugin)[0]
-                return stored
-
-            stored = decode_whole(frame, shape, decode)
-        else:
-            stored = decoder.as_array(dataset, index=0)[0]
-        # Of 8 bits in 16 some decoders return single bytes.
-        stored = stored.astype(np.int16 if header.scale.signed else np.uint16, copy=False)
-        return _without_unused_bits(stored, header)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stored = decode_whole(_frame(elements, data), (header.rows, header.columns), decode)
     except Exception as error:  # decoder plug-ins raise their own types
         # Only decoding itself raises this one; the text of others can quote any element.
         plain = isinstance(error, RuntimeError)
         text = " ".join(str(error).split())[:200] if plain else type(error).__name__
         raise DicomError(f"pixel data cannot be decoded: {text}") from None
+    # Of 8 bits in 16 some decoders return single bytes.
+    stored = stored.astype(np.int16 if header.scale.signed else np.uint16, copy=False)
+    return _without_unused_bits(stored, header)
+
+
+def _frame(elements: Elements, data: bytes) -> bytes:
+    """The first frame of encapsulated pixel data: all fragments, or those before the second frame
+    if the offset table (PS3.5 A.4) knows one."""
+    if not elements.fragments:
+        raise RuntimeError("it is not encapsulated")
+    (at, length), *fragments = elements.fragments
+    offsets = np.frombuffer(data, "<u4", length // 4, at)
+    if len(offsets) > 1:
+        # Counted from the head of the first fragment, 8 bytes before its data.
+        end = at + length + int(offsets[1])
+        fragments = [f for f in fragments if f[0] - 8 < end]
+    return b"".join(data[start : start + count] for start, count in fragments)

@@ -28,7 +28,7 @@ from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
 from ich.data.dicom import DicomError, read_keys
 from ich.data.manifest import IMAGE, PATIENT, STUDY
-from ich.data.store import Location, SliceStore, Unreadable, read_bytes
+from ich.data.store import Location, SliceStore, Unreadable, read_dicom
 from ich.data.tables.names import example, match_by_form
 from ich.data.tables.reading import find_column, read_table, tell
 
@@ -343,11 +343,11 @@ def _read_file_keys(root: Path, location: Location) -> tuple[str, str]:
     """Patient and study from the file's beginning if they stand there, else from all of it."""
     if location.size > _HEAD:
         try:
-            patient, study = read_keys(read_bytes(root, location, head=_HEAD))
+            patient, study = read_keys(read_dicom(root, location, _HEAD))
             if patient and study:
                 return patient, study
         except Unreadable:
             raise
         except DicomError:
             pass  # cut in the middle of a header that is longer
-    return read_keys(read_bytes(root, location))
+    return read_keys(read_dicom(root, location))

@@ -28,8 +28,10 @@ import numpy as np
 from isal import igzip_lib, isal_zlib
 
 from ich.data.dicom import DicomError
+from ich.data.elements import PREFIX_BYTES, check_prefix
 
 MAX_BYTES = 64 << 20  # of a slice's file, before and after inflating; a CT slice has half a MB
+_USUAL_BYTES = 1 << 20  # inflated in two milliseconds; a look at the beginning would take longer
 MAX_TABLE_BYTES = 256 << 20  # of a label or metadata file, inflated; the RSNA's has 120 MB
 _MISSING = -1
 _STORED, _DEFLATED, _BZIP2, _LZMA = 0, 8, 12, 14
@@ -44,6 +46,7 @@ _ENTRY = struct.Struct("<4s4xHH4xLLLHHH8xL")
 
 # What reading and unpacking raise of damaged bytes.
 _DAMAGED = (OSError, EOFError, UnicodeError, igzip_lib.IsalError, lzma.LZMAError)
+_LOCAL_HEADER = 30  # bytes before a member's name, extra field and data
 
 
 class Unreadable(DicomError):
@@ -195,6 +198,16 @@ class SliceStore:
             ) from None
 
 
+def read_dicom(root: Path, location: Location, head: int | None = None) -> bytes:
+    """As `read_bytes`, of a DICOM file: of a large file that is none only the first bytes are read.
+
+    An archive of a thousand members of zeros would be inflated whole otherwise, 64 MB each.
+    """
+    if location.size > _USUAL_BYTES:
+        check_prefix(read_bytes(root, location, head=PREFIX_BYTES))
+    return read_bytes(root, location, head=head)
+
+
 def read_bytes(
     root: Path, location: Location, limit: int = MAX_BYTES, head: int | None = None
 ) -> bytes:
@@ -328,6 +341,7 @@ def read_directory(path: Path) -> tuple[list[str], np.ndarray]:
             f"the directory of the zip archive {path} cannot be read ({error}). A broken download "
             f"must be repeated; `zip -FF` may mend an archive."
         ) from None
+    _refuse_overlaps(path, np.frombuffer(fields, np.int64).reshape(-1, 5))
     # As objects, by Python's own comparison, for `bisect` looks names up by it. Stable: of two
     # members of one name the later follows.
     order = np.argsort(np.array(names, dtype=object), kind="stable")
@@ -349,6 +363,20 @@ def read_raw_directory(path: Path) -> Iterator[bytes]:
         while size > 0 and (block := archive.read(min(size, 1 << 20))):
             size -= len(block)
             yield block
+
+
+def _refuse_overlaps(path: Path, entries: np.ndarray) -> None:
+    """Of few bytes that many members share, petabytes can be inflated."""
+    from ich.base.config import UserError  # as in `SliceStore.open`
+
+    # Offset and packed size, in the order in which the members lie there.
+    offset, packed = entries[np.argsort(entries[:, 2], kind="stable")][:, 2:4].T
+    if (offset[:-1] + _LOCAL_HEADER + packed[:-1] > offset[1:]).any():
+        raise UserError(
+            f"members of the zip archive {path} overlap, as no program that packs files makes "
+            f"them: it is damaged, or made to fill memory and disk. Get it again, or unpack it "
+            f"with care and give the folder."
+        )
 
 
 def _find_directory(archive: IO[bytes]) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import stat
@@ -34,7 +35,7 @@ from ich.data.cache_folder import CacheFolder
 from ich.data.content import sample_crcs
 from ich.data.decode import DecodeRequest, checksum, decode_to_cache, resize_area, square
 from ich.data.dicom import DicomError, read_hu
-from ich.data.store import Location, SliceStore, Unreadable, read_bytes, read_directory
+from ich.data.store import Location, SliceStore, Unreadable, read_bytes, read_dicom, read_directory
 
 SIZE = 32
 
@@ -839,6 +840,37 @@ def test_a_zip_bomb_is_inflated_no_further_than_it_says(tmp_path: Path) -> None:
     assert location.packed < 100_000
     with pytest.raises(DicomError, match="its size or CRC-32 differs"):
         read_bytes(path, location._replace(size=1000))
+
+
+def test_of_what_is_no_dicom_only_the_beginning_is_inflated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = members(tmp_path / "a.zip", a=bytes(50 << 20), b=b"no" * (20 << 20))
+    (tmp_path / "c").write_bytes(bytes(2 << 20))
+    seen: list[int] = []
+    real = store_module.read_bytes
+
+    def read(root: Path, location: Location, *words: int, **options: int) -> bytes:
+        data = real(root, location, *words, **options)
+        seen.append(len(data))
+        return data
+
+    monkeypatch.setattr(store_module, "read_bytes", read)
+    for root, name in ((path, "a"), (path, "b"), (tmp_path, "c")):
+        (location,) = SliceStore(root).locate([name])
+        with pytest.raises(DicomError, match="no DICM prefix"):
+            read_dicom(root, location)
+    assert seen == [132] * 3
+
+
+def test_an_archive_whose_members_overlap_is_refused(tmp_path: Path) -> None:
+    path = members(tmp_path / "a.zip", **{f"{i}.dcm": bytes(99) for i in range(3)})
+    data = bytearray(path.read_bytes())
+    first, second = (m.start() for m in list(re.finditer(b"PK\1\2", data))[:2])
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="members of the zip archive .* overlap"):
+        read_directory(path)
 
 
 def test_flipped_bytes_of_a_member_are_found(tmp_path: Path) -> None:

@@ -78,12 +78,12 @@ def to_hu(stored: np.ndarray, scale: Scale) -> np.ndarray:
     return hu
 
 
-def padding_of(first: int, last: int, scale: Scale) -> Padding:
+def padding_of(first: int, last: int, scale: Scale, lossy: bool = False) -> Padding:
     """What PixelPaddingValue and PixelPaddingRangeLimit mean in a slice of this scale.
 
     Writers are careless about the sign: -2000 and 63536 are the same 16 bits, and in a file of
     12 bits the pixels hold the lowest 12 of them. So both are taken modulo the values that a pixel
-    can have.
+    can have. After a lossy compression a pixel is padding above HU that is nearer to it than to HU.
     """
     least, most = scale.span
     low, high = sorted((v - least) % (most - least + 1) + least for v in (first, last))
@@ -92,7 +92,10 @@ def padding_of(first: int, last: int, scale: Scale) -> Padding:
         hu = unwrap_12bit(values, round(scale.intercept)).astype(float)
     else:
         hu = values * scale.slope + scale.intercept
-    return Padding(low, high, not ((hu > HU_MIN) & (hu <= HU_MAX)).any())
+    everywhere = not ((hu > HU_MIN) & (hu <= HU_MAX)).any()
+    if lossy and everywhere and scale.slope > 0 and hu[0] > HU_MAX:
+        low, high = math.ceil((low + (HU_MAX - scale.intercept) / scale.slope) / 2), most
+    return Padding(low, high, everywhere)
 
 
 def unwrap_12bit(stored: np.ndarray, intercept: int = 0) -> np.ndarray:
@@ -145,25 +148,37 @@ def _padded(stored: np.ndarray, padding: Padding) -> np.ndarray | None:
 
 
 def _refuse_clipped(stored: np.ndarray, scale: Scale, padded: np.ndarray | None) -> None:
+    # Some 64 rows tell whether all are to be counted, which takes a twentieth of reading a slice.
+    step = max(1, len(stored) // 64)
+    some = None if padded is None else padded[::step]
+    if not _clipped(stored[::step], scale, some, 0.8):
+        return
+    if found := _clipped(stored, scale, padded, 1):
+        share, where = found
+        raise DicomError(
+            f"{100 * share:.0f} % of the pixels are {where} HU, so its header (sign, slope or "
+            f"intercept) is not that of its data"
+        )
+
+
+def _clipped(
+    stored: np.ndarray, scale: Scale, padded: np.ndarray | None, limit: float
+) -> tuple[float, str] | None:
+    """The share of pixels beyond the range of HU, and where, if it is above `limit` times what a
+    header can be right with."""
     count = stored.size - (0 if padded is None else int(np.count_nonzero(padded)))
-    above = _share(stored, scale, padded, HU_MAX + 0.5, 1, count)
-    if above > _MOST_ABOVE:
-        raise _contradiction(above, f"above {HU_MAX}")
-    below = _share(stored, scale, padded, HU_MIN - 0.5, -1, count)
-    if below > _MOST_FAR_BELOW:
-        # One value is padding that the header does not declare; sound data go no further.
+    share, where = _share(stored, scale, padded, HU_MAX + 0.5, 1, count), f"above {HU_MAX}"
+    wrong = share > _MOST_ABOVE * limit
+    if not wrong:
+        share, where = _share(stored, scale, padded, HU_MIN - 0.5, -1, count), f"below {HU_MIN}"
+        wrong = share > _MOST_BELOW * limit
+    if not wrong and share > _MOST_FAR_BELOW * limit:
+        # One value is padding that the header does not declare.
         lowest = stored.max() if scale.slope < 0 else stored.min()
-        rest = stored != lowest if padded is None else (stored != lowest) & ~padded
-        far = _share(stored, scale, ~rest, HU_MIN - _FAR_BELOW, -1, count)
-        if below > _MOST_BELOW or far > _MOST_FAR_BELOW:
-            raise _contradiction(below, f"below {HU_MIN}")
-
-
-def _contradiction(share: float, where: str) -> DicomError:
-    return DicomError(
-        f"{100 * share:.0f} % of the pixels are {where} HU, so its header (sign, slope or "
-        f"intercept) is not that of its data"
-    )
+        left_out = stored == lowest if padded is None else (stored == lowest) | padded
+        far = _share(stored, scale, left_out, HU_MIN - _FAR_BELOW, -1, count)
+        wrong = far > _MOST_FAR_BELOW * limit
+    return (share, where) if wrong else None
 
 
 def _share(
