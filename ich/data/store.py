@@ -13,6 +13,7 @@ import lzma
 import os
 import stat
 import struct
+import unicodedata
 import zipfile
 from array import array
 from bisect import bisect_left
@@ -172,7 +173,7 @@ class SliceStore:
             return Location(path)
         try:
             # Of the link, not of what it points to: reading refuses it by name.
-            status = os.lstat(f"{self.root}/{path}")
+            status = os.lstat(_place(self.root, path))
         except OSError:
             return Location(path)
         return Location(path, status.st_size, status.st_mtime_ns)
@@ -229,11 +230,22 @@ def read_bytes(
     try:
         if location.offset >= 0:
             return _read_member(root, location, head)
-        return _read_file(f"{root}/{location.path}", location, head)
+        return _read_file(_place(root, location.path), location, head)
     except _DAMAGED as error:  # type: ignore[misc]
         if isinstance(error, OSError) and error.errno == errno.ELOOP:
             raise DicomError("a symbolic link, which is not followed") from None
         raise Unreadable(f"cannot be read ({type(error).__name__})") from None
+
+
+def _place(root: Path, path: str) -> str:
+    """Where a file of a folder lies, whatever normal form its name has there: a cohort is also that
+    of a copy on another file system, which may have changed it."""
+    if not path.isascii():
+        for form in ("NFC", "NFD"):
+            same = unicodedata.normalize(form, path)
+            if same != path and not os.path.lexists(f"{root}/{path}"):
+                return f"{root}/{same}"
+    return f"{root}/{path}"
 
 
 def _read_file(path: str, location: Location, head: int | None) -> bytes:
@@ -433,8 +445,8 @@ def _member_name(raw: bytes, extra: bytes) -> str:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         name = raw.decode("cp437")
-    # Programs for Windows may write their own separators.
-    return name.replace("\\", "/").lstrip("/")
+    # Programs for Windows may write their own separators, and those for macOS take umlauts apart.
+    return unicodedata.normalize("NFC", name).replace("\\", "/").lstrip("/")
 
 
 def _zip64(extra: bytes, *values: int) -> list[int]:
