@@ -110,7 +110,7 @@ class Precision(Enum):
 
 
 class CudaGraph(Enum):
-    """Whether a training step is one CUDA graph; `auto` is `off` until it has run on a GPU."""
+    """Whether a training step is one CUDA graph; `auto`: on a GPU, if that is faster and right."""
 
     auto = "auto"
     on = "on"
@@ -122,7 +122,6 @@ class Feed(Enum):
 
     auto = "auto"
     resident = "resident"
-    pinned = "pinned"
     mapped = "mapped"
 
 

@@ -134,8 +134,17 @@ def processor(gpu: bool = False) -> str:
 
 
 def _gpus() -> list[str]:
-    # Not by torch, which takes seconds to import.
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    return nvidia_smi("name,memory.total")
+
+
+def nvidia_smi(fields: str) -> list[str]:
+    """What nvidia-smi says of each visible GPU, in their order; empty where there is none.
+
+    Not by torch, which takes seconds to import.
+    """
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible.replace(" ", "")]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -95,11 +95,20 @@ def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class ComputeMode:
     """What a training computes in. precision: bf16, fp32 or tf32. layout: channels_last or
-    contiguous. processor: where that was found to be the fastest; empty if it was not timed."""
+    contiguous. processor: where that was found to be the fastest; empty if it was not timed. graph:
+    whether a step is one CUDA graph; reason: why not, where it might have been. memory: bytes of a
+    GPU that steps took at most, 0 if unknown. timed: images per second of all that was tried."""
 
     precision: str
     layout: str
     processor: str = ""
+    graph: bool = False
+    reason: str = field(default="", compare=False)
+    memory: int = field(default=0, compare=False)
+    timed: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {self.layout}{', graphed' if self.graph else ''}"
 
     @classmethod
     def from_json(cls, values: object) -> ComputeMode | None:
@@ -297,8 +306,8 @@ class FitResult:
     same on validation. best_epoch: from 1. auc_top: the highest validation AUC over the epochs.
     params, params_imagenet: trained parameters, and those of the ImageNet network with its head.
     images_per_s: rows trained on per second. resumed: how often the training went on from a
-    checkpoint. threads: of torch. precision, layout: as in `ComputeMode`. always_negative: what
-    answering "no bleed" to every scored row would score.
+    checkpoint. threads: of torch. precision, layout, graph: as in `ComputeMode`. always_negative:
+    what answering "no bleed" to every scored row would score.
     """
 
     # In the order of the file. By keyword only, so that those with a default, which earlier
@@ -318,6 +327,7 @@ class FitResult:
     threads: int | None = None
     precision: str | None = None
     layout: str | None = None
+    graph: bool | None = None
     cohort: CohortSummary
     always_negative: Scores
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,8 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     """Times all sides in turn; they and their memory are gone when the next network comes."""
     config = compose_job(model, size, folder)
     device, dataset = pick_device(config.train.device), load_dataset(config)
-    mode = pick_fastest(time_training_steps(config), "")
+    fastest = pick_fastest(time_training_steps(config).seconds)
+    mode, graphed = replace(fastest, graph=False), replace(fastest, graph=True)
     ours = Trainer.build(config, dataset, device, mode)
     plain = Trainer.build(config, dataset, device, ComputeMode("fp32", CONTIGUOUS))
     seconds = settings.seconds
@@ -88,10 +89,9 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
         "product": _product_rate(device, mode, min(seconds, 1.0)),
     }
     if device.type == "cuda":
-        captured = compose_job(model, size, folder, "train.graph=on")
         # Whole steps on both sides: a graph holds the resampling too, which `ours` leaves out.
         sides["eager"] = _advance_rate(ours, seconds)
-        sides["graph"] = _advance_rate(Trainer.build(captured, dataset, device, mode), seconds)
+        sides["graph"] = _advance_rate(Trainer.build(config, dataset, device, graphed), seconds)
     # Backward takes two multiply-adds for each forward.
     gmacs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
     return _TimedStep(f"{model}, {size} px", mode, gmacs, alternate(sides, settings.rounds))
@@ -218,7 +218,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     for model in models:
         config = compose_job(model, size, folder, subset)
         dataset, device = load_dataset(config), pick_device(config.train.device)
-        mode = pick_fastest(time_training_steps(config), "")
+        mode = pick_fastest(time_training_steps(config).seconds)
         trainers.append(Trainer.build(config, dataset, device, mode))
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     hours = []

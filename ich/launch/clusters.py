@@ -35,6 +35,7 @@ from ich.launch.launcher import SweepLauncher, check_range
 from ich.launch.remote import Follower, ending_jobs
 from ich.launch.steps import board_for, prepare, train
 from ich.tracking.places import tracking_environment
+from ich.training.mode import JOBS_PER_GPU
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,10 @@ class RayLauncher(ClusterLauncher):
     def environment(self) -> dict[str, str]:
         # Ray sets the threads to a job's cores. It hides GPUs from a job that asked for none only
         # in earlier versions.
-        return {} if self.remote.get("num_gpus") else {VISIBLE: ""}
+        gpus = self.remote.get("num_gpus")
+        if not gpus:
+            return {VISIBLE: ""}
+        return {JOBS_PER_GPU: str(max(1, round(1 / gpus)))}
 
     def check(self) -> None:
         # Ray reports on its use unless it is told not to.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ich.base import provenance
-from ich.base.config import Config
+from ich.base.config import Config, UserError
 from ich.base.files import write_text
 from ich.base.memory import importing
 from ich.base.processes import GRACE_SECONDS, lock_run, signals_ignored
@@ -28,9 +28,10 @@ from ich.base.records import FAILED, KILLED, NOT_STARTED, Origin, RunResult
 from ich.base.results import RunPaths, State
 from ich.base.workers import available_cores
 from ich.tracking.mirror import Mirror
+from ich.training.mode import JOBS_PER_GPU
 
 log = logging.getLogger(__name__)
-VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _POLL_SECONDS = 0.2
 _MIRROR_SECONDS = 5  # what a slot waits for MLflow to hear of a dead child
 
@@ -59,7 +60,11 @@ def gpu_slots(gpus: Sequence[str], jobs_per_gpu: int) -> list[Slot]:
         gpus: their names for CUDA_VISIBLE_DEVICES: numbers or UUIDs.
         jobs_per_gpu: how many jobs share one.
     """
-    return [Slot(f"GPU {gpu}", {VISIBLE: gpu}) for _ in range(jobs_per_gpu) for gpu in gpus]
+    # By the bus, as nvidia-smi numbers them; CUDA puts the fastest first.
+    common = {JOBS_PER_GPU: str(jobs_per_gpu), _ORDER: os.environ.get(_ORDER, "PCI_BUS_ID")}
+    return [
+        Slot(f"GPU {gpu}", {VISIBLE: gpu} | common) for _ in range(jobs_per_gpu) for gpu in gpus
+    ]
 
 
 def cpu_slots(jobs: int) -> list[Slot]:
@@ -83,13 +88,22 @@ def slurm_thread_limit() -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES."""
+    """The GPUs this process may use, by their names for CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        UserError: there are some that torch cannot use, or several parts of one (MIG).
+    """
     with importing():  # takes seconds: only where a job may run on a GPU
-        import torch
+        from ich.training.devices import count_usable_gpus
 
     named = os.environ.get(VISIBLE)
-    count = torch.cuda.device_count()
+    count = count_usable_gpus()
     names = [g.strip() for g in named.split(",")] if named else [str(n) for n in range(count)]
+    if len(names) > 1 and any(name.startswith("MIG-") for name in names):
+        raise UserError(
+            f"{VISIBLE} is {named}, and of a list with parts of a GPU (MIG) CUDA uses the first "
+            f"alone. Name one, and start a sweep with another name=NAME for each of the others."
+        )
     return names[:count]  # CUDA leaves out whatever follows a name that it does not know
 
 

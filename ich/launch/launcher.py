@@ -148,8 +148,16 @@ class LocalLauncher(SweepLauncher):
         # To look for GPUs imports torch, which takes seconds that jobs on the CPU need not wait.
         wanted = any(job.config.train.device is not Device.cpu for job in jobs)
         gpus = visible_gpus() if wanted and self.gpus != 0 else []
+        if self.gpus is not None and (gpus or self.gpus < 0):
+            check_range("gpus", self.gpus, 0, len(gpus))
         if gpus:
             return gpu_slots(gpus[: self.gpus], self.jobs_per_gpu)
+        if any(job.config.train.device is Device.cuda for job in jobs):
+            hidden = "hydra.launcher.gpus is 0" if self.gpus == 0 else "no GPU is visible"
+            raise UserError(
+                f"train.device is cuda, but {hidden}. Set it to auto or cpu, or see to "
+                f"CUDA_VISIBLE_DEVICES and hydra.launcher.gpus."
+            )
         return cpu_slots(self.cpu_jobs)
 
 

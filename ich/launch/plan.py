@@ -161,7 +161,7 @@ class SpeedEstimates:
         if key not in self._timed:
             self._report("timing networks", len(self._timed), self._total)
             # Of the fastest mode, which is about what `auto` takes.
-            self._timed[key] = min(time_training_steps(config).values())
+            self._timed[key] = min(time_training_steps(config).seconds.values())
             self._report("timing networks", len(self._timed), self._total)
         return self._timed[key], "timed now"
 

@@ -22,7 +22,6 @@ from ich.base import provenance
 from ich.base.config import (
     Config,
     ModelConfig,
-    Precision,
     UserError,
     image_size,
     load_config,
@@ -40,7 +39,7 @@ from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.pages.data_page import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
-from ich.training.mode import workload_key
+from ich.training.mode import is_timed, workload_key
 
 
 @dataclass(frozen=True)
@@ -222,13 +221,11 @@ def assign_modes(
     could not be compared otherwise.
     """
     modes = dict(sweep.read_record().modes)
-    # What is finished needs no mode, and what asks for a precision has it.
+    # What is finished needs no mode, and what asks for one has it.
     unknown = {
         workload_key(j.config): j.config
         for j in jobs
-        if j.state is not State.done
-        and j.config.train.precision is Precision.auto
-        and workload_key(j.config) not in modes
+        if j.state is not State.done and is_timed(j.config) and workload_key(j.config) not in modes
     }
     chosen = timing.select_modes(list(unknown.values())) if unknown else ()
     if unknown and report:

@@ -14,35 +14,48 @@ import torch
 from ich.training.loader import Batch
 
 TrainingStep = Callable[[Batch], torch.Tensor]  # moves the weights; the batch's mean loss
+State = Callable[[], dict[str, torch.Tensor]]
 _WARM_UP_STEPS = 3  # before a CUDA graph is captured, as torch asks for
+
+
+class CaptureError(RuntimeError):
+    """A step could not be recorded; the state is as it was before."""
 
 
 class GraphedStep:
     """A training step as one CUDA graph: launched as a whole, where an eager step launches hundreds
     of kernels one by one, and the GPU waits for the host.
 
-    Batches of another size than the first, as the last of an epoch, are taken eagerly.
+    Batches of another size than `batch_size`, as the last of an epoch, are taken eagerly.
     """
 
-    def __init__(
-        self,
-        eager_step: TrainingStep,
-        optimizer: torch.optim.Optimizer,
-        state: Callable[[], dict[str, torch.Tensor]],
-    ):
-        self._eager_step, self._optimizer, self._state = eager_step, optimizer, state
+    def __init__(self, optimizer: torch.optim.Optimizer, batch_size: int):
+        self._optimizer, self._batch_size = optimizer, batch_size
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch | None = None
         self._loss = torch.zeros(())
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch, eager_step: TrainingStep, state: State) -> torch.Tensor:
+        """One step.
+
+        Args:
+            batch: on the device, with draws.
+            eager_step: what is captured, and is taken by batches of another size.
+            state: everything that a step changes, no copies.
+        """
+        # A graph's shapes are fixed. Only the tail of an epoch has others, and a training may be
+        # taken up just before it.
+        if len(batch.target) != self._batch_size:
+            return eager_step(batch)
         if self._graph is None:
-            self._capture(batch)
-        assert self._batch is not None
-        assert self._graph is not None
-        # A graph's shapes are fixed. Only the tail of an epoch has others.
-        if batch.hu.shape != self._batch.hu.shape:
-            return self._eager_step(batch)
+            before = {k: v.clone() for k, v in state().items()}
+            try:
+                self._graph = self._capture(batch, eager_step)
+            except RuntimeError as error:
+                first = str(error).splitlines()[0]  # of what may be pages
+                raise CaptureError(f"{type(error).__name__}: {first}") from error
+            finally:
+                self._put_back(before, state())
         self._fill(batch)
         self._graph.replay()
         # Cloned, for the next replay writes into the same tensor.
@@ -54,12 +67,10 @@ class GraphedStep:
         for name in ("hu", "target", "draws"):
             getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
 
-    def _capture(self, batch: Batch) -> None:
-        """Records a step. The steps that warm up and the recording leave no trace in the state."""
+    def _capture(self, batch: Batch, eager_step: TrainingStep) -> torch.cuda.CUDAGraph:
+        """Records a step; the steps that warm up, and the recording, move the state."""
         assert batch.draws is not None
         self._batch = Batch(batch.hu.clone(), batch.target.clone(), batch.draws.clone())
-        # Cloned: `_state` hands out the tensors themselves, and warming up moves them.
-        before = {k: v.clone() for k, v in self._state().items()}
         # Warming up does what must not fall into a recording, since it allocates or waits: cuDNN
         # tries its algorithms, cuBLAS makes its workspace, the optimizer its moments. On a side
         # stream, as torch asks for.
@@ -67,17 +78,23 @@ class GraphedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_STEPS):
-                self._eager_step(self._batch)
+                eager_step(self._batch)
         torch.cuda.current_stream().wait_stream(stream)
         # Without gradients, the recorded backward pass makes them in the graph's own pool of
         # memory, where every replay finds them.
         self._optimizer.zero_grad(set_to_none=True)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = self._eager_step(self._batch)
-        # In place, since the graph has these addresses. Zero is what SGD's momentum begins at too:
+        graph = torch.cuda.CUDAGraph()
+        # This thread's calls alone: the thread that reads ahead may lock pages meanwhile, which by
+        # default would end the recording.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._loss = eager_step(self._batch)
+        return graph
+
+    def _put_back(self, before: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+        """Undoes what warming up and recording did, in place, since a graph has these addresses."""
+        # Moments that did not exist before begin at 0, which is what SGD's momentum begins at too:
         # its first is the gradient itself. Of generators the state has copies, to write into which
         # would set nothing.
-        for name, tensor in self._state().items():
-            if not name.startswith("random/"):  # moments that did not exist before begin at 0
+        for name, tensor in state.items():
+            if not name.startswith("random/"):
                 tensor.copy_(before[name]) if name in before else tensor.zero_()

@@ -51,9 +51,13 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     labels = dataset.labels
     mode = select_and_record_mode(cfg, run)
     trainer = Trainer.build(cfg, dataset, device, mode)
-    where = f"{device_name(device)}, {mode.precision}, {mode.layout}"
+    where = f"{device_name(device)}, {mode}"
     rows = len(dataset.train.row), len(dataset.val.row)
     log.info("%s on %s: %d training rows, %d validation rows", cfg.model.timm, where, *rows)
+    for what, rate in mode.timed.items():
+        log.info("timed: %s, %.1f images/s", what, rate)
+    if mode.reason:
+        log.info("no graph: %s", mode.reason)
     state, generations = resume_training(run, trainer, dataset, journal)
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
@@ -85,6 +89,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         threads=torch.get_num_threads(),
         precision=mode.precision,
         layout=mode.layout,
+        graph=trainer.graphed_step is not None,
         cohort=dataset.summary,
         always_negative=always_negative(target, labels),
     )

@@ -1,14 +1,15 @@
 """Batches of HU slices on the device, in an order that is a function of (seed, epoch).
 
-Slices are kept in one of three places, which differ in speed and in nothing else: `resident` on the
-device, `pinned` in page-locked memory that the device copies from, or `mapped` from the decoded
-files, a thread reading ahead. Everything that the host tells the device about an epoch is sent
+Slices are kept in one of two places, which differ in speed and in nothing else: `resident` on the
+device, or `mapped` from the decoded files, which the system keeps in memory that it can have back,
+a thread reading ahead. Everything that the host tells the device about an epoch is sent
 before its first step, so that nothing waits within it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import numpy as np
 import torch
 
 from ich.base.config import Feed
-from ich.base.memory import available_memory
 from ich.data.dataset import Dataset, Split
+from ich.training.devices import free_memory
 from ich.training.transforms import stream_seed
 
 log = logging.getLogger(__name__)
 _PREFETCHED = 2  # batches that a thread reads before they are asked for
-_HOST_SHARE = 0.5  # of free memory, page-locked at most: the rest of the system needs it
+_STEPS_AHEAD = 2  # that a GPU is told to do before the host waits for the first of them
 
 
 @dataclass(frozen=True)
@@ -69,28 +70,15 @@ class ResidentSlices:
             yield self.hu.index_select(0, index)
 
 
-class PrefetchedSlices:
-    """Batches gathered on the host by a thread and copied to the device while it computes.
+class MappedSlices:
+    """Batches gathered from the decoded files by a thread that reads ahead.
 
     Args:
         hu: int16 [N, S, S], mapped from a file.
-        rows: positions in it that are used.
-        device: where batches go.
-        pinned: keep the slices that are used in page-locked memory.
     """
 
-    def __init__(self, hu: np.ndarray, rows: np.ndarray, device: torch.device, pinned: bool):
-        self.device, self.hu, self.slot = device, hu, np.arange(len(hu))
-        if pinned:
-            # Only from page-locked memory does a copy run beside the computing. From any other,
-            # CUDA copies into a buffer of its own first, and the host waits.
-            kept = torch.empty((len(rows), *hu.shape[1:]), dtype=torch.int16, pin_memory=True)
-            self.slot[rows] = np.arange(len(rows))
-            for start in range(0, len(rows), 1024):
-                part = torch.from_numpy(hu[rows[start : start + 1024]])
-                kept[start : start + len(part)].copy_(part)
-            self.hu = kept.numpy()  # a view of the same page-locked memory
-            self._kept = kept
+    def __init__(self, hu: np.ndarray):
+        self.hu = hu
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
         # A training that is ended between two steps leaves this generator early; `with` then waits
@@ -99,14 +87,59 @@ class PrefetchedSlices:
             ahead: list[Future[torch.Tensor]] = []
             for number in range(len(rows) + _PREFETCHED):
                 if number < len(rows):
-                    ahead.append(reader.submit(self._gather, rows[number]))
+                    ahead.append(reader.submit(self._gather, number, rows[number]))
                 if number >= _PREFETCHED:
-                    yield ahead.pop(0).result().to(self.device, non_blocking=True)
+                    yield ahead.pop(0).result()
 
-    def _gather(self, row: np.ndarray) -> torch.Tensor:
-        # In the thread, too: to lock pages is a call into the driver that steps need not wait for.
-        part = torch.from_numpy(self.hu[self.slot[row]])
-        return part.pin_memory() if self.device.type == "cuda" else part
+    def _gather(self, number: int, row: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.hu[row])
+
+
+class StagedSlices(MappedSlices):
+    """The same for a GPU. The thread gathers into page-locked memory, from which alone a copy runs
+    beside the computing; a few such places are used in turn, however long the training.
+
+    Args:
+        hu: int16 [N, S, S], mapped from a file.
+        device: where batches go.
+    """
+
+    def __init__(self, hu: np.ndarray, device: torch.device):
+        super().__init__(hu)
+        self.device = device
+        self._copies = torch.cuda.Stream(device)
+        self._copied = [torch.cuda.Event() for _ in range(_PREFETCHED + 1)]
+        self._places: list[torch.Tensor] = []
+
+    def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
+        longest = max(map(len, rows))
+        if not self._places or len(self._places[0]) < longest:
+            shape = (longest, *self.hu.shape[1:])
+            self._places = [
+                torch.empty(shape, dtype=torch.int16, pin_memory=True) for _ in self._copied
+            ]
+        computing = torch.cuda.current_stream(self.device)
+        told: deque[torch.cuda.Event] = deque()  # the end of each step that is under way
+        for number, batch in enumerate(super().batches(rows)):
+            with torch.cuda.stream(self._copies):
+                on_device = batch.to(self.device, non_blocking=True)
+                self._copied[number % len(self._places)].record(self._copies)
+            computing.wait_stream(self._copies)
+            on_device.record_stream(computing)  # its memory is not used again before that is done
+            yield on_device
+            # A host that is faster than the GPU would tell it hundreds of steps ahead, each with a
+            # batch of its own in memory.
+            told.append(computing.record_event())
+            if len(told) > _STEPS_AHEAD:
+                told.popleft().synchronize()
+
+    def _gather(self, number: int, row: np.ndarray) -> torch.Tensor:
+        place = number % len(self._places)
+        self._copied[place].synchronize()  # the batch before, in this place
+        batch = self._places[place][: len(row)]
+        # `clip` writes into the place itself, where the default makes a copy first.
+        np.take(self.hu, row, axis=0, out=batch.numpy(), mode="clip")
+        return batch
 
 
 def open_slice_source(
@@ -116,9 +149,8 @@ def open_slice_source(
 
     Args:
         dataset: the cohort.
-        feed: where; `auto` takes the device's memory if the slices fit beside the training,
-            else page-locked memory, else the files. Without a GPU it takes the files: the system
-            keeps them in memory that it can have back, and a training needs no more for more data.
+        feed: where; `auto` takes a GPU's memory if the slices fit beside the training, else the
+            files.
         device: where batches go.
         needed: bytes of the device's memory that the training itself takes.
     """
@@ -131,30 +163,27 @@ def open_slice_source(
             if choice is Feed.resident:
                 source: SliceSource = ResidentSlices(dataset.hu, rows, device)
             else:
-                source = PrefetchedSlices(dataset.hu, rows, device, pinned=choice is Feed.pinned)
-        except (torch.OutOfMemoryError, RuntimeError) as error:  # the second: none to lock
+                source = _mapped(dataset.hu, device)
+        except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             log.warning("slices cannot be %s (%s); the next place is tried", choice.value, reason)
             continue
         log.info("slices: %s, %d of %.2f GB in all", choice.value, len(rows), size / 1e9)
         return source
     # The place that was asked for by name had no room. Files always do.
-    return PrefetchedSlices(dataset.hu, rows, device, pinned=False)
+    return _mapped(dataset.hu, device)
+
+
+def _mapped(hu: np.ndarray, device: torch.device) -> SliceSource:
+    return StagedSlices(hu, device) if device.type == "cuda" else MappedSlices(hu)
 
 
 def _candidates(feed: Feed, device: torch.device, size: int, needed: int) -> list[Feed]:
     """Where to try to keep slices of `size` bytes, first to last."""
     if feed is not Feed.auto:
         return [feed]
-    if device.type != "cuda":
-        return [Feed.mapped]
-    # Of what the driver calls free; jobs that share a GPU and start at once all see the same.
-    free, _ = torch.cuda.mem_get_info(device)
-    fits = [Feed.resident] if size + needed < free else []
-    # torch rounds a page-locked block up to a power of two: of this half, nearly all may be taken.
-    if size < _HOST_SHARE * available_memory():
-        fits.append(Feed.pinned)
-    return [*fits, Feed.mapped]
+    fits = device.type == "cuda" and size + needed < free_memory(device)
+    return [Feed.resident, Feed.mapped] if fits else [Feed.mapped]
 
 
 class Loader:

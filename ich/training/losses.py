@@ -17,13 +17,14 @@ def build_loss(cfg: LossConfig, positive_rate: torch.Tensor) -> Loss:
 
     Args:
         cfg: its name and settings.
-        positive_rate: float [L], share of training rows positive for each label (`weighted_bce`).
+        positive_rate: float32 [L] on the training's device, share of training rows positive for
+            each label (`weighted_bce`).
     """
     if cfg.name is LossName.weighted_bce:
         # A label without a positive keeps weight 1: there is nothing its weight could multiply.
         weight = torch.where(positive_rate > 0, (1 - positive_rate) / positive_rate, 1.0)
         return lambda logits, target: F.binary_cross_entropy_with_logits(
-            logits, target, pos_weight=weight.to(logits)
+            logits, target, pos_weight=weight
         )
     if cfg.name is LossName.focal:
         # The defaults are the paper's own.

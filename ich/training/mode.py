@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from ich.base.config import Config, Precision, image_size
+from ich.base.config import Config, CudaGraph, Device, Precision, image_size
+from ich.base.provenance import nvidia_smi
 from ich.base.records import ComputeMode
 
-# bfloat16 keeps 8 bits of a number. It must be worth that, and more than a timing's noise.
-_BF16_GAIN = 1.1
+# What a precision must be faster by: bfloat16 keeps 8 bits of a number and TF32 11, and that must
+# be worth it, and more than a timing's noise. A graph must be worth its memory.
+_GAIN = {Precision.bf16.value: 1.1, Precision.tf32.value: 1.05}
+_GRAPH_GAIN = 1.05
 
+JOBS_PER_GPU = "ICH_JOBS_PER_GPU"  # environment of a job: how many share the GPU that it sees
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
 
 
@@ -20,16 +24,29 @@ def workload_key(config: Config) -> str:
     channels, batch = len(config.windows.channels), config.train.batch_size
     # A sweep's record has modes by this text: another form would have earlier sweeps timed again.
     shape = f"{batch}x{channels}x{image_size(config)}"
-    return f"{config.model.timm} {shape} {config.train.device.value}"
+    key = f"{config.model.timm} {shape} {config.train.device.value}"
+    # What was asked for by name is no choice that others share.
+    precision, graph = config.train.precision, config.train.graph
+    asked = [] if precision is Precision.auto else [precision.value]
+    asked += [] if graph is CudaGraph.auto else [f"graph {graph.value}"]
+    return " ".join([key, *asked])
 
 
-def pick_fastest(seconds: dict[tuple[str, str], float], processor: str) -> ComputeMode:
-    """The mode with the shortest step; bf16 only if it is worth its 8 bits.
+def is_timed(config: Config) -> bool:
+    """Whether the job's mode is found by timing."""
+    train = config.train
+    if train.precision is Precision.auto:
+        return True
+    may_be_graphed = train.graph is CudaGraph.auto and train.device is not Device.cpu
+    return may_be_graphed and bool(nvidia_smi("name"))
 
-    Args:
-        seconds: per (precision, layout).
-        processor: they were measured on.
-    """
-    cost = {k: s * (_BF16_GAIN if k[0] == Precision.bf16.value else 1) for k, s in seconds.items()}
-    precision, layout = min(cost, key=cost.__getitem__)
-    return ComputeMode(precision, layout, processor)
+
+def pick_fastest(seconds: dict[ComputeMode, float]) -> ComputeMode:
+    """The mode with the fewest seconds per image; one of fewer bits, or a graph, only if that is
+    worth it."""
+
+    def cost(mode: ComputeMode) -> float:
+        gain = _GAIN.get(mode.precision, 1.0) * (_GRAPH_GAIN if mode.graph else 1)
+        return seconds[mode] * gain
+
+    return min(seconds, key=cost)

@@ -30,13 +30,13 @@ def build_optimizer(
     settings = {
         k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None
     }
-    if graphed:
-        # A number would be recorded as it is, and the schedule would move nothing.
-        settings["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
-        if "SGD" not in cfg._target_:  # which counts no steps
-            settings["capturable"] = True
+    if graphed and "SGD" not in cfg._target_:  # which counts no steps
+        settings["capturable"] = True
     # fused: one pass over a parameter, where the default makes one for each operation of the rule.
     optimizer: torch.optim.Optimizer = cls(model.parameters(), fused=True, **settings)
+    for group in optimizer.param_groups if graphed else ():
+        # A number would be recorded as it is, and the schedule would move nothing.
+        group["lr"] = torch.tensor(cfg.lr, device=next(model.parameters()).device)
     return optimizer
 
 
@@ -56,4 +56,7 @@ def build_scheduler(
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
     # A function of the step's number alone: a resumed training needs to know nothing else.
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    # Numbers, also where a captured step has the rate in a tensor: no JSON holds these.
+    scheduler.base_lrs = [float(rate) for rate in scheduler.base_lrs]
+    return scheduler

@@ -123,17 +123,24 @@ def _outcome(training: Callable[[], FitResult]) -> RunResult:
     # A library that calls it would otherwise set the exit status: after 0, no failure is seen.
     except SystemExit as error:
         return RunResult(FAILED, f"called sys.exit({error.code!r})")
-    except torch.OutOfMemoryError as error:
-        traceback.print_exc()
-        return RunResult(
-            FAILED,
-            f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
-            f"data.image_size, or hydra.launcher.jobs_per_gpu if jobs share the GPU.",
-        )
     except Exception as error:
         traceback.print_exc()
+        if _is_out_of_gpu_memory(error):
+            return RunResult(
+                FAILED,
+                f"out of GPU memory: {str(error).splitlines()[0]} Lower train.batch_size or "
+                f"data.image_size, or hydra.launcher.jobs_per_gpu if jobs share the GPU.",
+            )
         prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return RunResult(FAILED, f"{prefix}{' '.join(str(error).split())}")
+
+
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whoever asked for it: torch, CUDA itself, or cuDNN, which then finds no way to compute."""
+    # AcceleratorError, which newer torch raises for CUDA's own errors, is a RuntimeError.
+    said = ("CUDA error: out of memory", "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED")
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    return by_text or isinstance(error, torch.OutOfMemoryError)
 
 
 def _close(cfg: Config, run: RunPaths, result: RunResult) -> None:

@@ -1,4 +1,5 @@
-"""What a training computes in: precision and memory layout, chosen per network by a short timing.
+"""What a training computes in, chosen per network by a short timing: precision, memory layout, and
+whether a step is one CUDA graph.
 
 bfloat16 is several times as fast for some networks on some processors and slower for others; only
 a few real steps tell. They are timed once per sweep, before its jobs start and in a process of its
@@ -11,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich.base.config import Config, Precision, saved_config, to_dict
+from ich.base.config import Config, CudaGraph, Precision, saved_config, to_dict
 from ich.base.memory import keep_memory
 from ich.base.processes import watch_supervisor
 from ich.base.provenance import processor
@@ -27,7 +31,12 @@ from ich.base.records import CohortSummary, ComputeMode
 from ich.data.dataset import Dataset, Split
 from ich.training.mode import CHANNELS_LAST, pick_fastest, workload_key
 
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
 _ROUNDS = 3
+_GPU_STEPS = 20  # in a round, after which the host waits once, as at the end of an epoch
 
 
 def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, ComputeMode]]:
@@ -39,9 +48,12 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, ComputeMode]]
     # one is untouched, and a network that kills its process costs a timing and not the sweep.
     command = [sys.executable, "-m", "ich.training.timing", str(os.getpid())]
     text = json.dumps([to_dict(config) for config in configs])
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as child:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as child,
+    ):
         assert child.stdin is not None
         assert child.stdout is not None
         try:
@@ -50,7 +62,13 @@ def select_modes(configs: Sequence[Config]) -> Iterator[tuple[str, ComputeMode]]
                     send()
             for line in child.stdout:
                 timed = json.loads(line)
-                yield timed["workload"], ComputeMode(**timed["mode"])
+                mode = ComputeMode.from_json(timed["mode"])
+                assert mode is not None
+                yield timed["workload"], mode
+            if status := child.wait():
+                said.seek(0)
+                last = (said.read().strip().splitlines() or ["it says nothing"])[-1]
+                log.warning("timing ended with status %d (%s): jobs time themselves", status, last)
         finally:
             child.kill()  # also if whoever iterates is interrupted
 
@@ -63,54 +81,125 @@ def select_mode(config: Config, recorded: ComputeMode | None) -> ComputeMode:
         recorded: what was chosen for it; used if it was timed on a processor like this one.
     """
     # Imported here: torch takes seconds, which a launch with nothing to time need not wait for.
-    from ich.training.devices import pick_device
+    from ich.training.devices import pick_device, uses_cuda_graph
 
+    device = pick_device(config.train.device)
     # Of the device it computes on: a GPU that is hidden from this process does not count.
-    here = processor(pick_device(config.train.device).type == "cuda")
-    if config.train.precision is not Precision.auto:
-        return ComputeMode(config.train.precision.value, CHANNELS_LAST, here)
+    here = processor(device.type == "cuda")
+    precision, graph = config.train.precision, uses_cuda_graph(config.train.graph, device)
     # On a cluster of unlike machines, a job may start on another processor than was timed.
     if recorded and recorded.processor == here:
-        return recorded
-    return pick_fastest(time_training_steps(config), here)
+        asked = recorded.precision if precision is Precision.auto else precision.value
+        if recorded.precision == asked:
+            return recorded if graph is None else replace(recorded, graph=graph)
+    if precision is not Precision.auto and graph is not None:
+        return ComputeMode(precision.value, CHANNELS_LAST, here, graph)
+    return _fastest_mode(config, device, here)
 
 
-def time_training_steps(config: Config, rounds: int = _ROUNDS) -> dict[tuple[str, str], float]:
-    """Seconds per image of a training step, by (precision, layout), timed alternately: of all that
-    `auto` may choose from, or of what the config asks for.
+def _fastest_mode(config: Config, device: torch.device, here: str) -> ComputeMode:
+    """The fastest mode; a graphed one only if its steps do what eager ones do."""
+    from ich.training.graph_check import why_not_graphed
 
-    The steps are real ones, on made-up slices and random weights; the first is not counted.
-    """
-    from ich.training.devices import pick_device
+    seconds, refused = time_training_steps(config)
+    timed = {str(mode): round(1 / s, 1) for mode, s in seconds.items()}
+    mode = pick_fastest(seconds)
+    while mode.graph and config.train.graph is CudaGraph.auto:
+        why = why_not_graphed(_with_random_weights(config), random_dataset(config, 2), device, mode)
+        if not why:
+            break
+        refused[mode.precision] = why
+        del seconds[mode]
+        mode = pick_fastest(seconds)
+    graphed = replace(mode, graph=True)
+    if not mode.graph and graphed in seconds:
+        gain = seconds[mode] / seconds[graphed]
+        refused[mode.precision] = f"one graph per step is {gain:.2f} times as fast"
+    reason = refused.get(mode.precision, "")
+    return replace(mode, processor=here, timed=timed, reason=reason)
+
+
+class Timing(NamedTuple):
+    """seconds: per image, of each mode. refused: why a precision's steps are not graphed."""
+
+    seconds: dict[ComputeMode, float]
+    refused: dict[str, str]
+
+
+def time_training_steps(config: Config, rounds: int = _ROUNDS) -> Timing:
+    """Times a training step in all modes that `auto` may choose from, or in what the config asks
+    for: real steps, on made-up slices and random weights, of which the first are not counted."""
+    from ich.training.devices import pick_device, uses_cuda_graph
+
+    device = pick_device(config.train.device)
+    on_gpu = device.type == "cuda"
+    graph, wanted = uses_cuda_graph(config.train.graph, device), config.train.precision
+    precisions = [Precision.fp32, Precision.bf16, *([Precision.tf32] if on_gpu else [])]
+    modes = [
+        ComputeMode(precision.value, CHANNELS_LAST, graph=graphed)
+        for precision in (precisions if wanted is Precision.auto else [wanted])
+        for graphed in ((False, True) if graph is None else (graph,))
+    ]
+    dataset = random_dataset(config, _GPU_STEPS if on_gpu else 1)
+    timing = Timing({}, {})
+    # On a CPU in turn, so that whatever else the machine does meets all of them; on a GPU one after
+    # another, for its memory may hold no more.
+    for together in [[mode] for mode in modes] if on_gpu else [modes]:
+        _time_in_turn(_with_random_weights(config), dataset, device, together, rounds, timing)
+    return timing
+
+
+def _time_in_turn(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    modes: Sequence[ComputeMode],
+    rounds: int,
+    timing: Timing,
+) -> None:
+    """Adds modes to a timing; one for which a GPU has no memory is left out, and noted."""
+    import torch
+
     from ich.training.trainer import Trainer
 
-    # Random weights take as long, and need neither a file nor a network.
-    config = replace(config, model=replace(config.model, pretrained=False, weights=None))
-    device, dataset = pick_device(config.train.device), random_dataset(config)
-    wanted = config.train.precision
-    precisions = [Precision.fp32, Precision.bf16] if wanted is Precision.auto else [wanted]
-    candidates = [(p.value, CHANNELS_LAST) for p in precisions]
-    trainers = {c: Trainer.build(config, dataset, device, ComputeMode(*c)) for c in candidates}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     # The least of the rounds: whatever disturbs a step makes it slower, and never faster.
-    best = dict.fromkeys(candidates, float("inf"))
-    # In turn, so that whatever else the machine does meets all of them.
-    for round_ in range(rounds + 1):
-        for candidate, trainer in trainers.items():
-            seconds = trainer.time_step()
-            if round_ > 0:  # the first step allocates, and on a GPU picks its algorithms
-                best[candidate] = min(best[candidate], seconds / config.train.batch_size)
-    return best
+    best = dict.fromkeys(modes, float("inf"))
+    try:
+        trainers = {mode: Trainer.build(config, dataset, device, mode) for mode in modes}
+        for round_ in range(rounds + 1):
+            for mode, trainer in trainers.items():
+                seconds = trainer.time_epoch()
+                if round_ > 0:  # the first allocates, and on a GPU picks its algorithms
+                    best[mode] = min(best[mode], seconds / len(dataset.train.row))
+    except torch.OutOfMemoryError:
+        timing.refused.update({mode.precision: "there is no memory for a graph" for mode in modes})
+        return
+    memory = torch.cuda.max_memory_reserved(device) if on_gpu else 0
+    for mode, trainer in trainers.items():
+        if trainer.not_graphed:
+            timing.refused[mode.precision] = trainer.not_graphed
+        else:
+            timing.seconds[replace(mode, memory=memory)] = best[mode]
 
 
-def random_dataset(cfg: Config) -> Dataset:
-    """One batch of random slices, int16 HU, with random labels, for timing steps."""
+def _with_random_weights(config: Config) -> Config:
+    """They take as long, and need neither a file nor a network."""
+    return replace(config, model=replace(config.model, pretrained=False, weights=None))
+
+
+def random_dataset(cfg: Config, steps: int = 1) -> Dataset:
+    """So many batches from one of random slices, int16 HU, with random labels."""
     batch, size = cfg.train.batch_size, cfg.data.cache_size
     rng = np.random.default_rng(0)
     # Six as in RSNA 2019, where nothing is named: the columns are known only from the data.
     labels = tuple(cfg.data.label_columns or "abcdef")
     hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
-    target = rng.integers(0, 2, (batch, len(labels))).astype(np.float32)
-    row = np.arange(batch)
+    target = rng.integers(0, 2, (steps * batch, len(labels))).astype(np.float32)
+    row = np.tile(np.arange(batch), steps)
     split = Split(row.astype(str), row, target, row, row)
     summary = CohortSummary(steps={}, rates={}, scored="val", leak={})
     return Dataset(hu, labels, split, split, None, summary)

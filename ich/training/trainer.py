@@ -9,22 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ich.base.config import Config, UserError, image_size
+from ich.base.config import Config, CudaGraph, UserError, image_size
 from ich.base.records import ComputeMode
 from ich.data.dataset import Dataset, Split
-from ich.training.cuda_graph import GraphedStep, TrainingStep
+from ich.training.cuda_graph import CaptureError, GraphedStep
 from ich.training.devices import (
     configure_cudnn,
-    estimate_training_bytes,
     memory_format,
-    uses_cuda_graph,
+    training_bytes,
 )
 from ich.training.loader import Batch, Loader, SliceSource, open_slice_source
 from ich.training.losses import Loss, build_loss
@@ -82,8 +81,8 @@ class TrainingState:
 class Trainer:
     """Model, data and optimizer of one training, on one device.
 
-    forward: the model, or what torch compiled it to. train_step: moves the weights by one batch and
-    returns its mean loss; one CUDA graph if `graphed`, else `eager_step`.
+    forward: the model, or what torch compiled it to. graphed_step: the step as one CUDA graph, or
+    None; not_graphed: why it is not, where that was tried and failed.
     """
 
     cfg: Config
@@ -98,8 +97,8 @@ class Trainer:
     resample: Resample
     windows: CTWindows
     mode: ComputeMode
-    graphed: bool
-    train_step: TrainingStep = field(init=False)
+    graphed_step: GraphedStep | None
+    not_graphed: str = ""
 
     @staticmethod
     def build(cfg: Config, dataset: Dataset, device: torch.device, mode: ComputeMode) -> Trainer:
@@ -111,11 +110,12 @@ class Trainer:
         layout = memory_format(mode)
         model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
         configure_cudnn(device, mode)
-        needed = 0 if device.type == "cpu" else estimate_training_bytes(cfg, len(dataset.labels))
+        needed = 0
+        if device.type == "cuda":
+            needed = training_bytes(cfg, len(dataset.labels), mode)
         slices = open_slice_source(dataset, cfg.train.feed, device, needed)
         train = Loader(slices, dataset.train, cfg.train.batch_size, device)
-        graphed = uses_cuda_graph(cfg.train.graph, device)
-        optimizer = build_optimizer(cfg.optimizer, model, graphed)
+        optimizer = build_optimizer(cfg.optimizer, model, mode.graph)
         size = image_size(cfg)
         if size > dataset.hu.shape[-1]:
             log.warning(
@@ -133,21 +133,14 @@ class Trainer:
             optimizer=optimizer,
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
             # Over the rows that the loss is taken of, copies of oversampling among them.
-            loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0))),
+            loss=build_loss(cfg.loss, torch.from_numpy(dataset.train.target.mean(0)).to(device)),
             slices=slices,
             train_loader=train,
             resample=Resample(size, cfg.augment),
             windows=CTWindows(cfg.windows.channels, device, spec.mean, spec.std, layout),
             mode=mode,
-            graphed=graphed,
+            graphed_step=GraphedStep(optimizer, cfg.train.batch_size) if mode.graph else None,
         )
-
-    def __post_init__(self) -> None:
-        # Its own method, kept by itself: a cycle, whose memory is free again when Python next looks
-        # for such, and not when the last name of it goes.
-        self.train_step = self.eager_step
-        if self.graphed:
-            self.train_step = GraphedStep(self.eager_step, self.optimizer, self.tensors)
 
     def logits(self, hu: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
         """int16 HU [B, S, S], and what augmentation draws for it -> float32 logits [B, L]."""
@@ -183,7 +176,6 @@ class Trainer:
         # For an epoch that goes on, the checkpoint has it: the schedule has moved since it began.
         if state.step == 0:
             state.lr = float(self.optimizer.param_groups[0]["lr"])
-        draws = self.resample.draws(self.cfg.seed, epoch, rows)
         # One tensor: a small one for each step, between large freed blocks, cost 0.5 MB a step.
         losses = torch.zeros(steps, device=self.device)
         losses[: state.step] = state.losses[: state.step]
@@ -191,8 +183,7 @@ class Trainer:
         # An epoch that was taken up in its middle has run before.
         begin = time.perf_counter() - state.epoch_seconds
         on_step("training", epoch, state.step, steps)
-        batches = self.train_loader.epoch(self.cfg.seed, epoch, draws, state.step)
-        for step, batch in enumerate(batches, start=first):
+        for step, batch in enumerate(self.batches(state), start=first):
             # Times its rows: in the epoch's mean, the tail must not weigh as much as a full batch.
             loss = self.train_step(batch) * len(batch.target)
             # After each step, not each epoch: warm-up and cosine are counted in steps.
@@ -204,7 +195,36 @@ class Trainer:
             on_step("training", epoch, step, steps)
             after_step()
         _require_finite(state.losses, epoch, 1)  # on a GPU only here, where the host waits anyway
+        # Again, for until here a GPU was only told what to do.
+        state.epoch_seconds = time.perf_counter() - begin
         return float(state.losses.sum()) / rows
+
+    def batches(self, state: TrainingState) -> Iterator[Batch]:
+        """What is left of an epoch's training batches, with their draws, on the device."""
+        seed, rows = self.cfg.seed, len(self.train_loader.split.row)
+        draws = self.resample.draws(seed, state.epoch, rows)
+        return self.train_loader.epoch(seed, state.epoch, draws, state.step)
+
+    def set_rate(self, rate: float) -> None:
+        """Sets the learning rate, in place where a captured step reads it from the device."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """One step of the optimizer, captured or eager; returns the mean loss, float32 []."""
+        if self.graphed_step is None:
+            return self.eager_step(batch)
+        try:
+            return self.graphed_step(batch, self.eager_step, self.tensors)
+        except CaptureError as error:
+            if self.cfg.train.graph is CudaGraph.on:
+                raise
+            self.graphed_step, self.not_graphed = None, f"capture failed: {error}"
+            log.warning("%s; steps are taken one by one", self.not_graphed)
+        return self.eager_step(batch)
 
     def eager_step(self, batch: Batch) -> torch.Tensor:
         """One step of the optimizer, operation by operation; returns the mean loss, float32 []."""
@@ -227,7 +247,8 @@ class Trainer:
 
     def schedule(self) -> dict[str, Any]:
         """What the scheduler and the optimizer's groups hold beside tensors."""
-        state = {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"}
+        left_out = ("lr_lambdas", "_last_lr")  # a function; rates, which may be tensors
+        state = {k: v for k, v in self.scheduler.state_dict().items() if k not in left_out}
         return {"scheduler": state, "lr": [float(g["lr"]) for g in self.optimizer.param_groups]}
 
     def require_own(self, tensors: dict[str, torch.Tensor], schedule: object) -> None:
@@ -290,8 +311,8 @@ class Trainer:
         if self.device.type == "cuda" and "random/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
-    def time_step(self) -> float:
-        """Seconds of one epoch, which is one step if there are no more rows than in a batch."""
+    def time_epoch(self) -> float:
+        """Seconds of an epoch's training."""
         begin = time.perf_counter()
         self.train_one_epoch(TrainingState(), lambda *_: None)  # its end waits for the device
         return time.perf_counter() - begin

@@ -78,7 +78,7 @@ def test_a_training_has_the_threads_of_its_cores_and_no_gpu_that_it_did_not_ask_
     assert slurm().environment == {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
     assert slurm("hydra.launcher.cpus_per_task=null").environment == {}
     assert ray().environment == {"CUDA_VISIBLE_DEVICES": ""}
-    assert ray("hydra.launcher.ray.remote.num_gpus=0.5").environment == {}
+    assert ray("hydra.launcher.ray.remote.num_gpus=0.5").environment == {"ICH_JOBS_PER_GPU": "2"}
 
 
 def test_a_job_that_cannot_begin_is_lost_with_its_reason(

@@ -14,7 +14,7 @@ from ich.data.dataset import Dataset, Split
 from ich.training.loader import (
     Batch,
     Loader,
-    PrefetchedSlices,
+    MappedSlices,
     ResidentSlices,
     SliceSource,
     open_slice_source,
@@ -42,7 +42,7 @@ def hu_of(rows: int, side: int = 3) -> np.ndarray:
 
 def loader(rows: int, batch_size: int = 4) -> Loader:
     return Loader(
-        PrefetchedSlices(hu_of(rows), np.arange(rows), CPU, False),
+        MappedSlices(hu_of(rows)),
         split(np.arange(rows)),
         batch_size,
         CPU,
@@ -115,11 +115,11 @@ def test_without_room_the_next_place_is_taken_and_said(
     dataset = Dataset(hu_of(4), ("a", "b"), split(rows), split(rows), None, {})
     with caplog.at_level(logging.INFO, "ich.training.loader"):
         slices = open_slice_source(dataset, Feed.resident, CPU)
-    assert isinstance(slices, PrefetchedSlices)
+    assert isinstance(slices, MappedSlices)
     assert "slices cannot be resident (CUDA out of memory" in caplog.text
 
 
 def test_a_reader_that_fails_says_so_where_batches_are_taken() -> None:
-    slices: SliceSource = PrefetchedSlices(hu_of(4), np.arange(4), CPU, False)
+    slices: SliceSource = MappedSlices(hu_of(4))
     with pytest.raises(IndexError, match="out of bounds"):
         list(slices.batches([np.array([1]), np.array([9])]))
