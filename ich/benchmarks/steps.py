@@ -28,7 +28,7 @@ from ich.benchmarks.peers import BATCH, Rate
 from ich.benchmarks.report import projection
 from ich.benchmarks.settings import Settings
 from ich.data.dataset import Dataset, load_dataset
-from ich.training.devices import pick_device
+from ich.training.devices import configure_cudnn, pick_device
 from ich.training.mode import CONTIGUOUS, pick_fastest
 from ich.training.model import build_model, model_cost
 from ich.training.optimizer import build_optimizer
@@ -47,6 +47,7 @@ class _TimedStep:
 
     name: str  # of the network, and the size of its input
     mode: ComputeMode  # that `auto` picked for ours
+    plain: str  # precision of the plain side
     gmacs: float  # multiply-adds that the step takes for an image, in 1e9
     rates: dict[str, list[float]]  # images per second by side, and GMAC/s of `product`; by round
 
@@ -80,7 +81,8 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     fastest = pick_fastest(time_training_steps(config).seconds)
     mode, graphed = replace(fastest, graph=False), replace(fastest, graph=True)
     ours = Trainer.build(config, dataset, device, mode)
-    plain = Trainer.build(config, dataset, device, ComputeMode("fp32", CONTIGUOUS))
+    in_default = _plain_mode(device)
+    plain = Trainer.build(config, dataset, device, in_default)
     seconds = settings.seconds
     sides = {
         "ours": _resident_rate(ours, seconds),
@@ -94,7 +96,14 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
         sides["graph"] = _advance_rate(Trainer.build(config, dataset, device, graphed), seconds)
     # Backward takes two multiply-adds for each forward.
     gmacs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
-    return _TimedStep(f"{model}, {size} px", mode, gmacs, alternate(sides, settings.rounds))
+    return _TimedStep(
+        f"{model}, {size} px", mode, in_default.precision, gmacs, alternate(sides, settings.rounds)
+    )
+
+
+def _plain_mode(device: torch.device) -> ComputeMode:
+    """What torch computes in if nobody asks: on a GPU its convolutions take TF32."""
+    return ComputeMode("tf32" if device.type == "cuda" else "fp32", CONTIGUOUS)
 
 
 def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, RatioRow]:
@@ -103,14 +112,18 @@ def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, RatioRow]:
     for step in steps:
         how = f"step, {step.name}"
         chosen = f"ours ({step.mode.precision}, {step.mode.layout})"
-        faster[f"{how}: {chosen} / fp32 NCHW"] = step.compare("ours", "plain")
+        faster[f"{how}: {chosen} / {step.plain} NCHW"] = step.compare("ours", "plain")
         fed[f"{how}: ours with data / on one resident batch"] = step.compare("fed", "ours")
         if "graph" in step.rates:
             graph[f"{how}: as one graph / eager"] = step.compare("graph", "eager")
         done = [step.gmacs * rate for rate in step.rates["ours"]]
         what = f"roofline, {step.name}, GMAC/s: a matrix product / ours"
         roof[what] = compare_rates(step.rates["product"], done)
-    means = {"ours / fp32 NCHW": faster, "with data / resident": fed, "graph / eager": graph}
+    means = {
+        f"ours / {steps[0].plain} NCHW": faster,
+        "with data / resident": fed,
+        "graph / eager": graph,
+    }
     summary = {
         f"step, {size} px, geometric mean: {what}": geometric_mean([*rows.values()])
         for what, rows in means.items()
@@ -145,6 +158,7 @@ def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds
     at_a_time = _AT_A_TIME if device.type == "cuda" else 1
 
     def rate() -> float:
+        configure_cudnn(device, trainer.mode)  # the other side's may be set
         trainer.model.train()
         step()  # allocations, and the choice of convolutions, are not counted
         wait_for_device(device)
@@ -164,6 +178,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
     """Images per second of a training as it is: batches from the cache, always new ones."""
 
     def rate() -> float:
+        configure_cudnn(trainer.device, trainer.mode)
         trainer.model.train()
         draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
         seen, start = 0, 0.0
@@ -188,18 +203,24 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
 def _product_rate(device: torch.device, mode: ComputeMode, seconds: float) -> Rate:
     """Multiply-adds per second, in 1e9, of a matrix product in a mode's precision."""
     dtype = torch.bfloat16 if mode.precision == "bf16" else torch.float32
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    # On a GPU so large, and so many before the host waits, that launching them is nothing.
+    side, at_a_time = (8192, 10) if device.type == "cuda" else (2048, 1)
+    a = torch.randn(side, side, device=device, dtype=dtype)
 
     def rate() -> float:
+        torch.backends.cuda.matmul.allow_tf32 = mode.precision == "tf32"
         # The first picks a kernel, and is not counted.
         torch.mm(a, a)
         wait_for_device(device)
         start, products = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            torch.mm(a, a)
+            for _ in range(at_a_time):
+                torch.mm(a, a)
             wait_for_device(device)
-            products += 1
-        return products * 2048**3 / 1e9 / (time.perf_counter() - start)
+            products += at_a_time
+        taken = time.perf_counter() - start
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return products * side**3 / 1e9 / taken
 
     return rate
 

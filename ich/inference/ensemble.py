@@ -22,6 +22,7 @@ from ich.base.config import TrackingConfig, UserError
 from ich.base.memory import available_memory
 from ich.base.metadata import Metadata
 from ich.base.provenance import code_version
+from ich.base.records import ComputeMode
 from ich.base.results import RunPaths
 from ich.base.workers import available_cores
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
@@ -29,6 +30,8 @@ from ich.inference.session import ConvertedNetwork, average_flips, open_session
 from ich.scoring.metrics import best_thresholds
 from ich.scoring.predictions import Predictions, read_predictions
 from ich.tracking.registry import fetch_run, is_mlflow_name
+from ich.training.devices import configure_cudnn
+from ich.training.mode import CHANNELS_LAST
 from ich.training.model import Classifier, fold_batch_norms, load_trained
 from ich.training.transforms import CTWindows, Resample
 
@@ -57,6 +60,7 @@ class Network:
         # Before the model moves and changes its layout: it is exported as it was loaded.
         self.converted = _convert(weights, model, meta, converted) if converted else None
         self.device, self.model = device, model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        configure_cudnn(device, ComputeMode("fp32", CHANNELS_LAST))
         # The same two steps as in training, with the sizes and windows of the weights file.
         self.resample = Resample(meta.image_size, NO_AUGMENT)
         self.windows = CTWindows(meta.windows, device, meta.mean, meta.std)
