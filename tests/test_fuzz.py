@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import STORED, dataset, encoded
+from made_up import write_sweep
 from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -23,7 +24,11 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ich.base.config import UserError
+from ich.base import provenance
+from ich.base.config import Config, UserError, load_config
+from ich.base.files import DamagedError
+from ich.base.records import FINISHED, ComputeMode, Origin, TrackingState
+from ich.base.results import SweepPaths
 from ich.data.dicom import read_slice
 from ich.data.elements import DicomError
 from ich.data.manifest import read_labels
@@ -135,6 +140,37 @@ def _read_zip(rng: np.random.Generator, folder: Path, seed: bytes) -> None:
             continue
 
 
+def _read_state(rng: np.random.Generator, folder: Path, sweep: SweepPaths) -> None:
+    """One file of a finished sweep is damaged, and everything of it is looked at."""
+    (job,) = sweep.read_record().jobs
+    run = sweep.run(job)
+    files = [run.config, run.result, run.metrics, run.origin, run.provenance, run.tracking]
+    path = [*files, sweep.record][rng.integers(0, len(files) + 1)]
+    whole = path.read_bytes()
+    path.write_bytes(_damaged(rng, whole))
+    try:
+        sweep.read_record()
+        sweep.read_results()
+        for read in (run.read_config, run.read_metrics, run.read_origin, run.read_provenance):
+            read()
+        run.read_tracking()
+        if run.read_result().status != FINISHED:
+            raise DamagedError(run.read_result().reason)
+        load_config(run.config)
+    finally:
+        path.write_bytes(whole)
+
+
+def _sweep(folder: Path, composed: Callable[..., Config]) -> SweepPaths:
+    """A finished sweep of one job with every file that one has."""
+    sweep = write_sweep(folder / "s", {"vgg16": 1.0}, composed)
+    run = sweep.run("vgg16")
+    run.write_origin(Origin("cohort", "weights", "code", ComputeMode("fp32", "channels_last")))
+    run.write_provenance(provenance.record())
+    run.write_tracking(TrackingState("0123456789abcdef", complete=True))
+    return sweep
+
+
 def _archive() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
@@ -145,13 +181,13 @@ def _archive() -> bytes:
 
 
 Read = Callable[[np.random.Generator, Path], None]
-KINDS: dict[str, tuple[int, Callable[[], Read]]] = {
-    # a few in `make test`, and what makes the reader
-    "slice": (150, lambda: partial(_read_slice, seeds=_slices())),
-    "table": (60, lambda: _read_table),
-    "zip": (60, lambda: partial(_read_zip, seed=_archive())),
+# How many in `make test` and in `make test-faults`, and what makes the reader.
+KINDS: dict[str, tuple[int, int, Callable[[Path, Callable[..., Config]], Read]]] = {
+    "slice": (150, 15_000, lambda *_: partial(_read_slice, seeds=_slices())),
+    "table": (60, 3_000, lambda *_: _read_table),
+    "zip": (60, 2_000, lambda *_: partial(_read_zip, seed=_archive())),
+    "state": (20, 400, lambda *given: partial(_read_state, sweep=_sweep(*given))),
 }
-_MANY = 100  # times as many in `make test-faults`
 
 
 @contextmanager
@@ -170,9 +206,11 @@ def _little_memory() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # it warns of what it then reads
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.faults)])
-def test_damaged_input_is_read_or_refused(kind: str, many: bool, tmp_path: Path) -> None:
-    few, make = KINDS[kind]
-    read, count = make(), few * (_MANY if many else 1)
+def test_damaged_input_is_read_or_refused(
+    kind: str, many: bool, tmp_path: Path, composed: Callable[..., Config]
+) -> None:
+    in_test, in_faults, make = KINDS[kind]
+    read, count = make(tmp_path, composed), in_faults if many else in_test
     seed = time.time_ns() if many else 0
     print(f"seed {seed}")
     refused = []
@@ -180,7 +218,7 @@ def test_damaged_input_is_read_or_refused(kind: str, many: bool, tmp_path: Path)
         try:
             with _little_memory():
                 read(np.random.default_rng([seed, n]), tmp_path)
-        except (UserError, DicomError) as error:
+        except (UserError, DicomError, DamagedError) as error:
             refused.append(str(error))
         except BaseException as error:
             error.add_note(f"{kind}, seed {seed}, number {n}")
