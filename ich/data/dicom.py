@@ -52,6 +52,7 @@ from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
+HEADER_VERSION = 2  # raise it when headers become readable that were not; scans are done again then
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
 _MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite

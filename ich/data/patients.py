@@ -26,7 +26,7 @@ from ich.base.files import cut_unfinished_line, lock, naming, tell_damaged
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
-from ich.data.dicom import DicomError, read_keys
+from ich.data.dicom import HEADER_VERSION, DicomError, read_keys
 from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.store import Location, SliceStore, Unreadable, read_dicom
 from ich.data.tables.names import example, match_by_form
@@ -229,7 +229,8 @@ def scan_headers(
         no readable DICOM has empty keys, and is quarantined when slices are decoded.
     """
     wanted = [p for p in dict.fromkeys(paths) if p]
-    name = hashlib.sha256(str(store.root.resolve()).encode()).hexdigest()[:12]
+    key = f"{store.root.resolve()}|{HEADER_VERSION}"
+    name = hashlib.sha256(key.encode()).hexdigest()[:12]
     journal = folder / f"headers-{name}.csv"
     with lock(journal.with_suffix(".lock")):
         scan = _Scan(wanted)

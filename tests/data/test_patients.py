@@ -177,8 +177,14 @@ def test_headers_are_read_once_and_a_killed_scan_goes_on(
         )  # unlike a UID's form, so raw
         assert by_path.loc[path, "study"] == pseudonyms.key("study", study)
     assert whole["patient"].nunique() == 8
-    monkeypatch.setattr(patients_module, "read_keys", None)
-    assert scan_headers(paths, store, folder, pseudonyms, 1).equals(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(patients_module, "read_keys", None)
+        assert scan_headers(paths, store, folder, pseudonyms, 1).equals(whole)
+    # A version that reads other headers reads all of them.
+    monkeypatch.setattr(patients_module, "HEADER_VERSION", 0)
+    monkeypatch.setattr(patients_module, "read_keys", lambda data: ("p", "s"))
+    again = scan_headers(paths, store, folder, pseudonyms, 1)
+    assert set(again["patient"]) == {pseudonyms.key("patient", "p")}
 
 
 def test_unreadable_files_are_nobodys(
