@@ -41,6 +41,7 @@ from ich.base.files import (
     write_text,
 )
 from ich.base.memory import return_memory
+from ich.base.naming import why_unusable
 from ich.base.progress import StageCallback, stage
 from ich.base.provenance import code_version
 from ich.base.records import typed_value
@@ -140,6 +141,8 @@ class CohortFiles:
             hints = get_type_hints(Cohort)
             known = {k: typed_value(v, hints[k]) for k, v in facts.items()}
             cohort = Cohort(rows, **known)
+            if reason := why_unusable(cohort.labels):  # as an earlier version took them
+                raise ValueError(f"it has {reason}")
             if not all(rows[k].isin((0, 1)).all() for k in cohort.labels):
                 raise ValueError("a label is not 0 or 1")
             counts = rows["split"].value_counts().to_dict()

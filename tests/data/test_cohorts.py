@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import unicodedata
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 from ich.base.config import Config
+from ich.base.files import DamagedError
 from ich.data import cohorts
 from ich.data.cohorts import cohort_files, cohort_keys, describe_data_changes, load_cohort
 from ich.data.content import LabelledFiles, sample_crcs
@@ -164,6 +166,20 @@ def test_labels_are_read_again_only_where_they_or_the_files_are_others(
     file = Path(next(iter(sampled)))
     file.write_bytes(file.read_bytes()[:-1] + b"\1")  # of the same size
     assert key() != first
+
+
+def test_a_cohort_whose_labels_could_not_be_used_is_damaged(
+    project: Path, composed: Compose
+) -> None:
+    """Records may be somebody else's, or of a version that took any name."""
+    config = composed(*OWN, "data.root=.", "data.labels=labels.csv")
+    _, key = load_cohort(config, SliceStore(Path()))
+    files = cohort_files(config, key)
+    files.facts.write_text(files.facts.read_text().replace('"bleed"', '"[/]"'))
+    rows = gzip.decompress(files.rows.read_bytes()).replace(b"bleed", b"[/]")
+    files.rows.write_bytes(gzip.compress(rows))
+    with pytest.raises(DamagedError, match=r"is damaged \(it has a label '\[/\]'"):
+        files.read()
 
 
 def test_what_has_changed_is_said(project: Path, composed: Compose) -> None:
