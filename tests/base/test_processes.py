@@ -94,3 +94,22 @@ def test_what_copies_to_mlflow_ends_with_its_sweep(
         config = to_dict(composed("model=mobilenet_v2", "tracking=mlflow", uri))
         SweepPaths(tmp_path).write_record(SweepRecord("s", ("job",), configs={"job": config}))
         ends_with_its_parent("-m", "ich.tracking.sweep_run", tmp_path, "FINISHED")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"),  # with a count, the policy would not count
+    ],
+)
+def test_threads_spin_for_a_moment_alone_unless_the_user_says_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    """Beside a busy process they would spin its core's other half away. Set by whatever imports any
+    of `ich`, since torch reads it once, when it is loaded."""
+    bare = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    code = "import sys, os, ich; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    said = subprocess.check_output([sys.executable, "-c", code], env=bare | given, text=True)
+    assert said == f"{expected} False\n"
