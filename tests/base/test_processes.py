@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from sweeps import wait_for
 
 import ich
