@@ -26,7 +26,7 @@ STARTED = {
     "tracking.sweep_run.close_sweep_run": "watches: below",
     "base.workers.__init__": "a worker watches: tests/data/test_cache.py",
     "base.provenance._git": "git, for ten seconds at most",
-    "base.provenance._gpus": "nvidia-smi, for ten seconds at most",
+    "base.provenance.nvidia_smi": "nvidia-smi, for ten seconds at most",
     "benchmarks.jobs.bench_start": "imports libraries, and ends",
     "benchmarks.jobs._busy_process": "looks for its parent itself",
     "benchmarks.jobs._training": "a training watches",
