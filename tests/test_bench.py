@@ -50,10 +50,14 @@ NAMES = {
         "memory of a prediction, MB: 80 / 40 rows",
     ],
 }
+# These start whole trainings, which takes as long as a sweep among faults.
+WITH_JOBS = ("start", "memory", "busy")
 
 
 @pytest.mark.filterwarnings("default")  # of the libraries that are compared with
-@pytest.mark.parametrize("part", NAMES)
+@pytest.mark.parametrize(
+    "part", [pytest.param(p, marks=[pytest.mark.faults] * (p in WITH_JOBS)) for p in NAMES]
+)
 def test_a_part_saves_its_ratios(
     part: str,
     phantom: Path,

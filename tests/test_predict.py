@@ -759,6 +759,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert Path("out.csv").read_text() == "earlier"
 
 
+@pytest.mark.faults
 def test_sigterm_ends_it_and_its_workers(runs: list[Path], phantom: Path, tmp_path: Path) -> None:
     for n in range(40):
         shutil.copytree(phantom / "stage_2_train", tmp_path / "scans" / str(n))

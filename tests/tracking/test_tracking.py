@@ -189,6 +189,7 @@ def test_a_deleted_database_is_made_anew_with_everything_in_it(
         assert db.execute(steps).fetchall() == [(1,), (2,)]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", ["full", "broken", "server down"])
 def test_mlflow_that_fails_stops_no_training(
     config: Config,
@@ -230,6 +231,7 @@ def open_one(cfg: TrackingConfig) -> str:
     return MlflowStore(cfg).open_run("job", {})
 
 
+@pytest.mark.faults
 def test_eight_jobs_that_open_a_new_database_at_once_are_eight_runs(
     config: Config, tmp_path: Path
 ) -> None:
@@ -346,6 +348,7 @@ def test_the_start_names_the_store_and_a_mistake_the_variable_that_made_it(
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.faults
 def test_a_proxy_that_fails_is_named_and_no_server_is_to_be_started(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def assert_same(run: RunPaths, other: RunPaths) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.faults
 def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_run(
     config: Config, tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_r
     assert 1 < result.resumed <= 20  # one killed before its first step leaves no trace
 
 
+@pytest.mark.faults
 def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
     config: Config, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
     assert_same(whole, broken)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     config: Config, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -163,6 +166,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     assert_same(whole, broken)
 
 
+@pytest.mark.faults
 def test_with_both_generations_damaged_the_training_starts_anew(
     config: Config, tmp_path: Path
 ) -> None:
