@@ -196,6 +196,7 @@ def test_two_sweeps_in_one_folder_are_refused(phantom: Path, tmp_path: Path) -> 
     assert not (place / "sweep.json").exists()
 
 
+@pytest.mark.faults  # a whole sweep
 def test_any_launcher_of_hydra_works_because_all_jobs_are_checked_first(
     phantom: Path, tmp_path: Path
 ) -> None:
