@@ -4,9 +4,9 @@ import os as _os
 
 __version__ = "0.1.0"
 
-# torch's threads wait for one another by spinning, 300,000 times by default in GNU's OpenMP, which
-# it brings. Where another process takes a core, they spin its share away, and a training falls to a
-# fraction (`ich bench --parts busy`). 1,000 is what OpenMP itself takes once it has more threads
-# than cores; results are the same bit for bit. Here, since it is read once, when torch is loaded.
+# torch's threads wait for one another by spinning, 300,000 times by default in GNU's OpenMP (env.c
+# of libgomp), which it brings. Where another process takes a core, they spin its share away, and a
+# training falls to a fraction. 1,000 is by measurement (`ich bench --parts busy`); results are the
+# same bit for bit. Here, since it is read once, when torch is loaded.
 if "OMP_WAIT_POLICY" not in _os.environ:
     _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
