@@ -137,6 +137,7 @@ def _gpus() -> list[str]:
     return nvidia_smi("name,memory.total")
 
 
+@lru_cache  # of the GPUs as they were first seen: a sweep asks for each of its jobs
 def nvidia_smi(fields: str) -> list[str]:
     """What nvidia-smi says of each visible GPU, in their order; empty where there is none.
 

@@ -29,10 +29,10 @@ from ich.benchmarks.report import projection
 from ich.benchmarks.settings import Settings
 from ich.data.dataset import Dataset, load_dataset
 from ich.training.devices import configure_cudnn, pick_device
-from ich.training.mode import CONTIGUOUS, pick_fastest
+from ich.training.mode import CONTIGUOUS
 from ich.training.model import build_model, model_cost
 from ich.training.optimizer import build_optimizer
-from ich.training.timing import time_training_steps
+from ich.training.timing import select_mode
 from ich.training.trainer import Trainer, TrainingState
 
 _AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked to finish then
@@ -78,7 +78,7 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     """Times all sides in turn; they and their memory are gone when the next network comes."""
     config = compose_job(model, size, folder)
     device, dataset = pick_device(config.train.device), load_dataset(config)
-    fastest = pick_fastest(time_training_steps(config).seconds)
+    fastest = select_mode(config, None)
     mode, graphed = replace(fastest, graph=False), replace(fastest, graph=True)
     ours = Trainer.build(config, dataset, device, mode)
     in_default = _plain_mode(device)
@@ -239,7 +239,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     for model in models:
         config = compose_job(model, size, folder, subset)
         dataset, device = load_dataset(config), pick_device(config.train.device)
-        mode = pick_fastest(time_training_steps(config).seconds)
+        mode = select_mode(config, None)
         trainers.append(Trainer.build(config, dataset, device, mode))
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     hours = []

@@ -52,7 +52,7 @@ class GraphedStep:
             try:
                 self._graph = self._capture(batch, eager_step)
             except RuntimeError as error:
-                first = str(error).splitlines()[0]  # of what may be pages
+                first = (str(error) or "no reason given").splitlines()[0]  # of what may be pages
                 raise CaptureError(f"{type(error).__name__}: {first}") from error
             finally:
                 self._put_back(before, state())

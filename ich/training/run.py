@@ -138,7 +138,7 @@ def _outcome(training: Callable[[], FitResult]) -> RunResult:
 def _is_out_of_gpu_memory(error: Exception) -> bool:
     """Whoever asked for it: torch, CUDA itself, or cuDNN, which then finds no way to compute."""
     # AcceleratorError, which newer torch raises for CUDA's own errors, is a RuntimeError.
-    said = ("CUDA error: out of memory", "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED")
+    said = ("out of memory", "unable to find an engine", "CUDNN_STATUS_ALLOC_FAILED")
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in said)
     return by_text or isinstance(error, torch.OutOfMemoryError)
 

@@ -129,6 +129,8 @@ class Timing(NamedTuple):
 def time_training_steps(config: Config, rounds: int = _ROUNDS) -> Timing:
     """Times a training step in all modes that `auto` may choose from, or in what the config asks
     for: real steps, on made-up slices and random weights, of which the first are not counted."""
+    import torch
+
     from ich.training.devices import pick_device, uses_cuda_graph
 
     device = pick_device(config.train.device)
@@ -144,8 +146,15 @@ def time_training_steps(config: Config, rounds: int = _ROUNDS) -> Timing:
     timing = Timing({}, {})
     # On a CPU in turn, so that whatever else the machine does meets all of them; on a GPU one after
     # another, for its memory may hold no more.
+    full = None
     for together in [[mode] for mode in modes] if on_gpu else [modes]:
-        _time_in_turn(_with_random_weights(config), dataset, device, together, rounds, timing)
+        try:
+            _time_in_turn(_with_random_weights(config), dataset, device, together, rounds, timing)
+        except torch.OutOfMemoryError as error:
+            full = error.with_traceback(None)  # which would hold all that did not fit
+            timing.refused.update({m.precision: "there is no memory for a graph" for m in together})
+    if full and not timing.seconds:  # no mode fits
+        raise full
     return timing
 
 
@@ -157,7 +166,11 @@ def _time_in_turn(
     rounds: int,
     timing: Timing,
 ) -> None:
-    """Adds modes to a timing; one for which a GPU has no memory is left out, and noted."""
+    """Adds modes to a timing.
+
+    Raises:
+        torch.OutOfMemoryError: a GPU has no memory for one.
+    """
     import torch
 
     from ich.training.trainer import Trainer
@@ -168,16 +181,12 @@ def _time_in_turn(
         torch.cuda.reset_peak_memory_stats(device)
     # The least of the rounds: whatever disturbs a step makes it slower, and never faster.
     best = dict.fromkeys(modes, float("inf"))
-    try:
-        trainers = {mode: Trainer.build(config, dataset, device, mode) for mode in modes}
-        for round_ in range(rounds + 1):
-            for mode, trainer in trainers.items():
-                seconds = trainer.time_epoch()
-                if round_ > 0:  # the first allocates, and on a GPU picks its algorithms
-                    best[mode] = min(best[mode], seconds / len(dataset.train.row))
-    except torch.OutOfMemoryError:
-        timing.refused.update({mode.precision: "there is no memory for a graph" for mode in modes})
-        return
+    trainers = {mode: Trainer.build(config, dataset, device, mode) for mode in modes}
+    for round_ in range(rounds + 1):
+        for mode, trainer in trainers.items():
+            seconds = trainer.time_epoch()
+            if round_ > 0:  # the first allocates, and on a GPU picks its algorithms
+                best[mode] = min(best[mode], seconds / len(dataset.train.row))
     memory = torch.cuda.max_memory_reserved(device) if on_gpu else 0
     for mode, trainer in trainers.items():
         if trainer.not_graphed:

@@ -36,7 +36,7 @@ from ich.training.losses import build_loss
 from ich.training.model import build_model, input_spec
 from ich.training.optimizer import build_optimizer
 from ich.training.run import _outcome
-from ich.training.timing import Timing, _fastest_mode, random_dataset
+from ich.training.timing import Timing, _fastest_mode, random_dataset, time_training_steps
 from ich.training.transforms import CTWindows, Resample
 
 GPU = torch.device("cuda")
@@ -278,6 +278,26 @@ def test_auto_takes_the_next_best_where_a_graph_is_refused(
     assert ComputeMode.from_json({"precision": "fp32", "layout": "channels_last"}) == fp32
 
 
+def test_where_no_mode_fits_the_job_says_so(
+    composed: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed("model=mobilenet_v2", "model.pretrained=false", "train.device=cpu")
+    fits: set[str] = set()
+
+    def in_turn(*given: Any) -> None:
+        modes, timing = given[3], given[5]
+        if modes[0].precision not in fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        timing.seconds.update(dict.fromkeys(modes, 1.0))
+
+    monkeypatch.setattr("ich.training.timing._time_in_turn", in_turn)
+    with pytest.raises(torch.OutOfMemoryError):
+        time_training_steps(config)
+    monkeypatch.setattr(devices, "pick_device", lambda _: GPU)
+    fits.add("bf16")
+    assert {mode.precision for mode in time_training_steps(config).seconds} == fits
+
+
 @pytest.mark.parametrize("generic", ["none", "tf32", "ieee"])
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", "ieee"), ("tf32", "tf32")])
 def test_convolutions_compute_in_what_the_mode_says(
@@ -380,6 +400,7 @@ def test_of_parts_of_a_gpu_one_is_taken_and_several_are_refused(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("CUDA error: out of memory"),
+        CaptureError("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     ],
 )
