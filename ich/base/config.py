@@ -69,6 +69,21 @@ class ProtocolName(Enum):
     sound = "sound"
 
 
+class ContextName(Enum):
+    """What a network sees beside a slice: nothing, its neighbours, or its whole study."""
+
+    slice = "slice"
+    neighbours = "neighbours"
+    study = "study"
+
+
+class ContextWindows(Enum):
+    """Which of `windows` each of the slices of `context=neighbours` is shown in."""
+
+    first = "first"
+    all = "all"
+
+
 class Monitor(Enum):
     """The validation metric that picks the epoch whose weights are kept."""
 
@@ -220,6 +235,20 @@ class WindowsConfig:
 
 
 @dataclass
+class ContextConfig:
+    """What a network sees beside a slice (docs/context.md); `windows` belongs to `neighbours`."""
+
+    # With defaults, which runs that were made before there was a context have had.
+    name: ContextName = ContextName.slice
+    windows: ContextWindows | None = None
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether each slice stands for itself, and no order of slices is needed."""
+        return self.name is ContextName.slice
+
+
+@dataclass
 class AugmentConfig:
     """Probabilities of each augmentation; `crop_min` is the shortest side of a crop, as a share."""
 
@@ -362,6 +391,7 @@ class Config:
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     windows: WindowsConfig = field(default_factory=WindowsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -373,7 +403,8 @@ class Config:
 
 @dataclass
 class PrepareConfig:
-    """What `ich prepare` composes: data, protocol, and the windows of its pictures."""
+    """What `ich prepare` composes: data, protocol, the windows of its pictures, and whether slices
+    are put in order."""
 
     dry_run: bool = MISSING
     verify: bool = MISSING
@@ -381,6 +412,7 @@ class PrepareConfig:
     data: DataConfig = field(default_factory=DataConfig)
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     windows: WindowsConfig = field(default_factory=WindowsConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
 
 
 class Rows(Enum):

@@ -14,6 +14,8 @@ from ich.base.config import (
     OPTIMIZER_SETTINGS,
     AnyConfig,
     Config,
+    ContextConfig,
+    ContextName,
     DataConfig,
     EvaluateConfig,
     OptimizerConfig,
@@ -39,6 +41,7 @@ def validate(config: AnyConfig) -> None:
     _check_protocol(config.protocol)
     if not isinstance(config, EvaluateConfig):  # which has the windows of the model's weights
         _check_windows(config.windows)
+        _check_context(config.context, config.protocol)
     if isinstance(config, Config):
         _check_optimizer(config.optimizer)
         _check_image_size(config)
@@ -116,6 +119,24 @@ def _check_windows(windows: WindowsConfig) -> None:
                 f"the center must be from -32768 to 32768 HU and the width from 1 to 65536. Mend "
                 f"windows.channels."
             )
+
+
+def _check_context(context: ContextConfig, protocol: ProtocolConfig) -> None:
+    name = context.name.value
+    if not context.is_slice and protocol.name is not ProtocolName.sound:
+        raise UserError(
+            f"context={name} needs whole studies, but protocol={protocol.name.value} tears them "
+            f"apart: of one study some slices are trained on, some scored, and the rest left out. "
+            f"Add protocol=sound, which splits by patient."
+        )
+    _require(context.is_slice, "context.name", context.name, "slice")
+    is_neighbours = context.name is ContextName.neighbours
+    _require(
+        (context.windows is not None) == is_neighbours,
+        "context.windows",
+        context.windows,
+        "first or all with context=neighbours" if is_neighbours else f"null with context={name}",
+    )
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

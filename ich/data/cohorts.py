@@ -111,6 +111,11 @@ class CohortFiles:
         return self.folder / f"cohort-{self.key}.json"
 
     @property
+    def order(self) -> Path:
+        """Of its slices, where somebody has asked for it (`ich.data.order`)."""
+        return self.folder / f"cohort-{self.key}-order.csv.gz"
+
+    @property
     def lock(self) -> Path:
         return self.folder / f"cohort-{self.key}.lock"
 
@@ -296,7 +301,9 @@ def cohort_sizes(cfg: CohortConfig) -> Sizes:
         # Who is whose patient then stands in headers only, which are not read here.
         if cfg.protocol.name is ProtocolName.sound and not has_patients:
             return _guess(cfg, len(manifest), decoded)
-        rows = apply_protocol(manifest, names, cfg.protocol, data.subset).rows
+        rows = apply_protocol(
+            manifest, names, cfg.protocol, data.subset, keeps_patients_whole(cfg)
+        ).rows
     images = rows["image_id"].nunique()
     counts = {name: int((rows["split"] == name).sum()) for name in SPLITS}
     return Sizes(counts, images, _missing_bytes(cfg, images, decoded), True)
@@ -402,7 +409,8 @@ def make_cohort(
     sound = cfg.protocol.name is ProtocolName.sound
     # The report splits images: for it no header has to be read before the cohort is known.
     manifest = _with_keys(cfg.data, manifest, store if sound else None, report)
-    cohort = apply_protocol(manifest, names, cfg.protocol, cfg.data.subset)
+    whole = keeps_patients_whole(cfg)
+    cohort = apply_protocol(manifest, names, cfg.protocol, cfg.data.subset, whole)
     del manifest
     return_memory()
     rows = cohort.rows
@@ -579,6 +587,14 @@ def phantom_folder(cfg: DataConfig) -> Path:
     return Path(cfg.cache_dir) / f"phantom-p{p.patients}-s{p.seed}-{p.size}-{p.prevalence:g}"
 
 
+def keeps_patients_whole(cfg: CohortConfig) -> bool:
+    """Whether negatives are dropped by patient: in what needs whole studies, where any are."""
+    # What is evaluated has the context of its model; and scored rows are never dropped.
+    if isinstance(cfg, EvaluateConfig) or cfg.protocol.negatives_per_positive is None:
+        return False
+    return not cfg.context.is_slice
+
+
 def _fingerprint(cfg: CohortConfig, identity: DataIdentity) -> str:
     """Fingerprint of what the cohort depends on: files, labels, metadata, protocol, subset."""
     data = cfg.data
@@ -587,4 +603,7 @@ def _fingerprint(cfg: CohortConfig, identity: DataIdentity) -> str:
     if data.source is Source.phantom:
         # Another generator draws other pixels into files of the same names and sizes.
         parts.append(str(GENERATOR_VERSION))
+    # Only where it is another cohort: the same rows, with or without context, are looked up once.
+    if keeps_patients_whole(cfg):
+        parts.append("whole patients")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

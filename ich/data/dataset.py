@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from ich.base.config import Config, UserError
+from ich.base.config import Config, EvaluateConfig, UserError
 from ich.base.files import DamagedError
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
@@ -19,6 +19,7 @@ from ich.base.records import CohortSummary
 from ich.data.cache import Cache, build_cache, read_cache
 from ich.data.cache_folder import CacheFolder
 from ich.data.cohorts import CohortConfig, cohort_files, load_cohort, open_store, read_cohort
+from ich.data.order import Sequences, check_order, load_order, order_slices
 from ich.data.patients import KEYS
 from ich.data.protocol import TEST, TRAIN, VAL, Cohort
 
@@ -44,6 +45,7 @@ class Dataset:
     """What a training reads: HU of all slices, the splits, and how they came about.
 
     hu: int16 [N, S, S], HU. labels: the L names. test: None where the protocol has no test set.
+    sequences: the order of the slices; None with context=slice, which asks for none.
     """
 
     hu: np.ndarray
@@ -52,19 +54,22 @@ class Dataset:
     val: Split
     test: Split | None
     summary: CohortSummary
+    sequences: Sequences | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A cohort whose slices are decoded; images in quarantine have left it.
 
-    wanted: the cohort before the quarantine. key: the cohort's fingerprint.
+    wanted: the cohort before the quarantine. key: the cohort's fingerprint. sequences: as in
+    `Dataset`.
     """
 
     cohort: Cohort
     wanted: Cohort
     cache: Cache
     key: str
+    sequences: Sequences | None
 
     def require_rows(self) -> None:
         """Refuses a cohort that cannot be trained or scored.
@@ -106,7 +111,15 @@ def load_dataset(
     rows = cohort.rows.assign(**{key: number_keys(cohort.rows[key]) for key in KEYS})
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
     summary = replace(prepared.summary(), protocol=cfg.protocol.name.value)
-    return Dataset(cache.hu, cohort.labels, sides[TRAIN], sides[VAL], sides.get(TEST), summary)
+    return Dataset(
+        hu=cache.hu,
+        labels=cohort.labels,
+        train=sides[TRAIN],
+        val=sides[VAL],
+        test=sides.get(TEST),
+        summary=summary,
+        sequences=prepared.sequences,
+    )
 
 
 def prepare(
@@ -120,10 +133,17 @@ def prepare(
         # A job of a prepared sweep makes nothing, and a report may be of somebody else's records.
         cohort, key = read_cohort(cfg, key)
     files = cohort_files(cfg, key)
+    store = open_store(data, report) if build else None
+    context = None if isinstance(cfg, EvaluateConfig) else cfg.context
+    order = None
+    # Before slices are decoded: a cohort without an order is refused in seconds.
+    if context is not None and not context.is_slice:
+        order = load_order(data, files, cohort.rows, store, report)
+        check_order(order[order["readable"]], context.name.value)
     # Repeats share one decoded slice.
     images = cohort.rows[["image_id", "path"]].drop_duplicates("image_id")
-    if build:
-        store, progress = open_store(data, report), stage(report, "decoding slices")
+    if store is not None:
+        progress = stage(report, "decoding slices")
         wanted = data.cache_size, data.max_quarantine, data.workers
         cache = build_cache(images, store, files.folder, *wanted, progress)
         files.note_slices(CacheFolder(cache.folder, data.cache_size))
@@ -132,7 +152,11 @@ def prepare(
     del images
     return_memory()
     # Split first, quarantined after: a bad file moves no other image to another side.
-    return Prepared(cohort.without(set(cache.quarantine["image_id"])), cohort, cache, key)
+    usable = cohort.without(set(cache.quarantine["image_id"]))
+    sequences = None
+    if context is not None and order is not None:
+        sequences = order_slices(order, cache.row, context.name.value)
+    return Prepared(usable, cohort, cache, key, sequences)
 
 
 def _made_cohort(cfg: CohortConfig, report: StageCallback | None, key: str) -> tuple[Cohort, str]:

@@ -52,7 +52,8 @@ from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
-HEADER_VERSION = 2  # raise it when headers become readable that were not; scans are done again then
+# Raise it when headers become readable that were not, or more of them is: scans are done again.
+HEADER_VERSION = 3
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
 _MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
@@ -130,9 +131,7 @@ _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
     )
 )
 _WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
-_KEYS = frozenset(
-    int(Tag(keyword)) for keyword in ("SpecificCharacterSet", "PatientID", "StudyInstanceUID")
-)
+_KEYS = frozenset((int(Tag("SpecificCharacterSet")), int(Tag("PatientID")), *_LOCATING_TAGS))
 
 
 # Of each encoding the plug-in of pydicom that decodes it (always the same one, for another may fill
@@ -179,6 +178,24 @@ class Slice(NamedTuple):
     position: float
 
 
+class Keys(NamedTuple):
+    """Whose slice a file is, and where it lies: PatientID, StudyInstanceUID and SeriesInstanceUID,
+    empty where the file has none, and `position` as in `Slice`.
+
+    They name a person: whoever gets them replaces them at once (`ich.data.patients`).
+    """
+
+    patient: str
+    study: str
+    series: str
+    position: float
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing, which may then stand further on in a file cut short."""
+        return bool(self.patient and self.study and self.series) and np.isfinite(self.position)
+
+
 def read_hu(data: bytes) -> np.ndarray:
     """Decodes one file's bytes.
 
@@ -203,9 +220,19 @@ def read_slice(data: bytes) -> Slice:
     # Of NaN, where the file does not say, this does not hold: such a slice is taken.
     if abs(normal[2]) < _MOSTLY_AXIAL:
         raise DicomError("ImageOrientationPatient is more than 45 degrees from axial: a reformat")
+    study, series = _text(elements, _STUDY), _text(elements, _SERIES)
+    return Slice(hu, study, series, _position(elements))
+
+
+def _position(elements: Elements) -> float:
     with np.errstate(all="ignore"):  # a file may say "inf"
-        position = float(normal @ _numbers(_text(elements, _POSITION), 3))
-    return Slice(hu, _text(elements, _STUDY), _text(elements, _SERIES), position)
+        return along_normal(_text(elements, _POSITION), _text(elements, _ORIENTATION))
+
+
+def along_normal(position: str, orientation: str) -> float:
+    """ImagePositionPatient along the normal of ImageOrientationPatient, both as DICOM writes them
+    (`1.5\\2\\...`), mm; NaN if one of them is missing or is anything else."""
+    return float(_normal(orientation) @ numbers(position, 3))
 
 
 def _read(data: bytes) -> tuple[Elements, np.ndarray]:
@@ -223,8 +250,8 @@ def _text(elements: Elements, tag: int) -> str:
     return elements.values.get(tag, ("", b""))[1].decode("latin-1").strip("\0 ")
 
 
-def _numbers(text: str, count: int) -> np.ndarray:
-    """float64 [count] of a text `1.5\\2\\...`; NaN if it is anything else."""
+def numbers(text: str, count: int) -> np.ndarray:
+    """float64 [count] of a text `1.5\\2\\...`, as DICOM writes it; NaN if it is anything else."""
     try:
         return np.array(text.split("\\"), float).reshape(count)
     except ValueError:
@@ -234,16 +261,14 @@ def _numbers(text: str, count: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _normal(orientation: str) -> np.ndarray:
     """The unit vector along which slices follow one another [3]; NaN if the file does not say."""
-    across, down = _numbers(orientation, 6).reshape(2, 3)
+    across, down = numbers(orientation, 6).reshape(2, 3)
     with np.errstate(all="ignore"):
         normal = np.cross(across, down)
         return np.asarray(normal / np.linalg.norm(normal))
 
 
-def read_keys(data: bytes) -> tuple[str, str]:
-    """PatientID and StudyInstanceUID of one file's bytes, empty where the file has none.
-
-    They name a person: whoever calls this replaces them at once (`ich.data.patients`).
+def read_keys(data: bytes) -> Keys:
+    """Whose slice one file's bytes are, and where it lies.
 
     Raises:
         DicomError: the file is no DICOM, or its header is damaged.
@@ -254,8 +279,9 @@ def read_keys(data: bytes) -> tuple[str, str]:
         # As pydicom itself does where it reads a file.
         encoding = convert_encodings(dataset.get("SpecificCharacterSet"))
         dataset.set_original_encoding(None, elements.little, encoding)
-        patient, study = (dataset.get(k) for k in ("PatientID", "StudyInstanceUID"))
-    return str(patient or ""), str(study or "")
+        wanted = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+        patient, study, series = (str(dataset.get(k) or "") for k in wanted)
+    return Keys(patient, study, series, _position(elements))
 
 
 @contextmanager
@@ -368,7 +394,7 @@ def _padding_value(dataset: pydicom.Dataset, keyword: str) -> int | None:
     if value is None or value == "":
         return None
     # As text, for writers have put it into other types than an integer.
-    number = _numbers(str(value), 1)[0]
+    number = numbers(str(value), 1)[0]
     if not number.is_integer() or abs(number) > 65_535:
         raise DicomError(f"{keyword} is {_shown(value)}, not an integer of 16 bits")
     return int(number)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import hmac
+import math
 import os
 import secrets
 from array import array
@@ -26,7 +27,7 @@ from ich.base.files import cut_unfinished_line, lock, naming, tell_damaged
 from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
-from ich.data.dicom import HEADER_VERSION, DicomError, read_keys
+from ich.data.dicom import HEADER_VERSION, DicomError, Keys, read_keys
 from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.store import Location, SliceStore, Unreadable, read_dicom
 from ich.data.tables.names import example, match_by_form
@@ -225,8 +226,9 @@ def scan_headers(
         progress: called with (files done, files in all).
 
     Returns:
-        N rows in the order of `paths`: `patient` and `study` keys, and `readable`; a file that is
-        no readable DICOM has empty keys, and is quarantined when slices are decoded.
+        N rows in the order of `paths`: `patient`, `study` and `series` keys, `position` in mm along
+        the normal of the slice (NaN if unknown), and `readable`; a file that is no readable DICOM
+        has empty keys, and is quarantined when slices are decoded.
     """
     wanted = [p for p in dict.fromkeys(paths) if p]
     key = f"{store.root.resolve()}|{HEADER_VERSION}"
@@ -269,15 +271,19 @@ class _Scan:
         self._signature = array("q", [hash(_UNKNOWN)]) * (len(paths) + 1)
         self._patient = array("i", [0]) * (len(paths) + 1)
         self._study = array("i", [0]) * (len(paths) + 1)
+        self._series = array("i", [0]) * (len(paths) + 1)
+        self._place = array("d", [math.nan]) * (len(paths) + 1)
         self._readable = bytearray(len(paths) + 1)
         self._keys = {"": 0}
 
-    def add(self, path: str, signature: str, patient: str, study: str, readable: str) -> None:
+    def add(self, path: str, signature: str, *read: str) -> None:
         """One line of the journal; the last one of a path counts."""
         if (i := self._position.get(path)) is not None:
+            *keys, place, readable = read
             self._signature[i] = hash(signature)
-            self._patient[i] = self._keys.setdefault(patient, len(self._keys))
-            self._study[i] = self._keys.setdefault(study, len(self._keys))
+            for column, key in zip((self._patient, self._study, self._series), keys, strict=True):
+                column[i] = self._keys.setdefault(key, len(self._keys))
+            self._place[i] = float(place or math.nan)
             self._readable[i] = readable == "1"
 
     def outdated(self, store: SliceStore) -> list[str]:
@@ -293,17 +299,21 @@ class _Scan:
     def frame(self, paths: Sequence[str]) -> pd.DataFrame:
         at = np.fromiter((self._position.get(p, -1) for p in paths), np.int64, len(paths))
         keys = np.array(list(self._keys), dtype=object)
+        columns = {"patient": self._patient, "study": self._study, "series": self._series}
         return pd.DataFrame(
             {
-                "patient": pd.array(keys[np.frombuffer(self._patient, np.int32)[at]], dtype="str"),
-                "study": pd.array(keys[np.frombuffer(self._study, np.int32)[at]], dtype="str"),
+                **{
+                    name: pd.array(keys[np.frombuffer(column, np.int32)[at]], dtype="str")
+                    for name, column in columns.items()
+                },
+                "position": np.frombuffer(self._place, np.float64)[at],
                 "readable": np.frombuffer(self._readable, np.bool_)[at],
             }
         )
 
 
 _UNKNOWN = "?"  # the signature of no file
-_COLUMNS = 5  # of a line of the journal: path, signature, patient, study, readable
+_COLUMNS = 7  # of a line of the journal: path, signature, three keys, position, readable
 
 
 def _read_scan(path: Path) -> Iterator[list[str]]:
@@ -316,37 +326,46 @@ def _read_scan(path: Path) -> Iterator[list[str]]:
     with path.open(newline="", encoding="utf-8", errors="replace") as text:
         try:
             for line in csv.reader(text):
-                if len(line) == _COLUMNS and "\0" not in line[0]:
+                if len(line) == _COLUMNS and "\0" not in line[0] and _is_number(line[5]):
                     yield line
         except csv.Error as error:  # a line of more than 128 KB
             tell_damaged(f"{path} is damaged ({error}): what follows is read from the files again")
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return not text or math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 _Job = tuple[Path, list[Location], Pseudonyms]
 
 
-def _scan_chunk(job: _Job) -> list[tuple[str, str, str, str, str]]:
+def _scan_chunk(job: _Job) -> list[tuple[str, ...]]:
     root, files, pseudonyms = job
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for location in files:
         try:
-            patient, study = _read_file_keys(root, location)
+            read = _read_file_keys(root, location)
         except DicomError:
-            lines.append((location.path, location.signature, "", "", "0"))
+            lines.append((location.path, location.signature, "", "", "", "", "0"))
             continue
         # In the process that reads them: identifiers are neither sent back nor written down.
-        keys = pseudonyms.key("patient", patient), pseudonyms.key("study", study)
-        lines.append((location.path, location.signature, *keys, "1"))
+        kinds = (("patient", read.patient), ("study", read.study), ("series", read.series))
+        keys = [pseudonyms.key(kind, identifier) for kind, identifier in kinds]
+        place = repr(read.position) if math.isfinite(read.position) else ""
+        lines.append((location.path, location.signature, *keys, place, "1"))
     return lines
 
 
-def _read_file_keys(root: Path, location: Location) -> tuple[str, str]:
-    """Patient and study from the file's beginning if they stand there, else from all of it."""
+def _read_file_keys(root: Path, location: Location) -> Keys:
+    """What a file says of itself in its beginning if all of it stands there, else in the rest."""
     if location.size > _HEAD:
         try:
-            patient, study = read_keys(read_dicom(root, location, _HEAD))
-            if patient and study:
-                return patient, study
+            keys = read_keys(read_dicom(root, location, _HEAD))
+            if keys.is_complete:
+                return keys
         except Unreadable:
             raise
         except DicomError:

@@ -90,7 +90,11 @@ class Cohort:
 
 
 def apply_protocol(
-    manifest: pd.DataFrame, labels: tuple[str, ...], cfg: ProtocolConfig, subset: float
+    manifest: pd.DataFrame,
+    labels: tuple[str, ...],
+    cfg: ProtocolConfig,
+    subset: float,
+    whole: bool = False,
 ) -> Cohort:
     """Makes the cohort.
 
@@ -99,6 +103,7 @@ def apply_protocol(
         labels: names of the label columns.
         cfg: the protocol; its seed moves every random choice.
         subset: share of the rows (`sound`: of every patient's images, whole patients) to keep.
+        whole: keep every slice of a patient who stays, also where negatives are dropped.
 
     Raises:
         UserError: too few rows or patients to split, no such label to oversample, unknown patients
@@ -111,7 +116,7 @@ def apply_protocol(
         )
     # It notes the rows after each of its steps; the splits follow as the last ones.
     steps: dict[str, pd.DataFrame] = {"images": manifest}
-    rows, apart = PROTOCOLS[cfg.name](manifest, labels, cfg, subset, steps)
+    rows, apart = PROTOCOLS[cfg.name](manifest, labels, cfg, subset, steps, whole)
     steps |= {name: rows[rows["split"] == name] for name in SPLITS if (rows["split"] == name).any()}
     return Cohort(
         rows.reset_index(drop=True),
@@ -132,6 +137,7 @@ def _report(
     cfg: ProtocolConfig,
     subset: float,
     steps: dict[str, pd.DataFrame],
+    whole: bool,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """The report's protocol, in its order."""
     # Copies before the split, as in the report: one image then stands on both sides.
@@ -155,6 +161,7 @@ def _sound(
     cfg: ProtocolConfig,
     subset: float,
     steps: dict[str, pd.DataFrame],
+    whole: bool,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Patients into parts; then, inside the training set, over- and undersampling."""
     # By image id: the split depends neither on the order of the label file nor on the keys' values.
@@ -165,7 +172,7 @@ def _sound(
     apart = imbalance(rows, labels)
     train = oversample(rows[rows["split"] == TRAIN], cfg.oversample, cfg.oversample_times)
     if cfg.negatives_per_positive is not None:
-        train = undersample(train, labels, cfg)
+        train = (undersample_patients if whole else undersample)(train, labels, cfg)
     rest = rows[rows["split"] != TRAIN].assign(repeat=0)
     rows = pd.concat([train, rest], ignore_index=True)
     # By patient nothing can leak; by study or image, where metadata contradict themselves.
@@ -251,6 +258,25 @@ def undersample(rows: pd.DataFrame, labels: tuple[str, ...], cfg: ProtocolConfig
     kept = np.random.default_rng([cfg.seed, 1]).choice(negatives, wanted, replace=False)
     # In the rows' order, as if the others had never been there.
     return rows.iloc[np.sort(np.concatenate([np.flatnonzero(positive), kept]))]
+
+
+def undersample_patients(
+    rows: pd.DataFrame, labels: tuple[str, ...], cfg: ProtocolConfig
+) -> pd.DataFrame:
+    """As `undersample`, of whole patients: whoever has a positive row keeps all rows, and random
+    others stay until as many negative rows as were asked for are next to there."""
+    assert cfg.negatives_per_positive is not None
+    positive = rows[list(labels)].to_numpy().any(1)
+    group, _ = pd.factorize(rows["patient"])
+    is_kept = np.zeros(group.max() + 1, bool)
+    is_kept[group[positive]] = True
+    others = np.random.default_rng([cfg.seed, 1]).permutation(np.flatnonzero(~is_kept))
+    wanted = cfg.negatives_per_positive * int(positive.sum())
+    # Negative rows that there are with none of the others, with the first, with the first two, ...
+    counts = np.bincount(group)[others]
+    reached = int((is_kept[group] & ~positive).sum()) + np.append(0, np.cumsum(counts))
+    is_kept[others[: np.abs(reached - wanted).argmin()]] = True
+    return rows[is_kept[group]]
 
 
 def _stratified_pick(

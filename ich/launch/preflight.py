@@ -110,7 +110,8 @@ def check_jobs(configs: Sequence[Config]) -> SweepPaths:
 
 def data_key(config: Config) -> str:
     """Equal for jobs whose configs ask for the same cohort, which is looked at and made once."""
-    return repr((config.data, config.protocol))
+    # Without context nobody asks for the order of slices, which is looked up with the cohort.
+    return repr((config.data, config.protocol, config.context.is_slice))
 
 
 def cohort_keys_of(configs: Sequence[Config]) -> dict[str, str]:

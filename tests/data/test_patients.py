@@ -17,6 +17,7 @@ from commands import run_module
 from ich.base.config import Config, UserError
 from ich.data import patients as patients_module
 from ich.data.dataset import load_dataset
+from ich.data.dicom import Keys, along_normal
 from ich.data.patients import Pseudonyms, keys_of_images, read_metadata, scan_headers
 from ich.data.store import SliceStore, read_bytes
 from ich.data.tables.reading import tell
@@ -176,13 +177,17 @@ def test_headers_are_read_once_and_a_killed_scan_goes_on(
             header.get_item("StudyInstanceUID").value.decode().rstrip("\0")
         )  # unlike a UID's form, so raw
         assert by_path.loc[path, "study"] == pseudonyms.key("study", study)
+        assert by_path.loc[path, "position"] == along_normal(
+            "\\".join(map(str, header.ImagePositionPatient)),
+            "\\".join(map(str, header.ImageOrientationPatient)),
+        )
     assert whole["patient"].nunique() == 8
     with monkeypatch.context() as patch:
         patch.setattr(patients_module, "read_keys", None)
         assert scan_headers(paths, store, folder, pseudonyms, 1).equals(whole)
     # A version that reads other headers reads all of them.
     monkeypatch.setattr(patients_module, "HEADER_VERSION", 0)
-    monkeypatch.setattr(patients_module, "read_keys", lambda data: ("p", "s"))
+    monkeypatch.setattr(patients_module, "read_keys", lambda data: Keys("p", "s", "t", 0.0))
     again = scan_headers(paths, store, folder, pseudonyms, 1)
     assert set(again["patient"]) == {pseudonyms.key("patient", "p")}
 

@@ -209,6 +209,24 @@ def test_a_subset_takes_whole_patients() -> None:
     assert (table["patient"].value_counts()[taken.index] == taken).all()
 
 
+@pytest.mark.parametrize("ratio", [0.5, 3.0, 100.0])
+def test_negatives_leave_by_patient_where_patients_stay_whole(ratio: float) -> None:
+    table, cfg = clinic(200), replace(SOUND, negatives_per_positive=ratio)
+    everything = cohort_of(table, SOUND).split("train")
+    kept = apply_protocol(table, LABELS, cfg, 1.0, whole=True).split("train")
+    before, after = (rows.groupby("patient").size() for rows in (everything, kept))
+    assert after.equals(before[after.index])  # all rows of a patient, copies too, or none
+    bleeds = everything.groupby("patient")["any"].max() == 1
+    assert set(bleeds[bleeds].index) <= set(after.index)
+    negatives, positives = int((kept["any"] == 0).sum()), int((kept["any"] == 1).sum())
+    of_bleeding = everything["patient"].isin(bleeds[bleeds].index) & (everything["any"] == 0)
+    least, most = int(of_bleeding.sum()), int((everything["any"] == 0).sum())
+    # As near as a patient of at most 60 slices allows.
+    assert abs(negatives - np.clip(ratio * positives, least, most)) <= 30
+    again = apply_protocol(table, LABELS, cfg, 1.0, whole=True).split("train")
+    assert again.equals(kept)
+
+
 def test_unknown_patients_and_too_few_are_refused() -> None:
     with pytest.raises(UserError, match=r"400 of 400 images have no patient .*data.metadata=FILE"):
         cohort_of(simple(400, 20), SOUND)
