@@ -329,7 +329,11 @@ class TrainConfig:
     device: Device = MISSING
     precision: Precision = Precision.auto
     graph: CudaGraph = CudaGraph.auto
-    compile: bool = False
+    # A union, so that what earlier configs have stays what it was.
+    compile: bool | str = field(
+        default=False,
+        metadata=allowed("true, false or auto", lambda value: value in (True, False, "auto")),
+    )
     feed: Feed = Feed.auto
     checkpoint_minutes: float = field(default=10.0, metadata=number("above 0", above=0))
     threads: int | None = field(default=None, metadata=AT_LEAST_1_OR_NULL)

@@ -96,19 +96,24 @@ def _plain_names(names: tuple[str, ...]) -> tuple[str, ...]:
 class ComputeMode:
     """What a training computes in. precision: bf16, fp32 or tf32. layout: channels_last or
     contiguous. processor: where that was found to be the fastest; empty if it was not timed. graph:
-    whether a step is one CUDA graph; reason: why not, where it might have been. memory: bytes of a
-    GPU that steps took at most, 0 if unknown. timed: images per second of all that was tried."""
+    whether a step is one CUDA graph; reason: why not, where it might have been. compiled: whether
+    torch compiles the network; compiling: what that takes and saves, where it was timed. memory:
+    bytes of a GPU that steps took at most, 0 if unknown. timed: images per second of all that was
+    tried."""
 
     precision: str
     layout: str
     processor: str = ""
     graph: bool = False
     reason: str = field(default="", compare=False)
+    compiled: bool = False
+    compiling: str = field(default="", compare=False)
     memory: int = field(default=0, compare=False)
     timed: dict[str, float] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.precision}, {self.layout}{', graphed' if self.graph else ''}"
+        how = f"{', graphed' if self.graph else ''}{', compiled' if self.compiled else ''}"
+        return f"{self.precision}, {self.layout}{how}"
 
     @classmethod
     def from_json(cls, values: object) -> ComputeMode | None:

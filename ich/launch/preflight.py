@@ -36,6 +36,7 @@ from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.validation import validate
 from ich.data import dataset
 from ich.data.cohorts import cohort_keys, describe_data_changes
+from ich.data.protocol import TRAIN
 from ich.pages.data_page import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
@@ -207,24 +208,34 @@ def open_sweep(
     is_first_batch = _lock_sweep(sweep)
     for config, cohort in prepared:
         write_data_report(config, cohort, sweep.data(cohort.key))
-    jobs = assign_modes(jobs, sweep, report)
+    rows = {data_key(c): int((p.cohort.rows["split"] == TRAIN).sum()) for c, p in prepared}
+    jobs = assign_modes(jobs, sweep, rows, report)
     # Last: what has a record can be trained.
     _record_launch(sweep, jobs, is_first_batch, open_sweep_run(configs[0], sweep))
     return sweep, jobs
 
 
 def assign_modes(
-    jobs: Sequence[Job], sweep: SweepPaths, report: StageCallback | None = None
+    jobs: Sequence[Job],
+    sweep: SweepPaths,
+    rows: Mapping[str, int],
+    report: StageCallback | None = None,
 ) -> list[Job]:
     """Chooses what each kind of network computes in, and notes it with its jobs.
 
     Jobs of one kind, also of earlier launches in this folder, compute alike: the seeds of a network
     could not be compared otherwise.
+
+    Args:
+        jobs: of the launch.
+        sweep: their folder.
+        rows: for training, by `data_key`, of the jobs that are not done.
+        report: progress.
     """
     modes = dict(sweep.read_record().modes)
     # What is finished needs no mode, and what asks for one has it.
     unknown = {
-        workload_key(j.config): j.config
+        workload_key(j.config): (j.config, j.config.train.epochs * rows.get(data_key(j.config), 0))
         for j in jobs
         if j.state is not State.done and is_timed(j.config) and workload_key(j.config) not in modes
     }

@@ -49,15 +49,12 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     # The launch has decoded the slices: jobs that start at once must not do so side by side.
     dataset = load_dataset(cfg, build=False, key=run.read_origin().cohort)
     labels = dataset.labels
-    mode = select_and_record_mode(cfg, run)
+    mode = select_and_record_mode(cfg, run, cfg.train.epochs * len(dataset.train.row))
     trainer = Trainer.build(cfg, dataset, device, mode)
     where = f"{device_name(device)}, {mode}"
     rows = len(dataset.train.row), len(dataset.val.row)
     log.info("%s on %s: %d training rows, %d validation rows", cfg.model.timm, where, *rows)
-    for what, rate in mode.timed.items():
-        log.info("timed: %s, %.1f images/s", what, rate)
-    if mode.reason:
-        log.info("no graph: %s", mode.reason)
+    _tell_why(mode)
     state, generations = resume_training(run, trainer, dataset, journal)
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
@@ -95,13 +92,23 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     )
 
 
-def select_and_record_mode(cfg: Config, run: RunPaths) -> ComputeMode:
-    """The mode that this run began in or its sweep chose, else a timed one.
+def _tell_why(mode: ComputeMode) -> None:
+    for what, rate in mode.timed.items():
+        log.info("timed: %s, %.1f images/s", what, rate)
+    if mode.reason:
+        log.info("no graph: %s", mode.reason)
+    if mode.compiling:
+        log.info("compile: %s", mode.compiling)
+
+
+def select_and_record_mode(cfg: Config, run: RunPaths, images: int = 0) -> ComputeMode:
+    """The mode that this run began in or its sweep chose, else one timed for so many images to
+    train on.
 
     It is written down, so that the run is resumed and repeated in the same.
     """
     origin = run.read_origin()
-    mode = select_mode(cfg, origin.mode)
+    mode = select_mode(cfg, origin.mode, images)
     run.write_origin(replace(origin, mode=mode))
     return mode
 

@@ -1,4 +1,5 @@
-"""Whether a captured training step does what an eager one does: asked before `auto` takes it.
+"""Whether a captured or compiled training step does what an eager one does: asked before `auto`
+takes it.
 
 Two eager steps on other batches at other learning rates are taken twice from one state, which shows
 how far steps differ by themselves (cuDNN adds in no fixed order), and once more captured.
@@ -56,6 +57,22 @@ def why_not_graphed(
             share = f" {distance / size:.1%}" if size else ""
             return f"a captured step differs: {kind}{share}"
     return "" if _rate_is_read(graphed) else "a captured step keeps its first learning rate"
+
+
+def why_not_compiled(
+    config: Config, dataset: Dataset, device: torch.device, mode: ComputeMode
+) -> str:
+    """Empty if compiled steps have the losses of eager ones in this mode, else in what they differ.
+    The second step's is of weights that the first one's gradients moved. Arguments as above."""
+    plain = replace(mode, compiled=False, graph=False)
+    losses, _ = _two_steps(Trainer.build(config, dataset, device, plain))
+    compiled = replace(mode, graph=False)
+    compiled_losses, _ = _two_steps(Trainer.build(config, dataset, device, compiled))
+    for one, other in zip(losses, compiled_losses, strict=True):
+        # Its operations are other ones, in another order: rounding alone makes a difference.
+        if not math.isclose(one, other, rel_tol=_LOSS_TOLERANCE["bf16"]):
+            return f"a compiled step differs: a loss of {other:.4g}, and {one:.4g} eagerly"
+    return why_not_graphed(config, dataset, device, mode) if mode.graph else ""
 
 
 def _two_steps(trainer: Trainer) -> tuple[list[float], Tensors]:

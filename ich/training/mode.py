@@ -29,13 +29,17 @@ def workload_key(config: Config) -> str:
     precision, graph = config.train.precision, config.train.graph
     asked = [] if precision is Precision.auto else [precision.value]
     asked += [] if graph is CudaGraph.auto else [f"graph {graph.value}"]
+    # Whether to compile depends on how much there is to train.
+    if config.train.compile:
+        epochs = f" over {config.train.epochs} epochs" if config.train.compile == "auto" else ""
+        asked.append(f"compile {str(config.train.compile).lower()}{epochs}")
     return " ".join([key, *asked])
 
 
 def is_timed(config: Config) -> bool:
     """Whether the job's mode is found by timing."""
     train = config.train
-    if train.precision is Precision.auto:
+    if train.precision is Precision.auto or train.compile == "auto":
         return True
     may_be_graphed = train.graph is CudaGraph.auto and train.device is not Device.cpu
     return may_be_graphed and bool(nvidia_smi("name"))

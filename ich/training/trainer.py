@@ -81,8 +81,8 @@ class TrainingState:
 class Trainer:
     """Model, data and optimizer of one training, on one device.
 
-    forward: the model, or what torch compiled it to. graphed_step: the step as one CUDA graph, or
-    None; not_graphed: why it is not, where that was tried and failed.
+    forward: the model, or what torch compiled it to, for whole training batches. graphed_step: the
+    step as one CUDA graph, or None; not_graphed: why it is not, where that was tried and failed.
     """
 
     cfg: Config
@@ -129,7 +129,7 @@ class Trainer:
             cfg=cfg,
             device=device,
             model=model,
-            forward=torch.compile(model) if cfg.train.compile else model,
+            forward=torch.compile(model, dynamic=False) if mode.compiled else model,
             optimizer=optimizer,
             scheduler=build_scheduler(cfg.scheduler, optimizer, len(train) * cfg.train.epochs),
             # Over the rows that the loss is taken of, copies of oversampling among them.
@@ -148,11 +148,14 @@ class Trainer:
 
     def network(self, x: torch.Tensor) -> torch.Tensor:
         """The network's input [B, C, H, W] -> float32 logits [B, L], in the mode's precision."""
+        # Compiled for one shape: which code runs would otherwise depend on the shapes seen before,
+        # and a resumed training has seen others.
+        whole = self.model.training and len(x) == self.cfg.train.batch_size
         # The weights stay float32: autocast converts what a convolution or product takes of them.
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.mode.precision == "bf16"
         ):
-            return self.forward(x)
+            return self.forward(x) if whole else self.model(x)
 
     def train_one_epoch(
         self,

@@ -167,6 +167,7 @@ def test_a_sound_protocol_is_checked_too(composed: Compose, override: str, messa
         ("optimizer.lr=0", "optimizer.lr is 0.0"),
         ("optimizer.lr=-1", "optimizer.lr is -1.0"),
         ("train.batch_size=0", "train.batch_size is 0, but must be at least 1"),
+        ("train.compile=maybe", "train.compile is 'maybe', but must be true, false or auto"),
         ("train.epochs=0", "train.epochs is 0"),
         ("data.subset=0", "data.subset is 0.0"),
         ("data.subset=1.5", "data.subset is 1.5"),
