@@ -23,6 +23,8 @@ def parser() -> Parser:
     add("sweeps", type=Path, nargs="+", help="folders of sweeps, multirun_reports/<name>")
     add("-o", "--out", type=Path, help="folder of the report; of several needed")
     add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
+    equal = "AUC within which settings are equal; else report.margin of the sweep's launch"
+    add("--margin", type=float, help=equal)
     move = "make the best run of this sweep the registered model's alias `best`"
     add("--promote", action="store_true", help=move)
     alone = (
@@ -45,6 +47,8 @@ def _report(args: Namespace) -> int:
         raise UserError(f"--promote takes one sweep, and {len(args.sweeps)} are given.")
     if args.resamples < 0:
         raise UserError(f"--resamples is {args.resamples}; it must be 0 or more.")
+    if args.margin is not None and not 0 < args.margin < 0.5:
+        raise UserError(f"--margin is {args.margin}; it must be above 0 and below 0.5 (AUC).")
     if args.forest and (args.out or args.promote):
         raise UserError("--forest draws into the sweep's own folder, and takes no -o or --promote.")
     with importing():  # they take seconds, which help and a mistake need not wait for
@@ -57,7 +61,8 @@ def _report(args: Namespace) -> int:
         for sweep in args.sweeps:
             print_line(str(redraw_forest(SweepPaths(sweep))))
         return Status.DONE
-    compare(*map(SweepPaths, args.sweeps), out=args.out, resamples=args.resamples)
+    sweeps = map(SweepPaths, args.sweeps)
+    compare(*sweeps, out=args.out, resamples=args.resamples, margin=args.margin)
     if args.promote:
         print_line(promote(SweepPaths(args.sweeps[0])))
     return Status.DONE

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from ich.base.records import (
 from ich.base.results import RunPaths, SweepPaths
 from ich.data.phantom.spec import LABELS
 from ich.scoring.metrics import always_negative, multilabel_metrics
+from ich.scoring.uncertainty import ScoredRows
 
 LEAK = {"image": 0.1, "study": 0.9, "patient": 0.9}
 COHORT = CohortSummary({"images": 30, "train": 20, "val": 10}, {}, "val", LEAK, protocol="report")
@@ -141,6 +143,26 @@ def _write_run(
         for n in (1, 2)
     ]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def binormal(
+    rng: np.random.Generator,
+    aucs: Sequence[float],
+    patients: int,
+    prevalence: float = 0.3,
+    correlation: float = 0.6,
+) -> list[ScoredRows]:
+    """What networks of known AUC and of equally correlated scores say of one row per patient."""
+    target = (rng.random(patients) < prevalence).astype(float)
+    common = rng.normal(size=patients)
+    rows = []
+    for auc in aucs:
+        # Of two normal distributions of variance 1 the area is Phi(distance / sqrt 2).
+        distance = 2**0.5 * NormalDist().inv_cdf(auc)
+        own = rng.normal(size=patients)
+        score = correlation**0.5 * common + (1 - correlation) ** 0.5 * own + distance * target
+        rows.append(ScoredRows(("any",), target[:, None], score[:, None], np.arange(patients)))
+    return rows
 
 
 class Bomb:

@@ -277,9 +277,11 @@ def test_every_setting_of_the_documents_exists() -> None:
     known = {f"hydra.{k}" for p in CONF_DIR.glob("hydra/*/*.yaml") for k in settings_of(p)}
     for schema in (Config, EvaluateConfig, PrepareConfig):
         known |= {*flatten_values(OmegaConf.to_container(OmegaConf.structured(schema)))}
-    groups = "data|protocol|augment|model|loss|optimizer|scheduler|train|tracking|sweep|hydra"
+    groups = (
+        "data|protocol|augment|model|loss|optimizer|scheduler|train|tracking|sweep|report|hydra"
+    )
     for path in DOCUMENTS:
-        for key in re.findall(rf"`((?:{groups})\.(?!py`)[\w.]+)[`=]", path.read_text()):
+        for key in re.findall(rf"`((?:{groups})\.(?!(?:py|html)`)[\w.]+)[`=]", path.read_text()):
             assert any(f"{k}.".startswith(f"{key}.") for k in known), f"{path.name}: {key}"
 
 

@@ -63,6 +63,30 @@ def test_what_can_be_told_apart_is_and_what_cannot_is_marked(three: SweepPaths) 
     assert "One seed per setting" in text
 
 
+def test_what_is_equal_is_by_the_margin_of_the_launch_or_of_the_command(
+    three: SweepPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = compare(three, page=False).set_index("job")
+    assert set(table["margin"].dropna()) == {0.005}
+    assert sorted(table["against_best"].dropna()) == ["best", "different", "not known"]
+    assert table.loc["vgg16", "p_from_best"] < table.loc["vgg16", "p_from_best_holm"] < 0.05
+    assert table["chance_best"].sum() == pytest.approx(1)
+    record = three.read_record()
+    for config in record.configs.values():
+        config["report"]["margin"] = 0.02
+    three.write_record(record)
+    assert main([str(three.root), "--resamples", "200"]) == 0
+    assert "lies within ±0.02." in three.markdown.read_text()
+    page = three.page.read_text()
+    assert "Not known: " in page or "Equal to it within 0.02 AUC: " in page
+    assert "Different from it, and lower: vgg16." in page
+    assert (three.figures / "ranks.png").stat().st_size > 2_000
+    assert main([str(three.root), "--resamples", "200", "--margin", "0.4"]) == 0
+    assert sorted(pd.read_csv(three.csv)["against_best"].dropna()) == ["best", "equal", "equal"]
+    assert main([str(three.root), "--margin", "2"]) == 2
+    assert "--margin is 2.0; it must be above 0 and below 0.5" in capsys.readouterr().err
+
+
 def test_without_resamples_nothing_is_called_distinguishable(
     three: SweepPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ ENGINES = ("auto", "torch", "onnx")  # of `ich predict`
 NAMES = ("file", "pseudonym")  # by which it calls slices
 EXPORTS = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}
 RESAMPLES = 2000  # of a bootstrap over patients
+MARGIN = 0.005  # AUC: settings that differ by less are equal (`report.margin`)
 
 
 # Enumerations, for OmegaConf knows no `Literal`; YAML has the names of their members.
@@ -350,6 +351,15 @@ class TrackingConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What the comparison calls equal: a difference in AUC below `margin`."""
+
+    margin: float = field(
+        default=MARGIN, metadata=number("above 0 and below 0.5", above=0, below=0.5)
+    )
+
+
+@dataclass
 class SweepConfig:
     """How jobs are supervised; `time_limit` is in minutes per job and attempt.
 
@@ -403,6 +413,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
 
 
 @dataclass

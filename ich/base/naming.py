@@ -19,6 +19,7 @@ from ich.base.config import Config, flatten
 # (When it was decided by the whole config, a new time limit trained finished jobs again.)
 _INCIDENTAL = (
     "sweep",
+    "report",
     "tracking",
     "data.workers",
     "data.cache_dir",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -21,6 +21,7 @@ from ich.scoring.comparison import (
     Run,
     SettingResult,
 )
+from ich.scoring.equivalence import AgainstBest
 from ich.scoring.findings import REPORT_TABLE_2
 from ich.scoring.metrics import ANY
 from ich.scoring.predictions import Predictions
@@ -28,9 +29,8 @@ from ich.scoring.predictions import Predictions
 INDISTINGUISHABLE = "\u2248"
 
 RowValues = Mapping[str, object]  # per column
-CellValue = Callable[
-    [Run, SettingResult | None], object
-]  # of a job, and of the setting it belongs to
+# Of a job, and of the setting it belongs to.
+CellValue = Callable[[Run, SettingResult | None], object]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Shown:
 
     position: int
     heading: str
-    text: Callable[[float, pd.Series], str]
+    text: Callable[[Any, pd.Series], str]
     dropped: int | None = None
     if_any: bool = False
 
@@ -132,6 +132,10 @@ def _difference(setting: SettingResult) -> str | None:
     return None if differs is None else "yes" if differs else "no"
 
 
+def _against_best(value: Callable[[AgainstBest], object]) -> CellValue:
+    return _setting(lambda s: value(s.against_best) if s.against_best else None)
+
+
 def _number(decimals: int, unit: float = 1) -> Callable[[float, pd.Series], str]:
     return lambda value, _: f"{value / unit:.{decimals}f}"
 
@@ -140,7 +144,7 @@ _SCORE = _number(4)
 
 
 def _auc_column(label: str) -> Column:
-    shown = Shown(5, "AUC any", _SCORE) if label == ANY else None
+    shown = Shown(6, "AUC any", _SCORE) if label == ANY else None
     return Column(f"auc_{label}", _scored(f"auc_{label}"), shown, better="higher")
 
 
@@ -152,13 +156,13 @@ COLUMNS = (
     Column("reason", lambda run, _: run.result.reason, over_seeds="nothing"),
     Column("accuracy", _scored("accuracy"), Shown(1, "accuracy", _SCORE), better="higher"),
     Column("auc", _scored("auc"), Shown(2, "AUC", _SCORE), better="higher"),
-    Column("auc_macro", _scored("auc_macro"), Shown(6, "AUC macro", _SCORE, 1), better="higher"),
+    Column("auc_macro", _scored("auc_macro"), Shown(7, "AUC macro", _SCORE, 1), better="higher"),
     # The highest of any epoch, where the others are of the epoch whose weights were kept.
     Column("auc_top", _fit(lambda f: f.auc_top), better="higher"),
     Column(
         "params",
         _fit(lambda f: f.params),
-        Shown(7, "trained M", _number(2, 1e6)),
+        Shown(8, "trained M", _number(2, 1e6)),
         "same",
         "lower",
         is_cost=True,
@@ -167,21 +171,21 @@ COLUMNS = (
     Column(
         "params_imagenet",
         _fit(lambda f: f.params_imagenet),
-        Shown(8, "ImageNet M", _number(1, 1e6), 2),
+        Shown(9, "ImageNet M", _number(1, 1e6), 2),
         "same",
         whole=True,
     ),
     Column(
         "best_epoch",
         _fit(lambda f: f.best_epoch),
-        Shown(9, "best epoch", _number(0), 6),
+        Shown(10, "best epoch", _number(0), 6),
         "nothing",
         whole=True,
     ),
     Column(
         "minutes",
         _fit(lambda f: f.minutes),
-        Shown(10, "minutes", _number(1), 3),
+        Shown(11, "minutes", _number(1), 3),
         "mean",
         "lower",
         is_cost=True,
@@ -189,13 +193,13 @@ COLUMNS = (
     Column(
         "images_per_s",
         _fit(lambda f: f.images_per_s),
-        Shown(11, "images/s", _number(0), 4),
+        Shown(12, "images/s", _number(0), 4),
         "mean",
         "higher",
         is_cost=True,
     ),
-    Column("report_accuracy", _report(0), Shown(12, "report accuracy", _SCORE, 5), "same"),
-    Column("report_auc", _report(1), Shown(13, "report AUC", _SCORE, 7), "same"),
+    Column("report_accuracy", _report(0), Shown(13, "report accuracy", _SCORE, 5), "same"),
+    Column("report_auc", _report(1), Shown(14, "report AUC", _SCORE, 7), "same"),
     Column("scored_on", _fit(lambda f: f.cohort.scored), over_seeds="same"),
     Column("val_accuracy", _fit(lambda f: f.val_scores.get("accuracy"))),
     Column("val_auc", _fit(lambda f: f.val_scores.get("auc"))),
@@ -212,11 +216,22 @@ COLUMNS = (
     Column("rows", _setting(lambda s: s.predictions.fingerprint), over_seeds="same"),
     Column("seeds", _setting(lambda s: len(s.runs)), whole=True),
     Column(
-        "auc_sd", _setting(lambda s: s.spread("auc")), Shown(4, "sd of seeds", _SCORE, if_any=True)
+        "auc_sd", _setting(lambda s: s.spread("auc")), Shown(5, "sd of seeds", _SCORE, if_any=True)
     ),
     Column("accuracy_sd", _setting(lambda s: s.spread("accuracy"))),
     *(column for metric in COMPARED_METRICS for column in _intervals(metric)),
     Column("told_from_best", _setting(_difference), over_seeds="same"),
+    # Of the AUC:
+    Column("margin", _against_best(lambda a: a.margin)),
+    Column(
+        "against_best",
+        _against_best(lambda a: a.verdict),
+        Shown(4, "against the best", lambda verdict, _: str(verdict), 8, if_any=True),
+        "same",
+    ),
+    Column("p_from_best", _against_best(lambda a: a.p)),
+    Column("p_from_best_holm", _against_best(lambda a: a.p_holm)),
+    Column("chance_best", _against_best(lambda a: a.chance_best)),
 )
 _BY_NAME = {column.name: column for column in COLUMNS}
 

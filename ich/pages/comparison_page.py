@@ -13,8 +13,13 @@ from ich.base.records import Hardware
 from ich.base.results import SweepPaths
 from ich.pages import figures
 from ich.pages.against_report import against_the_report
+from ich.pages.answers.told_apart import told_apart
 from ich.pages.columns import build_table
-from ich.pages.description import METRIC_NAMES, interval_text, without_paths
+from ich.pages.description import (
+    METRIC_NAMES,
+    interval_text,
+    without_paths,
+)
 from ich.pages.forest import draw_forest
 from ich.pages.hardest_cases import draw_hardest
 from ich.pages.page import Block, Bullets, Link, Section, Table, Text, to_html
@@ -22,7 +27,6 @@ from ich.pages.ranking import ranking
 from ich.scoring.comparison import (
     BASELINE,
     COMPARED_METRICS,
-    RANKING_METRIC,
     Comparison,
     EvaluationSet,
 )
@@ -49,7 +53,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
     if comparison.settings:
         sections += [
             ("Ranking", ranking(comparison)),
-            ("What can be told apart", [Bullets(list(_conclusions(comparison)))]),
+            ("What can be told apart", list(told_apart(comparison, paths.figures))),
             ("What makes the difference", _effects(comparison)),
             ("Every metric", list(_metrics(comparison))),
             ("Against the report", against_the_report(comparison)),
@@ -69,39 +73,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
     write_text(paths.page, to_html(f"Comparison: {comparison.name}", facts, sections))
 
 
-# --- What can be told apart ----------------------------------------------------------------------
-
-
-def _conclusions(comparison: Comparison) -> Iterator[str]:
-    for rows in comparison.evaluation_sets:
-        where = f"On the rows of {rows.name}: " if len(comparison.evaluation_sets) > 1 else ""
-        yield from _conclusions_on(rows, where)
-
-
-def _conclusions_on(rows: EvaluationSet, where: str) -> Iterator[str]:
-    best = rows.best
-    if best is None:
-        yield "No setting has an AUC: there is no best."
-        return
-    interval = interval_text(best.interval(RANKING_METRIC))
-    between = f" ({interval})" if interval else ""
-    yield f"{where}{best.name} has the highest AUC, {best.mean(RANKING_METRIC):.4f}{between}."
-    others = [g for g in rows.settings if g is not best]
-    if not others:
-        return
-    if not best.replicates:
-        yield "Without intervals, nothing says whether that is more than chance."
-        return
-    same = [g.name for g in others if g.differs_from_best is False]
-    worse = [g.name for g in others if g.differs_from_best]
-    if same:
-        yield f"Not distinguishable from it: {', '.join(same)}."
-    if worse:
-        yield f"Lower, by more than chance among patients explains: {', '.join(worse)}."
-    yield (
-        "The best was picked for its score, which flatters it; and of many comparisons at 95 %, "
-        "one in twenty errs."
-    )
+# --- What makes the difference ------------------------------------------------------------------
 
 
 def _effects(comparison: Comparison) -> list[Block]:

@@ -11,6 +11,7 @@ import numpy as np
 from ich.base.config import select_value
 from ich.base.records import CohortSummary, FitResult
 from ich.scoring.comparison import Comparison
+from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
 from ich.scoring.predictions import Predictions
 from ich.scoring.uncertainty import MIN_GROUPS, Interval
 
@@ -88,6 +89,15 @@ def _describe_intervals(comparison: Comparison) -> list[str]:
             f"difference is given."
         )
     return lines
+
+
+def describe_verdicts(margin: float) -> str:
+    """What the words of the column `against_best` mean."""
+    return (
+        f"Against the best, {EQUAL}: the 90 % interval of the difference in AUC lies within "
+        f"\u00b1{margin:g}. {DIFFERENT.capitalize()}: there is a difference, after Holm's "
+        f"correction over all pairs. {UNKNOWN.capitalize()}: neither is shown."
+    )
 
 
 def _describe_unit(predictions: Predictions) -> str:

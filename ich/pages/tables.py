@@ -26,7 +26,7 @@ from ich.pages.columns import (
     shown_columns,
 )
 from ich.pages.comparison_page import write_page
-from ich.pages.description import describe, without_paths
+from ich.pages.description import describe, describe_verdicts, without_paths
 from ich.scoring.comparison import (
     BASELINE,
     RANKING_METRIC,
@@ -34,6 +34,7 @@ from ich.scoring.comparison import (
     SettingResult,
     load_comparison,
 )
+from ich.scoring.equivalence import BEST
 
 _BEST = "\0"  # ends a best value on its way to the terminal
 
@@ -49,6 +50,7 @@ def compare(
     out: Path | None = None,
     resamples: int = RESAMPLES,
     page: bool = True,
+    margin: float | None = None,
 ) -> pd.DataFrame:
     """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, figures and `report.html`, and
     prints the table.
@@ -58,6 +60,7 @@ def compare(
         out: where to; the sweep's own folder if there is one sweep.
         resamples: of the bootstrap; 0 for no intervals.
         page: also figures and `report.html`, after the tables.
+        margin: of AUC, within which settings are equal; None for that of the sweeps' launches.
 
     An earlier report with intervals that cannot be computed again is moved to `superseded/`.
 
@@ -71,7 +74,7 @@ def compare(
     """
     folder = report_folder(sweeps, out)
     with Terminal().preparing("comparing runs", lasting=False) as report:
-        comparison = load_comparison(sweeps, resamples, stage(report, "resampling"))
+        comparison = load_comparison(sweeps, resamples, stage(report, "resampling"), margin)
         table = build_table(comparison)
     folder.root.mkdir(parents=True, exist_ok=True)
     _keep_intervals(folder, comparison)
@@ -81,7 +84,7 @@ def compare(
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
     write_text(folder.latex, _latex(comparison, heading))
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
-    _print(comparison.name, heading, table)
+    _print(comparison, heading, table)
     if page:
         with Terminal().preparing("drawing report.html"):
             write_page(comparison, folder, heading)
@@ -160,7 +163,7 @@ def _name(row: pd.Series) -> str:
 
 
 def _cell(row: pd.Series, name: str, shown: Shown, mark: str) -> str:
-    return "" if pd.isna(row[name]) else mark.format(shown.text(float(row[name]), row))
+    return "" if pd.isna(row[name]) else mark.format(shown.text(row[name], row))
 
 
 def _status(row: pd.Series) -> str:
@@ -183,7 +186,8 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     lines += [
         "",
-        f"Best in each column in bold. AUC is micro-averaged over the labels. {_LEGEND}",
+        f"Best in each column in bold. AUC is micro-averaged over the labels. {_LEGEND} "
+        f"{describe_verdicts(comparison.margin)}",
         "",
     ]
     for key in dict.fromkeys(k for r in comparison.records for k in r.cohorts):
@@ -249,15 +253,17 @@ def _escape(text: str) -> str:
 # --- Terminal ------------------------------------------------------------------------------------
 
 
-def _print(name: str, heading: list[str], table: pd.DataFrame) -> None:
+def _print(comparison: Comparison, heading: list[str], table: pd.DataFrame) -> None:
     console.print()
-    print_line((name, "bold"))
+    print_line((comparison.name, "bold"))
     for text in heading:
         # Wrapped at a terminal alone: in a log, a line is a line.
         console.print(styled(text), soft_wrap=not console.is_terminal)
     console.print(_fitting_table(table))
     if (table["told_from_best"] == "no").any():
         console.print(styled(_LEGEND))
+    if (table["against_best"].dropna() != BEST).any():
+        console.print(styled(describe_verdicts(comparison.margin)))
 
 
 def _print_files(folder: SweepPaths, page: bool) -> None:

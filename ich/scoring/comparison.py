@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ich.base.config import RESAMPLES, UserError, select_value
+from ich.base.config import MARGIN, RESAMPLES, UserError, select_value
 from ich.base.progress import ProgressCallback
 from ich.base.records import FitResult, Json, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
+from ich.scoring.equivalence import AgainstBest, against_best
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, draw_counts
 
@@ -35,7 +36,7 @@ _PROBABILISTIC = ("log_loss", "brier", "ece", "f1", "threshold")
 # In a job's name, with the hash that keeps it apart where a character had to be replaced.
 _SEED = re.compile(r",seed=\d+(?:-[0-9a-f]{6}$)?")
 # Of a config, what two runs of one setting may differ in.
-_NOT_OF_A_SETTING = ("seed", "job", "name", "tracking", "sweep", "hydra")
+_NOT_OF_A_SETTING = ("seed", "job", "name", "tracking", "sweep", "report", "hydra")
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,17 @@ class SettingResult:
     """Runs of one setting on the same rows, which differ in their seed.
 
     replicates: of each metric, one value per resample [R], the mean over the seeds drawn for it.
+    patient_replicates: of the AUC, the same of all its seeds: of patients alone [R].
     difference_from_best: of each compared metric, the interval of this setting minus the best.
+    against_best: None where nothing was resampled.
     """
 
     name: str
     runs: list[Run]
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
+    patient_replicates: np.ndarray | None = None
     difference_from_best: dict[str, Interval] = field(default_factory=dict)
+    against_best: AgainstBest | None = None
     is_best: bool = False
 
     @property
@@ -166,13 +171,14 @@ class EvaluationSet:
 @dataclass(frozen=True)
 class Comparison:
     """name: of the sweep, or of several. runs: all of them, finished or not. resamples: 0 for none.
-    records: of the sweeps' launches."""
+    records: of the sweeps' launches. margin: of AUC, within which settings are equal."""
 
     name: str
     runs: list[Run]
     evaluation_sets: list[EvaluationSet]
     resamples: int
     records: list[SweepRecord]
+    margin: float = MARGIN
 
     @property
     def settings(self) -> list[SettingResult]:
@@ -205,6 +211,7 @@ def load_comparison(
     sweeps: Sequence[SweepPaths],
     resamples: int = RESAMPLES,
     progress: ProgressCallback | None = None,
+    margin: float | None = None,
 ) -> Comparison:
     """Reads the jobs of the latest launch of each sweep, and compares them.
 
@@ -212,6 +219,8 @@ def load_comparison(
         sweeps: their folders; of several, runs are named `<sweep>/<job>`.
         resamples: of the bootstrap; 0 leaves intervals out, which takes most of the time.
         progress: told of runs on the same rows that are resampled.
+        margin: of AUC, within which settings are equal; None for what the sweeps were launched
+            with, the smallest of several.
 
     Raises:
         UserError: a folder holds no sweep.
@@ -236,8 +245,16 @@ def load_comparison(
         prefix = f"{sweep.root.resolve().name}/" if len(sweeps) > 1 else ""
         runs += [_load_run(sweep, r, prefix) for r in sweep.read_results()]
     title = " + ".join(str(r.name or s.root.name) for r, s in zip(records, sweeps, strict=True))
-    evaluation_sets = _evaluation_sets(runs, resamples, progress)
-    return Comparison(title, runs, evaluation_sets, resamples, records)
+    margin = _recorded_margin(records) if margin is None else margin
+    evaluation_sets = _evaluation_sets(runs, resamples, progress, margin)
+    return Comparison(title, runs, evaluation_sets, resamples, records, margin)
+
+
+def _recorded_margin(records: Sequence[SweepRecord]) -> float:
+    """What the latest launches were given; an earlier version recorded none."""
+    configs = [config for record in records for config in record.configs.values()]
+    margins = [select_value(config, "report.margin") for config in configs]
+    return min((m for m in margins if isinstance(m, float) and 0 < m < 0.5), default=MARGIN)
 
 
 def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
@@ -253,7 +270,7 @@ def _load_run(sweep: SweepPaths, result: RunResult, prefix: str) -> Run:
 
 
 def _evaluation_sets(
-    runs: Sequence[Run], resamples: int, progress: ProgressCallback | None
+    runs: Sequence[Run], resamples: int, progress: ProgressCallback | None, margin: float
 ) -> list[EvaluationSet]:
     """Runs by the rows they were scored on, then by setting; intervals only if asked for."""
     # Dictionaries keep the order of the runs, which is that of the table.
@@ -267,7 +284,7 @@ def _evaluation_sets(
         settings = [SettingResult(members[0].setting, members) for members in of_rows.values()]
         if resamples and settings[0].predictions.scored.group_count >= MIN_GROUPS:
             _resample(settings, resamples, progress)
-        _mark_best(settings)
+        _mark_best(settings, margin)
         sets.append(EvaluationSet(fingerprint, settings))
     return sets
 
@@ -308,6 +325,7 @@ def _resample(
         setting.replicates = {
             m: _mean_over_seeds(np.stack([values[m] for values in per_seed]), drawn) for m in common
         }
+        setting.patient_replicates = np.mean([v[RANKING_METRIC] for v in per_seed], axis=0)
 
 
 def _mean_over_seeds(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -327,14 +345,20 @@ def _mean_over_seeds(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     return mean if n == 1 else mean + (resampled - mean) * np.sqrt(n / (n - 1))
 
 
-def _mark_best(settings: Sequence[SettingResult]) -> None:
+def _mark_best(settings: Sequence[SettingResult], margin: float) -> None:
     """Marks the setting with the highest mean, and gives the others their differences from it."""
     means = [s.mean(RANKING_METRIC) for s in settings]
     if np.isnan(means).all():
         return
     # Of equal means, the first.
-    best = settings[int(np.nanargmax(means))]
+    number = int(np.nanargmax(means))
+    best = settings[number]
     best.is_best = True
+    if all(s.replicates for s in settings):
+        ranked = [s.replicates[RANKING_METRIC] for s in settings]
+        compared = against_best(means, ranked, number, margin)
+        for setting, against in zip(settings, compared, strict=True):
+            setting.against_best = against
     for setting in settings:
         if setting is not best and setting.replicates:
             setting.difference_from_best = {

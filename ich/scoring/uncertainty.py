@@ -12,6 +12,7 @@ which is one sparse matrix product for all resamples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,21 +45,27 @@ class ScoredRows:
         """G."""
         return int(self.group.max()) + 1
 
+    @property
+    def positive_count(self) -> int:
+        """How many groups have a positive row of any label."""
+        return len(np.unique(self.group[(self.target > 0.5).any(1)]))
+
 
 @dataclass(frozen=True)
 class Interval:
-    """Of a bootstrap distribution, the values that 2.5 % lie below and above; NaN if undefined."""
+    """Of a bootstrap distribution, the values that 2.5 % lie below and above; NaN if undefined.
+    With another tail than 0.025, that share on either side."""
 
     low: float
     high: float
 
     @staticmethod
-    def of(values: np.ndarray) -> Interval:
+    def of(values: np.ndarray, tail: float = 0.025) -> Interval:
         """Of one value per resample [R]; undefined if more than 5 % of them are."""
         defined = values[np.isfinite(values)]
         if len(defined) < _DEFINED * len(values) or not len(defined):
             return UNDEFINED
-        low, high = np.quantile(defined, [0.025, 0.975])
+        low, high = np.quantile(defined, [tail, 1 - tail])
         return Interval(float(low), float(high))
 
     @property
@@ -70,14 +77,15 @@ class Interval:
 UNDEFINED = Interval(float("nan"), float("nan"))
 
 
-def draw_counts(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each group stands in each resample, float32 [G, R]; each column sums to G."""
+def draw_counts(groups: int, resamples: int, seed: int = 0, size: int | None = None) -> np.ndarray:
+    """How often each group stands in each resample, float32 [G, R]; each column sums to `size`,
+    which is G if it is not given."""
     # The seed is fixed: a report that is made again is the same to the byte.
     rng = np.random.default_rng(seed)
     # float32: 7,000 patients in 2,000 resamples are 56 MB, and counts are whole numbers.
     counts = np.empty((groups, resamples), np.float32)
     for r in range(resamples):
-        counts[:, r] = np.bincount(rng.integers(0, groups, groups), minlength=groups)
+        counts[:, r] = np.bincount(rng.integers(0, groups, size or groups), minlength=groups)
     return counts
 
 
@@ -100,13 +108,8 @@ def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
         label: _Ranks.of(scored.logits[:, i], scored.target[:, i], scored.group, groups)
         for i, label in enumerate(scored.labels)
     }
-    rows = np.repeat(scored.group, len(scored.labels))
-    # The micro-averaged AUC pools the L decisions of a row; they stay in its patient.
-    pooled = _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows, groups)
-    parts = []
-    for start in range(0, counts.shape[1], _AT_ONCE):
-        # Some columns of an array are not contiguous: each product would copy them once more.
-        drawn = np.ascontiguousarray(counts[:, start : start + _AT_ONCE])
+    pooled, parts = _Ranks.pooled(scored, groups), []
+    for drawn in _in_parts(counts):
         part = means.score(drawn) | {"auc": pooled.score(drawn, with_precision=False)[0]}
         for label, rank in ranks.items():
             part[f"auc_{label}"], part[f"ap_{label}"] = rank.score(drawn)
@@ -120,6 +123,19 @@ def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
         undefined = np.full(counts.shape[1], np.nan)
         replicates[f"{kind}_macro"] = np.mean(usable, axis=0) if usable else undefined
     return replicates
+
+
+def bootstrap_auc(scored: ScoredRows, counts: np.ndarray) -> np.ndarray:
+    """The `auc` of `bootstrap` alone, float64 [R]."""
+    ranks = _Ranks.pooled(scored, len(counts))
+    parts = [ranks.score(drawn, with_precision=False)[0] for drawn in _in_parts(counts)]
+    return np.concatenate(parts)
+
+
+def _in_parts(counts: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, counts.shape[1], _AT_ONCE):
+        # Some columns of an array are not contiguous: each product would copy them once more.
+        yield np.ascontiguousarray(counts[:, start : start + _AT_ONCE])
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,13 @@ class _Ranks:
             _count_rows(level, group[positive], (len(levels), groups)),
             _count_rows(np.asarray(tie_bin), group[~positive], (2 * len(levels) + 1, groups)),
         )
+
+    @staticmethod
+    def pooled(scored: ScoredRows, groups: int) -> _Ranks:
+        """Of the micro-averaged AUC, which pools the L decisions of a row; they stay in its
+        patient."""
+        rows = np.repeat(scored.group, len(scored.labels))
+        return _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows, groups)
 
     def score(
         self, counts: np.ndarray, with_precision: bool = True

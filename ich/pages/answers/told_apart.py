@@ -1,0 +1,130 @@
+"""What can be told apart: conclusions, each setting against the best, how sure the order is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ich.pages.description import describe_verdicts, interval_text
+from ich.pages.figures import Plot, save_plot, subplots
+from ich.pages.page import Block, Bullets, Picture, Table
+from ich.scoring.comparison import RANKING_METRIC, Comparison, EvaluationSet, SettingResult
+from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
+
+_CELL = 0.4  # inches
+_WRITTEN = 0.005  # chances below half a percent stay empty
+_LONGEST = 60  # letters of a name
+
+
+def told_apart(comparison: Comparison, folder: Path) -> Iterator[Block]:
+    """The conclusions, a table of every setting against the best, and the chance of each rank, of
+    each set of rows; the figure goes to `folder` too."""
+    several = len(comparison.evaluation_sets) > 1
+    for number, rows in enumerate(comparison.evaluation_sets):
+        where = f"On the rows of {rows.name}: " if several else ""
+        yield Bullets(list(_conclusions(rows, where, comparison.margin)))
+        compared = [s for s in rows.settings if s.against_best]
+        if len(compared) > 1:
+            yield _against_best(compared, where)
+            # Named after the table's, in a report that has several.
+            yield _draw_ranks(
+                compared, f"ranks-{number + 1}" if several else "ranks", where, folder
+            )
+
+
+def _conclusions(rows: EvaluationSet, where: str, margin: float) -> Iterator[str]:
+    best = rows.best
+    if best is None:
+        yield "No setting has an AUC: there is no best."
+        return
+    interval = interval_text(best.interval(RANKING_METRIC))
+    between = f" ({interval})" if interval else ""
+    yield f"{where}{best.name} has the highest AUC, {best.mean(RANKING_METRIC):.4f}{between}."
+    others = [g for g in rows.settings if g is not best]
+    if not others:
+        return
+    if not best.replicates:
+        yield "Without intervals, nothing says whether that is more than chance."
+        return
+    for verdict, text in (
+        (EQUAL, f"Equal to it within {margin:g} AUC"),
+        (DIFFERENT, "Different from it, and lower"),
+        (UNKNOWN, "Not known"),
+    ):
+        if names := [
+            g.name for g in others if g.against_best and g.against_best.verdict == verdict
+        ]:
+            yield f"{text}: {', '.join(names)}."
+    yield f"{describe_verdicts(margin)} The best was picked for its score, which flatters it."
+    same = [g.name for g in others if g.differs_from_best is False]
+    worse = [g.name for g in others if g.differs_from_best]
+    alone = "By each comparison alone, of which one in twenty errs at 95 %"
+    if same:
+        yield f"{alone}, not distinguishable from it (\u2248): {', '.join(same)}."
+    if worse:
+        yield f"{alone}, lower: {', '.join(worse)}."
+
+
+def _against_best(settings: Sequence[SettingResult], where: str) -> Table:
+    lines = []
+    for setting in sorted(settings, key=lambda s: -s.mean(RANKING_METRIC)):
+        against = setting.against_best
+        assert against is not None
+        lines.append(
+            {
+                "setting": setting.name,
+                "verdict": against.verdict,
+                "90 % interval": interval_text(against.interval, "+.4f"),
+                "p": _probability(against.p),
+                "p, corrected": _probability(against.p_holm),
+                "chance of being the best": f"{against.chance_best:.1%}",
+            }
+        )
+    caption = (
+        f"{where}Each setting against the best, in AUC: the interval and the p of the difference, "
+        f"without and with Holm's correction over all pairs; and in which share of the resamples "
+        f"it is the best itself."
+    )
+    return Table(caption, pd.DataFrame(lines))
+
+
+def _probability(p: float) -> str:
+    return "" if np.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+# --- How sure the order is -----------------------------------------------------------------------
+
+
+def _draw_ranks(settings: Sequence[SettingResult], name: str, where: str, folder: Path) -> Picture:
+    folder.mkdir(parents=True, exist_ok=True)
+    ranked = sorted(settings, key=lambda s: -s.mean(RANKING_METRIC))
+    caption = (
+        f"{where}In what share of the resamples, in percent, a setting has a rank by AUC. A row of "
+        f"one dark cell is sure of its place; a pale, wide one is not."
+    )
+    alt = "chance of each rank, a row per setting from the highest AUC on"
+    return save_plot(Plot(name, partial(_heat_map, ranked), alt, caption), folder)
+
+
+def _heat_map(settings: Sequence[SettingResult]) -> Any:
+    chances = np.stack([s.against_best.chances for s in settings if s.against_best])
+    names = [s.name if len(s.name) <= _LONGEST else f"{s.name[:_LONGEST]}..." for s in settings]
+    side = _CELL * len(names)
+    figure, axes = subplots(1, 1, (side + 0.09 * max(map(len, names)) + 0.5, side + 0.6))
+    axis = axes[0, 0]
+    axis.imshow(chances, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), chance in np.ndenumerate(chances):
+        if chance >= _WRITTEN:
+            colour = "white" if chance > 0.5 else "black"
+            text = f"{100 * chance:.0f}"
+            axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(names)), [str(n + 1) for n in range(len(names))])
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("rank")
+    axis.grid(False)
+    return figure
