@@ -95,11 +95,13 @@ def test_eight_jobs_and_ten_kinds_of_faults(folder: Folder, canaries: Canaries) 
 def test_a_sweep_that_is_ended_ends_its_jobs_and_goes_on_later(folder: Folder) -> None:
     """FAULTS 5 and 6: by SIGTERM, by Ctrl-C, and killed, one after the other. Its jobs end in 30 s,
     a hanging one too, and nothing is left; told to end, the sweep writes its table."""
-    slow = {0: ("slow", 0.3), 1: ("slow", 0.3)}
+    # A second a step: neither is done before the other one has begun.
+    slow = {0: ("slow", 1), 1: ("slow", 1)}
     rounds = [
         (signal.SIGTERM, 143, slow),
         (signal.SIGINT, 130, slow),
-        (signal.SIGKILL, -9, slow | {1: ("hang", 2)}),
+        # At its first step: before a later one an epoch may end, which writes a checkpoint.
+        (signal.SIGKILL, -9, slow | {1: ("hang", 1)}),
     ]
     for how, status, sabotage in rounds:
         process = folder.start(3, sabotage=sabotage)

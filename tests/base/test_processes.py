@@ -101,7 +101,7 @@ def test_what_copies_to_mlflow_ends_with_its_sweep(
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "1000"),
+        ({}, "3000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"),  # with a count, the policy would not count
     ],
