@@ -71,6 +71,8 @@ def test_what_is_equal_is_by_the_margin_of_the_launch_or_of_the_command(
     assert sorted(table["against_best"].dropna()) == ["best", "different", "not known"]
     assert table.loc["vgg16", "p_from_best"] < table.loc["vgg16", "p_from_best_holm"] < 0.05
     assert table["chance_best"].sum() == pytest.approx(1)
+    assert table.loc["vgg16", "patients_to_tell"] < 60  # it is told from 60
+    assert table["smallest_told"].dropna().between(0.001, 0.1).all()
     record = three.read_record()
     for config in record.configs.values():
         config["report"]["margin"] = 0.02
@@ -223,8 +225,9 @@ def test_the_page_holds_every_section_and_fetches_nothing(
     compare(sweep, resamples=200)
     text = sweep.page.read_text()
     assert re.findall("<h2>(.*?)</h2>", text) == [
-        *("What was compared", "At a glance", "Ranking", "What can be told apart", "Every metric"),
-        *("Against the report", "Figures", "Hardest cases", "Not finished", "Configuration"),
+        *("What was compared", "At a glance", "Ranking", "What can be told apart"),
+        *("How many patients it would take", "Every metric", "Against the report"),
+        *("Figures", "Hardest cases", "Not finished", "Configuration"),
         "Provenance",
     ]
     assert "http" not in text.split("</style>")[1].replace("http-equiv", "")

@@ -351,12 +351,31 @@ class TrackingConfig:
 
 
 @dataclass
+class AssumedConfig:
+    """What a plan assumes of two networks where no runs tell how many patients it takes to tell
+    them apart. correlation: of their scores, among positives and among negatives."""
+
+    aucs: list[float] = field(
+        default_factory=lambda: [0.97, 0.96],
+        metadata=allowed(
+            "two different numbers from 0.5 to below 1",
+            lambda aucs: len(set(aucs)) == len(aucs) == 2 and all(0.5 <= a < 1 for a in aucs),
+        ),
+    )
+    prevalence: float = field(default=0.4, metadata=PROPER_SHARE)
+    correlation: float = field(
+        default=0.7, metadata=number("from 0 to below 1", at_least=0, below=1)
+    )
+
+
+@dataclass
 class ReportConfig:
     """What the comparison calls equal: a difference in AUC below `margin`."""
 
     margin: float = field(
         default=MARGIN, metadata=number("above 0 and below 0.5", above=0, below=0.5)
     )
+    assumed: AssumedConfig = field(default_factory=AssumedConfig)
 
 
 @dataclass

@@ -15,11 +15,12 @@ import torch
 
 from ich.base.config import Config, image_size, load_config
 from ich.base.progress import StageCallback
-from ich.base.results import RunPaths, State
+from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import format_duration
 from ich.data.cohorts import Sizes, cohort_sizes
 from ich.data.protocol import SPLITS, TEST, TRAIN, VAL
 from ich.launch.preflight import Job, check_jobs, data_key, describe_superseded, inspect_jobs
+from ich.pages.answers.patients import describe_patients
 from ich.training.devices import device_name, pick_device
 from ich.training.model import Cost, check_architecture, initial_weights_source, model_cost
 from ich.training.timing import time_training_steps
@@ -230,6 +231,10 @@ def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[st
     sentences.append(_describe_time(plan, todo, at_once))
     if [p for p in todo if p.weights == "to download"]:
         sentences.append("Weights are downloaded before the first job starts.")
+    if len(plan.jobs) > 1:  # one alone is compared with nothing
+        config = plan.jobs[0].job.config
+        sweep = SweepPaths(Path(config.sweep.output) / config.name)
+        sentences += describe_patients(sweep, config.report)
     return [*headings, "time from"], rows, sentences
 
 

@@ -24,6 +24,7 @@ from ich.scoring.comparison import (
 from ich.scoring.equivalence import AgainstBest
 from ich.scoring.findings import REPORT_TABLE_2
 from ich.scoring.metrics import ANY
+from ich.scoring.power import SampleSize
 from ich.scoring.predictions import Predictions
 
 INDISTINGUISHABLE = "\u2248"
@@ -136,6 +137,10 @@ def _against_best(value: Callable[[AgainstBest], object]) -> CellValue:
     return _setting(lambda s: value(s.against_best) if s.against_best else None)
 
 
+def _sample_size(value: Callable[[SampleSize], object]) -> CellValue:
+    return _setting(lambda s: value(s.sample_size) if s.sample_size else None)
+
+
 def _number(decimals: int, unit: float = 1) -> Callable[[float, pd.Series], str]:
     return lambda value, _: f"{value / unit:.{decimals}f}"
 
@@ -232,6 +237,9 @@ COLUMNS = (
     Column("p_from_best", _against_best(lambda a: a.p)),
     Column("p_from_best_holm", _against_best(lambda a: a.p_holm)),
     Column("chance_best", _against_best(lambda a: a.chance_best)),
+    Column("patients_to_tell", _sample_size(lambda n: n.patients), whole=True),
+    Column("positives_to_tell", _sample_size(lambda n: n.positives), whole=True),
+    Column("smallest_told", _sample_size(lambda n: n.smallest)),
 )
 _BY_NAME = {column.name: column for column in COLUMNS}
 

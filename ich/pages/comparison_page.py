@@ -13,6 +13,7 @@ from ich.base.records import Hardware
 from ich.base.results import SweepPaths
 from ich.pages import figures
 from ich.pages.against_report import against_the_report
+from ich.pages.answers.patients import patients_needed
 from ich.pages.answers.told_apart import told_apart
 from ich.pages.columns import build_table
 from ich.pages.description import (
@@ -54,6 +55,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
         sections += [
             ("Ranking", ranking(comparison)),
             ("What can be told apart", list(told_apart(comparison, paths.figures))),
+            ("How many patients it would take", list(patients_needed(comparison))),
             ("What makes the difference", _effects(comparison)),
             ("Every metric", list(_metrics(comparison))),
             ("Against the report", against_the_report(comparison)),

@@ -25,6 +25,7 @@ from ich.base.records import FitResult, Json, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.scoring.equivalence import AgainstBest, against_best
+from ich.scoring.power import SampleSize, sample_size
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, draw_counts
 
@@ -83,7 +84,7 @@ class SettingResult:
     replicates: of each metric, one value per resample [R], the mean over the seeds drawn for it.
     patient_replicates: of the AUC, the same of all its seeds: of patients alone [R].
     difference_from_best: of each compared metric, the interval of this setting minus the best.
-    against_best: None where nothing was resampled.
+    against_best: None where nothing was resampled. sample_size: None of the best, too.
     """
 
     name: str
@@ -92,6 +93,7 @@ class SettingResult:
     patient_replicates: np.ndarray | None = None
     difference_from_best: dict[str, Interval] = field(default_factory=dict)
     against_best: AgainstBest | None = None
+    sample_size: SampleSize | None = None
     is_best: bool = False
 
     @property
@@ -359,8 +361,30 @@ def _mark_best(settings: Sequence[SettingResult], margin: float) -> None:
         compared = against_best(means, ranked, number, margin)
         for setting, against in zip(settings, compared, strict=True):
             setting.against_best = against
-    for setting in settings:
-        if setting is not best and setting.replicates:
-            setting.difference_from_best = {
-                m: Interval.of(setting.replicates[m] - best.replicates[m]) for m in COMPARED_METRICS
-            }
+    others = [s for s in settings if s is not best and s.replicates]
+    for setting in others:
+        setting.difference_from_best = {
+            m: Interval.of(setting.replicates[m] - best.replicates[m]) for m in COMPARED_METRICS
+        }
+    with ThreadPoolExecutor(available_cores()) as threads:
+        sized = [s for s in others if s.against_best]
+        for setting, size in zip(
+            sized, threads.map(lambda s: _sample_size(s, best), sized), strict=True
+        ):
+            setting.sample_size = size
+
+
+def _sample_size(setting: SettingResult, best: SettingResult) -> SampleSize:
+    """What telling it from the best takes."""
+    assert setting.patient_replicates is not None
+    assert best.patient_replicates is not None
+    one, other = (
+        [r.predictions.scored for r in s.runs if r.predictions is not None] for s in (setting, best)
+    )
+    return sample_size(
+        one,
+        other,
+        setting.mean(RANKING_METRIC) - best.mean(RANKING_METRIC),
+        setting.replicates[RANKING_METRIC] - best.replicates[RANKING_METRIC],
+        setting.patient_replicates - best.patient_replicates,
+    )
