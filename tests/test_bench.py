@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ich.base.records import ComputeMode
 from ich.bench import main
-from ich.benchmarks.measure import PartResult, compare_rates, geometric_mean
-from ich.benchmarks.report import write_report
+from ich.benchmarks import trainings
+from ich.benchmarks.measure import InTurn, PartResult, compare_rates, geometric_mean
+from ich.benchmarks.parts import PartError, in_own_process, measure_parts
+from ich.benchmarks.published import beside_published, projection
+from ich.benchmarks.report import ReportWriter
+from ich.benchmarks.settings import GPU_PARTS, MODELS, Settings
 
 OPTIONS = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--seconds", "0.05")
 NAMES = {
@@ -30,6 +42,7 @@ NAMES = {
         "step, mobilenet_v2, 64 px: ours",
         "step, mobilenet_v2, 64 px: ours with data / on one resident batch",
         "roofline, mobilenet_v2, 64 px, GMAC/s: a matrix product / ours",
+        "modes, mobilenet_v2, 64 px: bf16, channels_last / fp32, channels_last",
         "step, 64 px, geometric mean: ours / fp32 NCHW",
         "step, 64 px, geometric mean: with data / resident",
     ],
@@ -49,30 +62,58 @@ NAMES = {
         "memory of a training, MB: 80 / 40 rows",
         "memory of a prediction, MB: 80 / 40 rows",
     ],
+    "tests": [],
+    "demo": [],
+    "slots": [
+        f"slots, mobilenet_v2, 64 px: {jobs} jobs at once / one after another" for jobs in (2, 4)
+    ],
+    "evaluate": ["evaluate, mobilenet_v2, 64 px: ours, process and all / one by one"],
+    "report": [],
 }
-# These start whole trainings, which takes as long as a sweep among faults.
-WITH_JOBS = ("start", "memory", "busy")
+# These start whole trainings and commands, which takes as long as a sweep among faults.
+WITH_JOBS = ("start", "memory", "busy", "demo", "slots", "evaluate")
+WITHOUT_NOTES = ("prepare", "input", "busy", "demo", "slots", "evaluate")
+TABLES = {
+    "demo": ["The demo sweep"],
+    "step": ["The report's training steps at 64 px, and what others publish"],
+    "report": ["The report's trainings at 64 px on a cohort of its size"],
+}
+SETTINGS = Settings(["mobilenet_v2", "resnet50"], [64], 8, 70, 1, 0.05)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, phantom: Path) -> None:
+    monkeypatch.setattr(
+        "ich.benchmarks.parts.in_own_process",
+        lambda part, settings, folder: part(settings, folder),
+    )
+    monkeypatch.setattr(
+        "ich.benchmarks.parts.write_phantom", lambda out, _: shutil.copytree(phantom, out)
+    )
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.filterwarnings("default")  # of the libraries that are compared with
 @pytest.mark.parametrize(
     "part", [pytest.param(p, marks=[pytest.mark.faults] * (p in WITH_JOBS)) for p in NAMES]
 )
 def test_a_part_saves_its_ratios(
     part: str,
-    phantom: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("ich.benchmarks.jobs._COHORTS", (40, 80))
     monkeypatch.setattr("ich.benchmarks.predictions.RESAMPLES", 50)
-    monkeypatch.setattr(
-        "ich.benchmarks.parts.write_phantom", lambda out, _: shutil.copytree(phantom, out)
-    )
-    assert main(["--parts", part, *OPTIONS, "--images", "70", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(trainings, "REPORT", {"train": 70, "val": 40, "epochs": 10})
+    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
+    monkeypatch.setattr("ich.benchmarks.commands._GPU_TESTS", (tmp_path / "test_one.py",))
+    options = (*OPTIONS, "--images", "70", "--patients", "8")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert main(["--parts", part, *options, "--out", *map(str, folders)]) == 0
     printed = capsys.readouterr()
-    (path,) = tmp_path.glob("*.json")
+    (path,) = folders[0].glob("*.json")
+    assert path.read_text() == (folders[1] / path.name).read_text()
     saved = json.loads(path.read_text())
     assert len(saved["rows"]) == len(NAMES[part])
     for (name, values), start in zip(saved["rows"].items(), NAMES[part], strict=True):
@@ -81,14 +122,19 @@ def test_a_part_saves_its_ratios(
         assert f"{name}: " in printed.err
         assert f"| {name} |" in printed.out
     assert path.with_suffix(".md").read_text() in printed.out
-    assert len(saved["notes"]) == (part not in ("prepare", "input", "busy"))
+    assert len(saved["notes"]) == (part not in WITHOUT_NOTES)
+    assert list(saved.get("tables", {})) == TABLES.get(part, [])
+    for title, (headings, *lines) in saved.get("tables", {}).items():
+        assert f"## {title}" in printed.out
+        assert all(len(line) == len(headings) for line in lines)
+        assert lines
 
 
 def test_a_row_holds_medians_and_the_ratios_of_each_round(tmp_path: Path) -> None:
     twice, thrice = compare_rates([2, 4, 9], [1, 2, 3]), compare_rates([3], [1])
     mean = geometric_mean([twice, thrice])
     rows = {"a": twice, "b": thrice, "mean": mean}
-    path = write_report(PartResult(rows, ["One.", "Two."]), tmp_path, "defaults")
+    path = ReportWriter([tmp_path], "defaults").write(PartResult(rows, ["One.", "Two."]))
     saved = json.loads(path.with_suffix(".json").read_text())
     assert list(saved["rows"]["a"].items()) == [
         *(("ours", 4), ("plain", 2)),
@@ -99,3 +145,130 @@ def test_a_row_holds_medians_and_the_ratios_of_each_round(tmp_path: Path) -> Non
     assert "| a | 4.0 | 2.0 | 2 | 2 | 3 |" in lines
     assert "| mean |  |  | 2.45 | 2 | 3 |" in lines
     assert lines[-4:] == ["", "One.", "", "Two."]
+
+
+def _works(_: Settings, __: Path) -> Iterator[PartResult]:
+    yield PartResult({"works: a / b": compare_rates([2], [1])})
+
+
+def _fails(_: Settings, __: Path) -> Iterator[PartResult]:
+    yield PartResult(notes=["Before."])
+    raise ValueError("no\nGPU")
+
+
+def _dies(_: Settings, __: Path) -> Iterator[PartResult]:
+    yield PartResult(notes=["Before."])
+    time.sleep(0.5)  # until that is sent
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hangs(_: Settings, __: Path) -> Iterator[PartResult]:
+    yield PartResult(notes=["Before."])
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_part_that_fails_is_noted_and_the_next_one_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "ich.benchmarks.parts._FUNCTIONS", {"step": _fails, "input": _works, "slots": _dies}
+    )
+    saved: list[PartResult] = []
+    measured = measure_parts(["input", "step"], SETTINGS, saved.append)
+    assert [len(s.notes) + len(s.failures) + len(s.rows) for s in saved] == [1, 2, 3]
+    assert (measured.failures, measured.notes) == (["step: no GPU"], ["Before."])
+    assert main(["--parts", "input", "step", "--minutes", "5", "--out", str(tmp_path)]) == 1
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert text.index("| works: a / b |") < text.index("parts took: step 0 s, input 0 s.")
+    assert text.endswith("## Not measured\n\nstep: no GPU\n")
+    assert text in capsys.readouterr().out
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("part", "seconds", "reason"),
+    [
+        (_works, math.inf, ""),
+        (_fails, math.inf, "ValueError: no GPU"),
+        (_dies, math.inf, "its process ended with status -9"),
+        (_hangs, 20, "it took too long, and was ended"),
+    ],
+)
+def test_a_part_that_dies_or_hangs_costs_itself(
+    part: Callable[[Settings, Path], Iterator[PartResult]],
+    seconds: float,
+    reason: str,
+    tmp_path: Path,
+) -> None:
+    settings = replace(SETTINGS, limit=time.monotonic() + seconds)
+    found = in_own_process(part, settings, tmp_path)
+    assert next(found)
+    if not reason:
+        assert list(found) == []
+        return
+    with pytest.raises(PartError, match=f"^{reason}$"):
+        next(found)
+
+
+def test_of_networks_what_fails_costs_itself_and_none_is_begun_without_time() -> None:
+    now = time.monotonic()
+    took = {"a": 0.0, "b": 0.3, "c": 0.0, "d": 0.0}
+
+    def measured(name: str) -> str:
+        time.sleep(took[name])
+        if name == "a":
+            raise ValueError("no memory")
+        return name
+
+    in_turn = InTurn("step", [*took], replace(SETTINGS, until=now + 0.5))
+    assert list(in_turn.measure(measured)) == ["b"]
+    assert in_turn.remarks.failures == ["step, a: ValueError: no memory"]
+    assert in_turn.remarks.notes == ["For want of time not in step: c, d."]
+
+
+def test_where_an_epoch_does_not_fit_steps_stand_for_it(phantom: Path, tmp_path: Path) -> None:
+    (tmp_path / "phantom").symlink_to(phantom)
+    settings = replace(SETTINGS, models=["mobilenet_v2"], until=time.monotonic() + 60)
+    first, *_, last = trainings.bench_report(settings, tmp_path)
+    ((_, line),) = first.tables.values()
+    assert line[:3] == ["mobilenet_v2", line[1], "3 steps"]
+    assert re.match(r"The report's sweep \(mobilenet_v2, 10 epochs, 65,859 training", *last.notes)
+
+
+def test_a_projection_stands_beside_what_is_published() -> None:
+    mode = ComputeMode("bf16", "channels_last", graph=True)
+    headings, *lines = beside_published([(model, mode, 4000.0, 0.05) for model in MODELS])
+    assert [line[-2] for line in lines] == [
+        *("546", "1,218", "782", "2,313", "498", "1,752", "979", "572")
+    ]
+    own = ["resnet50", "bf16, channels_last, graphed", "4,000.0", "3.0"]
+    assert lines[1] == [*own, "1,218", "2,700 to 2,800"]
+    assert len(headings) == 6
+    assert "at 224 px would take 25 minutes at" in projection(25 / 60, MODELS, 224, "steps")
+    assert "eight networks, 10 epochs" in projection(172.1, MODELS, 224, "steps")
+
+
+def test_the_gpu_is_measured_in_the_order_of_importance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_this_process: None
+) -> None:
+    """Each with its share of the time that is left; the last one has all of it."""
+    asked: list[tuple[str, Settings]] = []
+
+    def part(name: str) -> Callable[[Settings, Path], Iterator[PartResult]]:
+        def asking(settings: Settings, _: Path) -> Iterator[PartResult]:
+            asked.append((name, settings))
+            yield PartResult()
+
+        return asking
+
+    functions = {name: part(name) for name in GPU_PARTS}
+    monkeypatch.setattr("ich.benchmarks.parts._FUNCTIONS", functions)
+    end = time.monotonic() + 540
+    assert main(["--parts", "gpu", "--minutes", "9", "--out", str(tmp_path)]) == 0
+    assert [name for name, _ in asked] == list(GPU_PARTS)
+    shares = {name: settings.until - (end - 540) for name, settings in asked}
+    assert 20 < shares["tests"] < 80
+    assert 180 < shares["step"] < 400
+    assert shares["report"] == pytest.approx(540, abs=5)
+    assert all(s.until <= s.limit <= end + 5 for _, s in asked)

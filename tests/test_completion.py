@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
         ("ich predict --t", ["--threshold", "--tta", "--tracking-uri"]),
         ("ich predict --tta ", ["none", "flips"]),
         ("ich predict --tta flips ", []),  # files, by the shell
-        ("ich bench --parts step s", ["step", "sweep", "start"]),
+        ("ich bench --parts step s", ["step", "slots", "sweep", "start"]),
         ("ich rerun --q", []),
         ("ich sweep --mu", ["--multirun"]),
         ("ich sweep model=re", ["model=resnet50"]),

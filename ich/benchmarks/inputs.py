@@ -6,6 +6,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from ich.base.config import Config
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.measure import (
+    InTurn,
     PartResult,
     compare,
     compose_job,
@@ -99,25 +101,35 @@ def bench_input(settings: Settings, folder: Path) -> Iterator[PartResult]:
     The last row is what is left: the images per second if an image's bytes were only copied.
     """
     for size in settings.image_size:
-        config = compose_job("mobilenet_v2", size, folder)
-        dataset = load_dataset(config)
-        files, decoded = phantom_files(config, settings.images), config.data.cache_size
-        ours = _ours(config, dataset)
-        others = {
-            "plain DICOM Dataset": peers.dicom_loader(files, size),
-            "MONAI CacheDataset": peers.monai_loader(files, size),
-            "timm loader over PNGs": peers.timm_loader(files, size, decoded, folder),
-        }
-        rows = {}
-        for name, peer in others.items():
-            for side in (ours, peer):
-                side()  # worker processes import, caches fill, files come into memory
-            rows[f"input, {size} px: ours / {name}"] = compare(ours, peer, settings.rounds)
-        # Read once as int16, written once as float32: no loader moves less.
-        size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
-        copy = copy_rate(pick_device(config.train.device), size_in + size_out)
-        rows[f"input, {size} px: copying the bytes / ours"] = compare(copy, ours, settings.rounds)
-        yield PartResult(rows)
+        yield from _input_rows(size, settings, folder)
+
+
+def _input_rows(size: int, settings: Settings, folder: Path) -> Iterator[PartResult]:
+    config = compose_job("mobilenet_v2", size, folder)
+    dataset = load_dataset(config)
+    files, decoded = phantom_files(config, settings.images), config.data.cache_size
+    ours = _ours(config, dataset)
+    others = {
+        "plain DICOM Dataset": partial(peers.dicom_loader, files, size),
+        "MONAI CacheDataset": partial(peers.monai_loader, files, size),
+        "timm loader over PNGs": partial(peers.timm_loader, files, size, decoded, folder),
+    }
+
+    def measured(name: str) -> PartResult:
+        peer = others[name]()
+        for side in (ours, peer):
+            side()  # worker processes import, caches fill, files come into memory
+        row = compare(ours, peer, settings.rounds)
+        return PartResult({f"input, {size} px: ours / {name}": row})
+
+    in_turn = InTurn("input", [*others], settings)
+    yield from in_turn.measure(measured)
+    yield in_turn.remarks
+    # Read once as int16, written once as float32: no loader moves less.
+    size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
+    copy = copy_rate(pick_device(config.train.device), size_in + size_out)
+    row = compare(copy, ours, settings.rounds)
+    yield PartResult({f"input, {size} px: copying the bytes / ours": row})
 
 
 def phantom_files(config: Config, images: int) -> list[Path]:

@@ -9,22 +9,37 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from ich.base.config import Config, Precision
-from ich.base.records import Origin
+from ich.base.records import ComputeMode, Origin
 from ich.base.results import RunPaths
-from ich.benchmarks.measure import PartResult, alternate, compare_rates, compose_job
-from ich.benchmarks.peers import Rate, rate_of
+from ich.base.workers import WorkerPool, available_cores
+from ich.benchmarks.commands import watched
+from ich.benchmarks.measure import (
+    PartResult,
+    alternate,
+    chosen_mode,
+    compare_rates,
+    compose_job,
+)
+from ich.benchmarks.peers import BATCH, Rate, rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.benchmarks.settings import Settings
+from ich.benchmarks.steps import fed_rate
 from ich.data.dataset import load_dataset
 from ich.tracking.places import sqlite_uri
+from ich.training.devices import pick_device
+from ich.training.model import model_cost
 from ich.training.timing import select_mode
+from ich.training.trainer import Trainer
 
 _COHORTS = (2_000, 20_000)  # rows, in `memory`
 
@@ -141,6 +156,58 @@ def _images_per_s(config: Config, folder: Path, environment: Mapping[str, str]) 
         return fit.images_per_s
 
 
+def bench_slots(settings: Settings, folder: Path) -> Iterator[PartResult]:
+    """Images per second of two and of four trainings that share the device, together, against one
+    alone: what jobs one after another do. Of the network that keeps the device least busy."""
+    size = max(settings.image_size)
+    configs = [compose_job(model, size, folder) for model in settings.models]
+    costs = [model_cost(c.model, len(c.windows.channels), size, BATCH).macs for c in configs]
+    config = configs[costs.index(min(costs))]
+    load_dataset(config)
+    mode = chosen_mode(config, folder)
+    alone: list[float] = []
+    for jobs in (1, 2, 4):
+        with tempfile.TemporaryDirectory(dir=folder) as meeting, WorkerPool(jobs) as pool:
+            job = partial(_train_beside, config, mode, settings, Path(meeting), jobs)
+            futures = pool.submit(job, range(jobs))
+            by_job = [future.result() for future in as_completed(futures)]
+        rates = [sum(of_round) for of_round in zip(*by_job, strict=True)]
+        if jobs == 1:
+            alone = rates
+            continue
+        name = f"slots, {config.model.name}, {size} px: {jobs} jobs at once / one after another"
+        yield PartResult({name: compare_rates(rates, alone)})
+
+
+def _train_beside(
+    config: Config,
+    mode: ComputeMode,
+    settings: Settings,
+    meeting: Path,
+    jobs: int,
+    number: int,
+) -> list[float]:
+    """Images per second of one of some trainings that begin each round together."""
+    torch.set_num_threads(max(1, available_cores() // jobs))  # as slots on a CPU share its cores
+    rates, failed = [], meeting / "failed"
+    try:
+        device = pick_device(config.train.device)
+        trainer = Trainer.build(config, load_dataset(config), device, mode)
+        rate = fed_rate(trainer, settings.seconds)
+        rate()  # allocates, and picks algorithms
+        for round_ in range(settings.rounds):
+            (meeting / f"{round_},{number}").mkdir()
+            while len([*meeting.glob(f"{round_},*")]) < jobs:
+                if failed.exists():
+                    raise RuntimeError("another of the jobs has failed")
+                time.sleep(0.001)
+            rates.append(rate())
+    except Exception:
+        failed.mkdir(exist_ok=True)
+        raise
+    return rates
+
+
 def bench_memory(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Peak memory of a training, and of a prediction, of its own (not of files it has mapped), with
     ten times the rows over with the rows. The rows' files repeat the phantom's slices."""
@@ -175,14 +242,6 @@ def _cohort(folder: Path, rows: int) -> Config:
     return config
 
 
-# `ich predict`, in a process that ends with this one.
-_PREDICT = """import sys
-from ich.base.processes import watch_supervisor
-watch_supervisor(int(sys.argv.pop(1)))
-from ich.predict import main
-sys.exit(main())"""
-
-
 def _training_peak(folder: Path, rows: int) -> int:
     with _training(_cohort(folder, rows), folder) as (child, run):
         peak = _peak_memory(child)
@@ -194,11 +253,9 @@ def _prediction_peak(folder: Path, rows: int) -> int:
     """Of the process that predicts, not of those that decode for it."""
     weights = folder / "memory.safetensors"
     write_random_weights(compose_job("mobilenet_v2", 64, folder), weights)
-    command = [sys.executable, "-c", _PREDICT, str(os.getpid())]
-    command += ["--model", str(weights), "--engine", "torch"]
-    paths = [str(folder / f"cohort{rows}"), "-o", str(folder / "out.csv")]
-    keys = ["--cache-dir", str(folder / "keys")]
-    with subprocess.Popen(command + paths + keys, stdout=subprocess.DEVNULL) as child:
+    paths = [folder / f"cohort{rows}", "-o", folder / "out.csv", "--cache-dir", folder / "keys"]
+    command = watched("ich.predict", "--model", weights, "--engine", "torch", *paths)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
         peak = _peak_memory(child)
     assert child.returncode == 0
     return peak

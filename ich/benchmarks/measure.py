@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from hydra import compose, initialize_config_dir
 
-from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
+from ich.base.config import CONF_DIR, Config, image_size, register_schemas, to_dataclass
+from ich.base.entry import one_line
+from ich.base.records import ComputeMode
+from ich.base.results import RunPaths
 from ich.benchmarks.peers import Rate
 from ich.benchmarks.settings import Settings
 from ich.launch.composing import register_resolvers
+from ich.training.fit import select_and_record_mode
 
 _CACHED = {96: 128, 224: 320}  # side of the network's input -> of the decoded slices it comes from
 # Trained rows, epochs and networks of the report's sweep, and the rows it validates on.
 REPORT = {"train": 65_859, "val": 11_623, "epochs": 10}
+Table = Sequence[Sequence[str]]  # the first line has the headings
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,22 @@ class RatioRow:
 
 @dataclass(frozen=True)
 class PartResult:
-    """Rows by what they compare, and sentences that stand below the table."""
+    """Rows by what they compare, sentences that stand below the table, further tables by their
+    titles, and what could not be measured, with the reason."""
 
-    rows: dict[str, RatioRow]
+    rows: Mapping[str, RatioRow] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    failures: Sequence[str] = ()
+
+    def joined(self, other: PartResult) -> PartResult:
+        """Both."""
+        return PartResult(
+            {**self.rows, **other.rows},
+            [*self.notes, *other.notes],
+            {**self.tables, **other.tables},
+            [*self.failures, *other.failures],
+        )
 
 
 # It yields what it has, size by size, since with all networks it runs for long, and is watched.
@@ -83,6 +102,47 @@ def geometric_mean(rows: Sequence[RatioRow]) -> RatioRow:
     # Through the logarithm the mean of one ratio may end a digit beside it, outside its own range.
     mean = min(max(statistics.geometric_mean(ratios), lowest), highest)
     return RatioRow(None, None, mean, lowest, highest)
+
+
+class InTurn:
+    """What is measured of some names, one after another: what fails costs itself, and none is begun
+    for which no time is left. `remarks`: what was not measured, and why.
+
+    Args:
+        part: what they are measured for.
+        names: networks, or whatever is measured.
+        settings: with the time by which all should have ended.
+    """
+
+    def __init__(self, part: str, names: Sequence[str], settings: Settings) -> None:
+        self._part, self._names, self._settings = part, names, settings
+        self.remarks = PartResult()
+
+    def measure(self, measured: Callable[[str], T]) -> Iterator[T]:
+        """What a function says of each name."""
+        longest = 0.0
+        for number, name in enumerate(self._names):
+            # The next may take as long as the longest before it.
+            if self._settings.seconds_left < longest:
+                note = f"For want of time not in {self._part}: {', '.join(self._names[number:])}."
+                self.remarks = self.remarks.joined(PartResult(notes=[note]))
+                return
+            begin = time.monotonic()
+            try:
+                result = measured(name)
+            except Exception as error:
+                failure = f"{self._part}, {name}: {type(error).__name__}: {one_line(error)}"
+                self.remarks = self.remarks.joined(PartResult(failures=[failure]))
+            else:
+                yield result
+            longest = max(longest, time.monotonic() - begin)
+
+
+def chosen_mode(config: Config, folder: Path) -> ComputeMode:
+    """The mode that `auto` takes for a job, timed once for all parts: it takes long on a GPU."""
+    run = RunPaths(folder / "modes" / f"{config.model.name}-{image_size(config)}")
+    run.root.mkdir(parents=True, exist_ok=True)
+    return select_and_record_mode(config, run)
 
 
 def compose_job(model: str, size: int, folder: Path, *overrides: str) -> Config:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from ich.base.workers import available_cores
 from ich.benchmarks import peers
 from ich.benchmarks.measure import (
     REPORT,
+    InTurn,
     PartResult,
+    RatioRow,
     compare,
     compose_job,
     geometric_mean,
@@ -66,21 +69,35 @@ def bench_intervals(settings: Settings, folder: Path) -> Iterator[PartResult]:
 def bench_predict(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Slices predicted per second from DICOM files, process start included: `ich.predict` against a
     plain loop that decodes, windows and predicts one by one, with the same network."""
-    files = sorted((folder / "phantom" / "stage_2_train").glob("*.dcm"))
-    # A rate per slice needs no more, and one by one they take long.
-    few = files[: settings.images]
+    files = phantom_slices(folder)
     note = (
         f"Predictions were of {len(files):,} files of 512 x 512 in a folder, one by one of "
-        f"{len(few):,} of them; on a CPU by --engine onnx, already converted."
+        f"{len(files[: settings.images]):,} of them; on a CPU by --engine onnx, already converted."
     )
     for size in settings.image_size:
-        rows = {}
-        for name in settings.models:
-            ours, plain = _prediction_sides(name, size, folder, files, few)
-            what = f"predict, {name}, {size} px: ours / one by one"
-            rows[what] = compare(ours, plain, settings.rounds)
-        rows[f"predict, {size} px: geometric mean"] = geometric_mean([*rows.values()])
-        yield PartResult(rows, [note])
+        networks, rows = InTurn("predict", settings.models, settings), dict[str, RatioRow]()
+        for row in networks.measure(partial(_compare_predictions, size, folder, settings)):
+            rows |= row
+            yield PartResult(row)
+        yield networks.remarks
+        if rows:
+            mean = geometric_mean([*rows.values()])
+            yield PartResult({f"predict, {size} px: geometric mean": mean}, [note])
+
+
+def phantom_slices(folder: Path) -> list[Path]:
+    """The files of the phantom in a folder."""
+    return sorted((folder / "phantom" / "stage_2_train").glob("*.dcm"))
+
+
+def _compare_predictions(
+    size: int, folder: Path, settings: Settings, model: str
+) -> dict[str, RatioRow]:
+    files = phantom_slices(folder)
+    # Of few: a rate per slice needs no more, and one by one they take long.
+    ours, plain = _prediction_sides(model, size, folder, files, files[: settings.images])
+    row = compare(ours, plain, settings.rounds)
+    return {f"predict, {model}, {size} px: ours / one by one": row}
 
 
 def _prediction_sides(
@@ -99,10 +116,10 @@ def _prediction_sides(
     return ours, peers.plain_predictions(few, size, network, device)
 
 
-def write_random_weights(config: Config, path: Path) -> None:
+def write_random_weights(config: Config, path: Path, labels: Sequence[str] = "abcdef") -> None:
     """Of a network that nobody trained, which predicts as fast as one that somebody did."""
     spec = input_spec(config.model)
-    labels = tuple("abcdef")
+    labels = tuple(labels)
     metadata = Metadata(
         config.model.name,
         config.model.timm,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,23 +17,26 @@ from ich.benchmarks import peers
 from ich.benchmarks.inputs import phantom_files
 from ich.benchmarks.measure import (
     REPORT,
+    InTurn,
     PartResult,
     RatioRow,
     alternate,
+    chosen_mode,
     compare_rates,
     compose_job,
     geometric_mean,
     wait_for_device,
 )
 from ich.benchmarks.peers import BATCH, Rate
-from ich.benchmarks.report import projection
+from ich.benchmarks.published import beside_published, projection
 from ich.benchmarks.settings import Settings
 from ich.data.dataset import Dataset, load_dataset
+from ich.training.cuda_graph import GraphedStep
 from ich.training.devices import configure_cudnn, pick_device
-from ich.training.mode import CONTIGUOUS
+from ich.training.loader import Batch
+from ich.training.mode import CHANNELS_LAST, CONTIGUOUS
 from ich.training.model import build_model, model_cost
 from ich.training.optimizer import build_optimizer
-from ich.training.timing import select_mode
 from ich.training.trainer import Trainer, TrainingState
 
 _AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked to finish then
@@ -42,44 +46,92 @@ _AT_A_TIME = 8  # steps between two looks at the clock on a GPU, which is asked 
 
 
 @dataclass(frozen=True)
-class _TimedStep:
+class TimedStep:
     """The training step of a network, as it was timed."""
 
-    name: str  # of the network, and the size of its input
+    model: str
+    size: int  # of its input, pixels
     mode: ComputeMode  # that `auto` picked for ours
     plain: str  # precision of the plain side
     gmacs: float  # multiply-adds that the step takes for an image, in 1e9
     rates: dict[str, list[float]]  # images per second by side, and GMAC/s of `product`; by round
 
     def compare(self, ours: str, plain: str) -> RatioRow:
+        """The row of two sides."""
         return compare_rates(self.rates[ours], self.rates[plain])
+
+    @property
+    def images_per_s(self) -> float:
+        """Of a training, its data included."""
+        return statistics.median(self.rates["fed"])
 
     @property
     def report_hours(self) -> float:
         """Of the report's training steps of this network."""
-        rows = REPORT["epochs"] * REPORT["train"]
-        return rows / statistics.median(self.rates["fed"]) / 3600
+        return REPORT["epochs"] * REPORT["train"] / self.images_per_s / 3600
+
+    def rows(self) -> dict[str, RatioRow]:
+        """Against the plain way, with its data, against a matrix product, and mode against mode."""
+        name = f"{self.model}, {self.size} px"
+        chosen = f"ours ({self.mode})"
+        done = [self.gmacs * rate for rate in self.rates["ours"]]
+        product = f"roofline, {name}, GMAC/s: a matrix product / ours"
+        rows = {
+            f"step, {name}: {chosen} / {self.plain} NCHW": self.compare("ours", "plain"),
+            f"step, {name}: {_WITH_DATA}": self.compare("fed", "ours"),
+            product: compare_rates(self.rates["product"], done),
+        }
+        timed = self.mode.timed
+        for mode, rate in timed.items():
+            if mode != _BASE and _BASE in timed:
+                what = f"modes, {name}: {mode} / {_BASE}"
+                rows[what] = compare_rates([rate], [timed[_BASE]])
+        return rows
+
+
+_WITH_DATA = "ours with data / on one resident batch"
+_BASE = str(ComputeMode("fp32", CHANNELS_LAST))
 
 
 def bench_step(settings: Settings, folder: Path) -> Iterator[PartResult]:
     """Training steps of batch 32 with fused Adam: ours, in the mode `auto` picks, against float32
-    NCHW; ours with its data against ours on one batch that is ready; on a GPU a captured step
-    against one that is launched kernel by kernel; and a matrix product's multiply-adds per second
-    against ours. The note says how long the training steps of the report's sweep would take.
+    NCHW; ours with its data against ours on one batch that is ready; a matrix product's
+    multiply-adds per second against ours; and all modes that `auto` timed against eager float32.
+    Notes and a table say how long the training steps of the report's sweep would take, beside what
+    others publish.
     """
     for size in settings.image_size:
-        steps = [_time_step(model, size, folder, settings) for model in settings.models]
+        networks, steps = InTurn("step", settings.models, settings), []
+        for step in networks.measure(partial(_time_step, size, folder, settings)):
+            steps.append(step)
+            why = [f"{step.model}: no graph: {step.mode.reason}."] if step.mode.reason else []
+            yield PartResult(step.rows(), why)
+        yield networks.remarks
+        if not steps:
+            continue
+        means = {
+            f"ours / {steps[0].plain} NCHW": ("ours", "plain"),
+            "with data / resident": ("fed", "ours"),
+        }
+        summary = {
+            f"step, {size} px, geometric mean: {what}": geometric_mean(
+                [step.compare(*sides) for step in steps]
+            )
+            for what, sides in means.items()
+        }
+        models = [step.model for step in steps]
         hours = sum(step.report_hours for step in steps)
-        note = projection(hours, settings.models, size, "its training steps alone")
-        yield PartResult(_step_rows(steps, size), [note])
+        note = projection(hours, models, size, "its training steps alone")
+        lines = [(step.model, step.mode, step.images_per_s, step.report_hours) for step in steps]
+        title = f"The report's training steps at {size} px, and what others publish"
+        yield PartResult(summary, [note], {title: beside_published(lines)})
 
 
-def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _TimedStep:
+def _time_step(size: int, folder: Path, settings: Settings, model: str) -> TimedStep:
     """Times all sides in turn; they and their memory are gone when the next network comes."""
     config = compose_job(model, size, folder)
     device, dataset = pick_device(config.train.device), load_dataset(config)
-    fastest = select_mode(config, None)
-    mode, graphed = replace(fastest, graph=False), replace(fastest, graph=True)
+    mode = chosen_mode(config, folder)
     ours = Trainer.build(config, dataset, device, mode)
     in_default = _plain_mode(device)
     plain = Trainer.build(config, dataset, device, in_default)
@@ -87,18 +139,13 @@ def _time_step(model: str, size: int, folder: Path, settings: Settings) -> _Time
     sides = {
         "ours": _resident_rate(ours, seconds),
         "plain": _resident_rate(plain, seconds),
-        "fed": _fed_rate(ours, seconds),
+        "fed": fed_rate(ours, seconds),
         "product": _product_rate(device, mode, min(seconds, 1.0)),
     }
-    if device.type == "cuda":
-        # Whole steps on both sides: a graph holds the resampling too, which `ours` leaves out.
-        sides["eager"] = _advance_rate(ours, seconds)
-        sides["graph"] = _advance_rate(Trainer.build(config, dataset, device, graphed), seconds)
     # Backward takes two multiply-adds for each forward.
     gmacs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
-    return _TimedStep(
-        f"{model}, {size} px", mode, in_default.precision, gmacs, alternate(sides, settings.rounds)
-    )
+    rates = alternate(sides, settings.rounds)
+    return TimedStep(model, size, mode, in_default.precision, gmacs, rates)
 
 
 def _plain_mode(device: torch.device) -> ComputeMode:
@@ -106,51 +153,28 @@ def _plain_mode(device: torch.device) -> ComputeMode:
     return ComputeMode("tf32" if device.type == "cuda" else "fp32", CONTIGUOUS)
 
 
-def _step_rows(steps: Sequence[_TimedStep], size: int) -> dict[str, RatioRow]:
-    """All networks against float32 NCHW, then all with their data, ..., then the means."""
-    faster, fed, graph, roof = {}, {}, {}, {}
-    for step in steps:
-        how = f"step, {step.name}"
-        chosen = f"ours ({step.mode.precision}, {step.mode.layout})"
-        faster[f"{how}: {chosen} / {step.plain} NCHW"] = step.compare("ours", "plain")
-        fed[f"{how}: ours with data / on one resident batch"] = step.compare("fed", "ours")
-        if "graph" in step.rates:
-            graph[f"{how}: as one graph / eager"] = step.compare("graph", "eager")
-        done = [step.gmacs * rate for rate in step.rates["ours"]]
-        what = f"roofline, {step.name}, GMAC/s: a matrix product / ours"
-        roof[what] = compare_rates(step.rates["product"], done)
-    means = {
-        f"ours / {steps[0].plain} NCHW": faster,
-        "with data / resident": fed,
-        "graph / eager": graph,
-    }
-    summary = {
-        f"step, {size} px, geometric mean: {what}": geometric_mean([*rows.values()])
-        for what, rows in means.items()
-        if rows
-    }
-    return faster | fed | graph | roof | summary
-
-
 def _resident_rate(trainer: Trainer, seconds: float) -> Rate:
-    """Images per second of steps on one batch that has been made before."""
-    batch = next(trainer.train_loader.in_order())
-    x = trainer.windows(trainer.resample(batch.hu))
+    """Images per second of steps on one batch that has been made before; captured, if the
+    trainer's are."""
+    batch = next(trainer.batches(TrainingState()))
+    x = trainer.windows(trainer.resample(batch.hu, batch.draws))
 
-    def step() -> None:
+    def eager_step(batch: Batch) -> torch.Tensor:
         loss = trainer.loss(trainer.network(x), batch.target)
         trainer.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trainer.optimizer.step()
+        return loss.detach()
+
+    graphed = GraphedStep(trainer.optimizer, len(x)) if trainer.graphed_step else None
+
+    def step() -> None:
+        if graphed:
+            graphed(batch, eager_step, trainer.tensors)
+        else:
+            eager_step(batch)
 
     return _repeated(trainer, step, len(x), seconds)
-
-
-def _advance_rate(trainer: Trainer, seconds: float) -> Rate:
-    """Images per second of whole steps, resampling and windows included, on one resident batch."""
-    draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
-    batch = next(trainer.train_loader.epoch(0, 1, draws))
-    return _repeated(trainer, lambda: trainer.train_step(batch), len(batch.target), seconds)
 
 
 def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds: float) -> Rate:
@@ -174,15 +198,15 @@ def _repeated(trainer: Trainer, step: Callable[[], object], images: int, seconds
     return rate
 
 
-def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
-    """Images per second of a training as it is: batches from the cache, always new ones."""
+def fed_rate(trainer: Trainer, seconds: float, steps: int = 2) -> Rate:
+    """Images per second of a training as it is: batches from the cache, always new ones; over so
+    many seconds and steps at least, or an epoch."""
 
     def rate() -> float:
         configure_cudnn(trainer.device, trainer.mode)
         trainer.model.train()
-        draws = trainer.resample.draws(0, 1, len(trainer.train_loader.split.row))
         seen, start = 0, 0.0
-        for number, batch in enumerate(trainer.train_loader.epoch(0, 1, draws)):
+        for number, batch in enumerate(trainer.batches(TrainingState())):
             if number == 1:  # the first is not counted: it waits for the loader to start
                 wait_for_device(trainer.device)
                 start = time.perf_counter()
@@ -192,7 +216,7 @@ def _fed_rate(trainer: Trainer, seconds: float) -> Rate:
             if trainer.device.type == "cuda" and number % _AT_A_TIME:
                 continue
             wait_for_device(trainer.device)
-            if number > 2 and time.perf_counter() - start > seconds:
+            if number > steps and time.perf_counter() - start > seconds:
                 break
         wait_for_device(trainer.device)
         return seen / (time.perf_counter() - start)
@@ -239,7 +263,7 @@ def bench_sweep(settings: Settings, folder: Path) -> Iterator[PartResult]:
     for model in models:
         config = compose_job(model, size, folder, subset)
         dataset, device = load_dataset(config), pick_device(config.train.device)
-        mode = select_mode(config, None)
+        mode = chosen_mode(config, folder)
         trainers.append(Trainer.build(config, dataset, device, mode))
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     hours = []

@@ -31,6 +31,8 @@ STARTED = {
     "benchmarks.jobs._busy_process": "looks for its parent itself",
     "benchmarks.jobs._training": "a training watches",
     "benchmarks.jobs._prediction_peak": "watches, as the timing does",
+    "benchmarks.commands._run": "watches, as the timing does",
+    "benchmarks.parts.in_own_process": "watches, as the timing does",
 }
 STARTING = {"Popen", "run", "call", "check_call", "check_output", "Process", "fork", "system"}
 OWNERS = {"subprocess", "os", "multiprocessing", "context"}
