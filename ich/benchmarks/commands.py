@@ -48,7 +48,8 @@ def _run(settings: Settings, module: str, *args: object) -> tuple[int | None, li
         child = subprocess.Popen(watched(module, *args), stdout=said, stderr=subprocess.STDOUT)
         status = None
         try:
-            left = settings.limit - time.monotonic()
+            # Before this process is ended itself, which has to say what became of the command.
+            left = (settings.until + settings.limit) / 2 - time.monotonic()
             status = child.wait(None if left == float("inf") else max(left, 0))
         except subprocess.TimeoutExpired:
             child.terminate()
@@ -67,12 +68,16 @@ def bench_tests(settings: Settings, folder: Path) -> Iterator[PartResult]:
     if importlib.util.find_spec("xdist"):
         own += ["-n", min(4, available_cores())]
     status, said = _run(settings, "pytest", *own, *files)
-    failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]
-    failures = [f"tests: {line}" for line in failed]
-    if status and not failed:
-        failures = [f"tests: pytest ended with status {status}: {' '.join(said[-3:])}"]
-    last = said[-1].strip("= ") if said and status is not None else "there was no time for them"
-    yield PartResult(notes=[f"Tests of the GPU path: {last}."], failures=failures)
+    failed = [f"tests: {line}" for line in said if line.startswith(("FAILED", "ERROR"))]
+    last = " ".join(said[-1:]).strip("= ")
+    if status == 0:
+        yield PartResult(notes=[f"Tests of the GPU path: {last}."])
+    else:
+        yield PartResult(failures=[f"tests: pytest {_how(status)}: {last}", *failed])
+
+
+def _how(status: int | None) -> str:
+    return "was ended for want of time" if status is None else f"ended with status {status}"
 
 
 def bench_demo(settings: Settings, folder: Path) -> Iterator[PartResult]:
@@ -98,8 +103,7 @@ def bench_demo(settings: Settings, folder: Path) -> Iterator[PartResult]:
     tables = {}
     if paths.csv.exists():
         tables["The demo sweep"] = demo_table(paths)
-    how = f"ended with status {status}" if status is not None else "was ended for want of time"
-    failures = [] if status == 0 else [f"demo: ich sweep {how}: {' '.join(said[-3:])}"]
+    failures = [] if status == 0 else [f"demo: ich sweep {_how(status)}: {' '.join(said[-3:])}"]
     missing = ", ".join(settings.models[len(models) :])
     note = [f"For want of time not in the demo: {missing}."] if missing else []
     yield PartResult(notes=note, tables=tables, failures=failures)
@@ -129,7 +133,7 @@ def bench_evaluate(settings: Settings, folder: Path) -> Iterator[PartResult]:
     def evaluate() -> None:
         status, said = _run(settings, "ich.evaluate", *own, *out)
         if status != 0:
-            raise RuntimeError(f"ich evaluate ended with status {status}: {' '.join(said[-3:])}")
+            raise RuntimeError(f"ich evaluate {_how(status)}: {' '.join(said[-3:])}")
 
     network = build_model(config.model)
     device = pick_device(config.train.device)

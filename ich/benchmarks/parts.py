@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, Part] = {
 # Of the time that is left, what a part takes beside those after it. An estimate for eight networks
 # at 224 px on an H100, in half minutes; whatever a part leaves is the next ones'.
 _WEIGHTS = {"tests": 1.5, "demo": 2, "step": 7, "input": 1.5, "slots": 1.5, "report": 3}
+_STARTING_SECONDS = 10  # of a process, about, with all that it imports
 _ENDING_SECONDS = 30  # for a process that has sent all that it had to
 
 
@@ -68,6 +69,8 @@ def measure_parts(
             begin = time.monotonic()
             own = _share(settings, parts[number:])
             try:
+                if own.limit - begin < _STARTING_SECONDS:
+                    raise PartError("there was no time left for it")
                 for result in in_own_process(_FUNCTIONS[name], own, folder):
                     measured = measured.joined(result)
                     save(measured)
@@ -88,8 +91,8 @@ def _share(settings: Settings, parts: list[str]) -> Settings:
     """The settings of the first of some parts, with its share of the time that is left."""
     weights = [_WEIGHTS.get(name, 1) for name in parts]
     until = time.monotonic() + settings.seconds_left * weights[0] / sum(weights)
-    # One that does not end in time may take half of what the others have.
-    return replace(settings, until=until, limit=(until + settings.until) / 2)
+    # One that does not end in time may take a quarter of what the others have.
+    return replace(settings, until=until, limit=0.75 * until + 0.25 * settings.until)
 
 
 class PartError(Exception):
