@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ich.base.config import UserError
 from ich.data.decode import resize_area, square
 from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_slice
 from ich.data.store import MAX_BYTES
@@ -37,6 +38,12 @@ class Server:
 
     def __init__(self, weights: Path):
         self._model = load_ensemble([str(weights)], torch.device("cpu"))
+        if self._model.slices > 1:
+            raise UserError(
+                "this model sees each slice with those before and after it in its series, but a "
+                "row of a request is one slice, whose neighbours may be in none. Predict whole "
+                "series with ich predict, or export it (ich export), which takes three slices."
+            )
 
     def predict(self, model_input: Any, params: Any = None) -> pd.DataFrame:
         """One row per slice: a probability per label, `positive` (the labels that reach their

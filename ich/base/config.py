@@ -582,3 +582,22 @@ def image_size(config: Config) -> int:
     """Side of the network's input, pixels: `data.image_size`, or the model's own."""
     own = config.model.image_size
     return own if config.data.image_size is None else config.data.image_size
+
+
+SLICES_SHOWN = {ContextName.neighbours.value: 3}  # to the network at once; else one
+
+
+def slices_shown(config: Config) -> int:
+    """How many slices the network sees at once."""
+    return SLICES_SHOWN.get(config.context.name.value, 1)
+
+
+def windows_shown(config: Config) -> list[WindowConfig]:
+    """The windows in which it sees each of them."""
+    windows = config.windows.channels
+    return windows[:1] if config.context.windows is ContextWindows.first else windows
+
+
+def input_channels(config: Config) -> int:
+    """Channels of the network's input: one for each window of each slice."""
+    return slices_shown(config) * len(windows_shown(config))

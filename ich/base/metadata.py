@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ich.base.config import UserError, WindowConfig
+from ich.base.config import SLICES_SHOWN, UserError, WindowConfig
 from ich.base.naming import why_unusable
 
 METADATA_KEY = "ich"  # of the entry in a weights file
@@ -26,7 +26,8 @@ class Metadata:
     windows: of the input's channels, in order. cache_size, image_size: a slice is averaged to the
     first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
     channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
-    where validation had one class only.
+    where validation had one class only. context: `slice`, or `neighbours`: the slices before, at
+    and after are the input's channels, one after the other, each in all windows.
     """
 
     model: str
@@ -38,9 +39,24 @@ class Metadata:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     thresholds: dict[str, float | None]
+    context: str = "slice"
+
+    @property
+    def slices(self) -> int:
+        """How many slices the network sees at once."""
+        return SLICES_SHOWN.get(self.context, 1)
+
+    @property
+    def channels(self) -> int:
+        """Of the network's input."""
+        return self.slices * len(self.windows)
 
     def to_json(self) -> str:
-        return json.dumps({"format": _FORMAT, **asdict(self)})
+        values = {"format": _FORMAT, **asdict(self)}
+        # Left out as before there was any: the same weights are the same file.
+        if self.context == "slice":
+            del values["context"]
+        return json.dumps(values)
 
     @staticmethod
     def from_json(text: str) -> Metadata:
@@ -78,6 +94,7 @@ class Metadata:
             and len(self.mean) == len(self.std)
             # One per window, or ImageNet's three, whose average another number of windows gets.
             and len(self.mean) in (3, len(self.windows))
+            and self.context in ("slice", *SLICES_SHOWN)
             # Of images of 0..1; by more, channels would be the same number or none.
             and all(abs(m) <= 1 / _LEAST_STD for m in self.mean)
             and all(_LEAST_STD <= s <= 1 / _LEAST_STD for s in self.std)

@@ -129,7 +129,9 @@ def _check_context(context: ContextConfig, protocol: ProtocolConfig) -> None:
             f"apart: of one study some slices are trained on, some scored, and the rest left out. "
             f"Add protocol=sound, which splits by patient."
         )
-    _require(context.is_slice, "context.name", context.name, "slice")
+    _require(
+        context.name is not ContextName.study, "context.name", context.name, "slice or neighbours"
+    )
     is_neighbours = context.name is ContextName.neighbours
     _require(
         (context.windows is not None) == is_neighbours,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ich.base.config import Config
+from ich.base.config import Config, input_channels
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.measure import (
@@ -126,7 +126,7 @@ def _input_rows(size: int, settings: Settings, folder: Path) -> Iterator[PartRes
     yield from in_turn.measure(measured)
     yield in_turn.remarks
     # Read once as int16, written once as float32: no loader moves less.
-    size_in, size_out = dataset.hu[0].nbytes, 4 * len(config.windows.channels) * size**2
+    size_in, size_out = dataset.hu[0].nbytes, 4 * input_channels(config) * size**2
     copy = copy_rate(pick_device(config.train.device), size_in + size_out)
     row = compare(copy, ours, settings.rounds)
     yield PartResult({f"input, {size} px: copying the bytes / ours": row})

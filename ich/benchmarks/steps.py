@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ich.base.config import image_size
+from ich.base.config import image_size, input_channels
 from ich.base.records import ComputeMode
 from ich.benchmarks import peers
 from ich.benchmarks.inputs import phantom_files
@@ -143,7 +143,7 @@ def _time_step(size: int, folder: Path, settings: Settings, model: str) -> Timed
         "product": _product_rate(device, mode, min(seconds, 1.0)),
     }
     # Backward takes two multiply-adds for each forward.
-    gmacs = 3e-9 * model_cost(config.model, len(config.windows.channels), size, BATCH).macs
+    gmacs = 3e-9 * model_cost(config.model, input_channels(config), size, BATCH).macs
     rates = alternate(sides, settings.rounds)
     return TimedStep(model, size, mode, in_default.precision, gmacs, rates)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from ich.base.config import Config, EvaluateConfig, UserError
+from ich.base.config import Config, ContextName, EvaluateConfig, UserError
 from ich.base.files import DamagedError
 from ich.base.memory import return_memory
 from ich.base.progress import StageCallback, stage
@@ -30,7 +30,8 @@ class Split:
 
     image_id: str [N]. row: int64 [N], positions in the cache. target: float32 [N, L].
     patient, study: int64 [N], the same number for the same one throughout the cohort, -1 if
-    unknown.
+    unknown. around: int64 [N, 3], positions of the slices before, at and after, where the network
+    sees these too.
     """
 
     image_id: np.ndarray
@@ -38,6 +39,12 @@ class Split:
     target: np.ndarray
     patient: np.ndarray
     study: np.ndarray
+    around: np.ndarray | None = None
+
+    @property
+    def shown(self) -> np.ndarray:
+        """Positions in the cache of what the network sees of each row, int64 [N] or [N, 3]."""
+        return self.row if self.around is None else self.around
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,10 @@ def load_dataset(
     # Before it is split: the same patient has the same number on every side.
     rows = cohort.rows.assign(**{key: number_keys(cohort.rows[key]) for key in KEYS})
     sides = {n: _split(rows[rows["split"] == n], cohort.labels, cache) for n in cohort.splits}
+    if cfg.context.name is ContextName.neighbours:
+        assert prepared.sequences is not None
+        around = prepared.sequences.neighbours
+        sides = {n: replace(side, around=around(side.row)) for n, side in sides.items()}
     summary = replace(prepared.summary(), protocol=cfg.protocol.name.value)
     return Dataset(
         hu=cache.hu,

@@ -8,10 +8,12 @@ read once (`ich.data.patients`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +21,19 @@ import pandas as pd
 from ich.base.config import DataConfig, UserError
 from ich.base.files import DamagedError, replacing, tell_damaged
 from ich.base.progress import StageCallback, stage
+from ich.base.workers import run_parallel, worker_count
 from ich.data.cohorts import CohortFiles
-from ich.data.dicom import along_normal, numbers
+from ich.data.decode import ReadRequest
+from ich.data.dicom import DicomError, Keys, along_normal, numbers
+from ich.data.inputs import Inputs
 from ich.data.manifest import IMAGE, PATIENT, STUDY
-from ich.data.patients import Pseudonyms, keys_of_images, scan_headers
+from ich.data.patients import (
+    HEADERS_PER_START,
+    Pseudonyms,
+    keys_of_images,
+    read_file_keys,
+    scan_headers,
+)
 from ich.data.store import SliceStore
 from ich.data.tables.reading import find_column, read_table, tell
 
@@ -36,6 +47,7 @@ _NEEDED = (
     "study or series (StudyInstanceUID, SeriesInstanceUID)",
 )
 _ORDER = ["image_id", "study", "series", "position", "readable"]
+_HEADERS = 256  # that a process reads at a time
 _SAME_PLACE = 0.01  # mm: headers round positions to less, and no scanner moves its table by less
 
 
@@ -125,7 +137,7 @@ def load_order(
             ) from None
         if isinstance(error, DamagedError):
             tell_damaged(f"{error}, and is made again")
-    order = _find_order(cfg, images, store, report)
+    order = find_order(cfg, images, store, report)
     with replacing(files.order) as part:
         order.to_csv(part, index=False, compression={"method": "gzip", "mtime": 1})
     return order
@@ -156,9 +168,10 @@ def _read_order(path: Path, image_ids: pd.Series) -> pd.DataFrame:
     return order
 
 
-def _find_order(
+def find_order(
     cfg: DataConfig, images: pd.DataFrame, store: SliceStore, report: StageCallback | None
 ) -> pd.DataFrame:
+    """As `load_order`, from metadata or headers, in the order of the images."""
     pseudonyms = Pseudonyms.beside(Path(cfg.cache_dir))
     found = None
     if cfg.metadata is not None:
@@ -178,7 +191,7 @@ def _find_order(
         study = np.where(study == "", found["study"], study)
     return pd.DataFrame(
         {
-            "image_id": images["image_id"],
+            "image_id": images["image_id"].to_numpy(),
             "study": study,
             "series": found["series"].to_numpy(),
             "position": found["position"].to_numpy(),
@@ -309,22 +322,90 @@ def order_slices(order: pd.DataFrame, row: Mapping[str, int], context: str) -> S
     """
     order = order[order["image_id"].isin(row.keys())]
     check_order(order, context)
-    # By first appearance among the ids: keys have other values elsewhere, and no order may depend
-    # on them.
-    number, _ = pd.factorize(order["study"] + "/" + order["series"])
-    position = order["position"].to_numpy(float)
-    # At one position by id, by which `order` is sorted already: this sort is stable.
-    sort = np.lexsort((position, number))
-    number, position = number[sort], position[sort]
-    is_first = np.diff(number, prepend=-1) != 0
-    is_elsewhere = is_first | (np.diff(position, prepend=-np.inf) > _SAME_PLACE)
-    if twins := int((~is_elsewhere).sum()):
+    rows = order["image_id"].map(row).to_numpy(np.int64)
+    sequences = _sequences(order["study"] + "/" + order["series"], order["position"], rows)
+    if twins := len(rows) - 1 - int(sequences.place[-1]):
         tell(
-            f"{twins:,} of {len(order):,} slices lie where another of their series does: they are "
+            f"{twins:,} of {len(rows):,} slices lie where another of their series does: they are "
             f"no neighbours of one another, and follow one another by their ids"
         )
+    return sequences
+
+
+def _sequences(series: pd.Series, position: pd.Series, rows: np.ndarray) -> Sequences:
+    """Of N slices, in an order that breaks ties."""
+    # By first appearance: keys have other values elsewhere, and no order may depend on them.
+    number, _ = pd.factorize(series)
+    place = position.to_numpy(float)
+    sort = np.lexsort((place, number))  # stable
+    number, place = number[sort], place[sort]
+    is_first = np.diff(number, prepend=-1) != 0
+    is_elsewhere = is_first | (np.diff(place, prepend=-np.inf) > _SAME_PLACE)
     return Sequences(
-        rows=order["image_id"].map(row).to_numpy(np.int64)[sort],
-        start=np.append(np.flatnonzero(is_first), len(order)),
+        rows=rows[sort],
+        start=np.append(np.flatnonzero(is_first), len(rows)),
         place=np.cumsum(is_elsewhere) - 1,
     )
+
+
+# Of files that belong to no cohort
+
+
+class Surroundings(NamedTuple):
+    """What a network sees of N files at once.
+
+    around: int64 [N, 3], the numbers of those before, at and after each. sequence: int64 [N], all
+    files, those of a series in a row and in their order.
+    """
+
+    around: np.ndarray
+    sequence: np.ndarray
+
+
+def surround(places: pd.DataFrame, is_usable: np.ndarray) -> Surroundings:
+    """The slices around each of N files. One whose place is unknown, or that is the only one of its
+    series, stands for its neighbours.
+
+    Args:
+        places: the keys `study` and `series`, empty if unknown, and `position` in mm, NaN if so.
+        is_usable: bool [N]; what cannot be used is nobody's neighbour.
+    """
+    owner = places["study"] + "/" + places["series"]
+    known = (is_usable & np.isfinite(places["position"]) & (owner != "/")).to_numpy(bool)
+    own = np.arange(len(places))
+    around, at, rest = np.stack([own] * 3, 1), own[known], own[~known]
+    if not len(at):
+        return Surroundings(around, rest)
+    sequences = _sequences(owner[known], places["position"][known], at)
+    around[at] = sequences.neighbours(at)
+    return Surroundings(around, np.concatenate([sequences.rows, rest]))
+
+
+def read_places(
+    inputs: Inputs, key: Callable[[str, str], str], workers: int | None = None
+) -> pd.DataFrame:
+    """Where N files lie, by their headers: `study`, `series` and `position` as `surround` takes
+    them; nothing is known of a file that cannot be read.
+
+    Args:
+        inputs: the files.
+        key: replaces an identifier: its kind ("study" or "series") and itself.
+        workers: reading processes; None is up to one per core.
+    """
+    count = len(inputs)
+    study, series, position = [""] * count, [""] * count, np.full(count, np.nan)
+    processes = worker_count(workers, count, HEADERS_PER_START)
+    for read in run_parallel(_read_places, inputs.batches(_HEADERS, ()), processes):
+        for number, keys in read:
+            study[number], series[number] = key("study", keys.study), key("series", keys.series)
+            position[number] = keys.position
+    return pd.DataFrame({"study": study, "series": series, "position": position})
+
+
+def _read_places(request: ReadRequest) -> list[tuple[int, Keys]]:
+    read = []
+    for location, number in zip(request.locations, request.numbers, strict=True):
+        # Who decodes it says why.
+        with suppress(DicomError):
+            read.append((number, read_file_keys(request.root, location)))
+    return read

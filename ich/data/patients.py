@@ -34,7 +34,7 @@ from ich.data.tables.names import example, match_by_form
 from ich.data.tables.reading import find_column, read_table, tell
 
 _CHUNK = 256  # headers a worker reads at a time
-_HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
+HEADERS_PER_START = 1000  # a process takes about as long to start as this many to read
 _KEY_BYTES = 32  # of the secret: as many as SHA-256 gives (RFC 2104, section 3)
 _KEY_VALUES = 16  # different bytes among these, at least
 _HEAD = 16 << 10  # bytes: a header without private groups has 1 to 4 KB, with them up to 100
@@ -244,7 +244,7 @@ def scan_headers(
                 (store.root, store.locate(missing[i : i + _CHUNK]), pseudonyms)
                 for i in range(0, len(missing), _CHUNK)
             )
-            processes = worker_count(workers, len(missing), _HEADERS_PER_START)
+            processes = worker_count(workers, len(missing), HEADERS_PER_START)
             done = len(wanted) - len(missing)
             if progress:
                 progress(done, len(wanted))
@@ -347,7 +347,7 @@ def _scan_chunk(job: _Job) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
     for location in files:
         try:
-            read = _read_file_keys(root, location)
+            read = read_file_keys(root, location)
         except DicomError:
             lines.append((location.path, location.signature, "", "", "", "", "0"))
             continue
@@ -359,7 +359,7 @@ def _scan_chunk(job: _Job) -> list[tuple[str, ...]]:
     return lines
 
 
-def _read_file_keys(root: Path, location: Location) -> Keys:
+def read_file_keys(root: Path, location: Location) -> Keys:
     """What a file says of itself in its beginning if all of it stands there, else in the rest."""
     if location.size > _HEAD:
         try:

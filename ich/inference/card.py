@@ -109,6 +109,12 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
         f"Input: slices averaged to {meta.cache_size} and resampled to {meta.image_size} pixels, "
         f"in these CT windows as channels (center/width, HU): {windows}."
     )
+    if meta.slices > 1:
+        yield (
+            "It sees the slices before, at and after one, in this order along the normal of their "
+            "plane, each in these windows; at an end of its series a slice stands for its "
+            "neighbour."
+        )
     yield exported
     # A given file takes the place of the ImageNet weights.
     start = "a local file's" if cfg.weights else "ImageNet" if cfg.pretrained else "random"
@@ -193,7 +199,8 @@ def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Itera
         "Probabilities are not calibrated for another prevalence: oversampling and the data set's "
         "own selection shift them, and thresholds with them."
     )
-    yield "Each slice is judged alone; a study's score is the highest of its slices."
+    alone = "alone" if config.context.is_slice else f"with context={config.context.name.value}"
+    yield f"Each slice is judged {alone}; a study's score is the highest of its slices."
 
 
 def _licence(config: Config) -> list[str]:

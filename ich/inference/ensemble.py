@@ -26,7 +26,7 @@ from ich.base.records import ComputeMode
 from ich.base.results import RunPaths
 from ich.base.workers import available_cores
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
-from ich.inference.session import ConvertedNetwork, average_flips, open_session
+from ich.inference.session import ConvertedNetwork, average_flips, of_slices, open_session
 from ich.scoring.metrics import best_thresholds
 from ich.scoring.predictions import Predictions, read_predictions
 from ich.tracking.registry import fetch_run, is_mlflow_name
@@ -63,14 +63,15 @@ class Network:
         configure_cudnn(device, ComputeMode("fp32", CHANNELS_LAST))
         # The same two steps as in training, with the sizes and windows of the weights file.
         self.resample = Resample(meta.image_size, NO_AUGMENT)
-        self.windows = CTWindows(meta.windows, device, meta.mean, meta.std)
+        self.windows = CTWindows(meta.windows, device, meta.mean, meta.std, slices=meta.slices)
 
     def planes(self, hu: torch.Tensor) -> torch.Tensor:
-        """int16 HU [B, S, S], S the cache size of its metadata -> float32 HU [B, 1, size, size]."""
+        """int16 HU [B, S, S], S the cache size of its metadata -> float32 HU [B, 1, size, size]; of
+        a network that sees P slices at once, [B, P, S, S] -> [B, P, size, size]."""
         return self.resample(hu.to(self.device))
 
     def logits(self, hu: np.ndarray, tta: str = "none") -> np.ndarray:
-        """int16 HU [B, S, S] -> float32 [B, L]; with `flips` the mean over the four of a slice."""
+        """int16 HU as `planes` takes it -> float32 [B, L]; with `flips` the mean over the four."""
         return average_flips(self._logits, hu, tta)
 
     @torch.inference_mode()
@@ -92,7 +93,7 @@ def _convert(
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_onnx(Graph(model, metadata), path)
-        return ConvertedNetwork(str(path.resolve()), metadata.cache_size)
+        return ConvertedNetwork(str(path.resolve()), metadata.cache_size, metadata.slices)
     # Speed is all that is lost: the same network predicts with torch.
     except UserError as error:
         log.warning("torch computes instead of onnxruntime: %s", error)
@@ -143,6 +144,12 @@ class Ensemble:
         """The sides, pixels, in which its members need a slice."""
         return tuple(sorted({m.metadata.cache_size for m in self.members}))
 
+    @property
+    def slices(self) -> int:
+        """How many slices are to be given to it at once: those before and after one are of no use
+        to a member that sees one alone."""
+        return max(m.metadata.slices for m in self.members)
+
     def with_thresholds(self, given: str | None) -> Ensemble:
         """The same with other thresholds: one number for all labels, or `label=number,...`.
 
@@ -184,9 +191,13 @@ class Ensemble:
         return networks if complete and needed < _MEMORY_SHARE * available_memory() else ()
 
     def logits(self, hu: dict[int, np.ndarray], tta: str = "none") -> np.ndarray:
-        """int16 HU [B, S, S] of each side S -> float32 [B, M, L], one of each member."""
-        each = [m.network.logits(hu[m.metadata.cache_size], tta) for m in self.members]
-        return np.stack(each, 1)
+        """int16 HU [B, P, S, S] of each side S, P as in `slices` -> float32 [B, M, L], one of each
+        member; [B, S, S] will do where P is 1."""
+        return np.stack([m.network.logits(self.seen_by(m, hu), tta) for m in self.members], 1)
+
+    def seen_by(self, member: Member, hu: dict[int, np.ndarray]) -> np.ndarray:
+        """What a member sees of the HU that `logits` takes."""
+        return of_slices(hu[member.metadata.cache_size], member.metadata.slices)
 
 
 def load_ensemble(

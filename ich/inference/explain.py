@@ -23,11 +23,12 @@ from PIL import Image
 from ich.base.config import UserError
 from ich.base.files import write_json, write_text
 from ich.base.progress import ProgressCallback
-from ich.data.decode import ReadResult, read_slices
+from ich.data.decode import ReadResult
 from ich.data.inputs import Inputs
 from ich.inference.ensemble import Ensemble
 from ich.inference.gradcam import ensemble_cams, overlay
 from ich.inference.predicted_files import PredictedFiles
+from ich.inference.session import ShownFiles, ShownSlices, read_shown, see
 from ich.pages.page import Cell, Curve, Frame, Link, Ranking, Row, Section, Stack, Text, to_html
 from ich.pages.slices import apply_windows
 from ich.scoring.metrics import sigmoid
@@ -147,7 +148,7 @@ def explain(
     pages = []
     for study in studies:
         frames = []
-        for frame in _frames(model, inputs, names, study, stems, folder):
+        for frame in _frames(model, inputs, predicted, names, study, stems, folder):
             frames.append(frame)
             done += 1
             progress(done, total)
@@ -207,6 +208,7 @@ def _by_study(predicted: PredictedFiles, positive: np.ndarray) -> dict[str, list
 def _frames(
     model: Ensemble,
     inputs: Inputs,
+    predicted: PredictedFiles,
     names: Sequence[str],
     study: _Study,
     stems: Sequence[str],
@@ -215,12 +217,13 @@ def _frames(
     sizes = (*model.sizes, _SHOWN_SIZE)
     for start in range(0, len(study.members), _AT_ONCE):
         part = study.members[start : start + _AT_ONCE]
-        slices = {
-            r.number: r for request in inputs.requests(part, sizes) for r in read_slices(request)
-        }
+        around = predicted.around[part]
+        requests = list(inputs.requests(np.unique(around).tolist(), sizes))
+        shown = read_shown(ShownFiles(requests, [tuple(row) for row in around.tolist()]))
+        slices = {r.number: r for r in shown.files}
         # Each label costs a map of every slice: only those that one of these slices has.
         positive = study.positive[start : start + _AT_ONCE].any(0)
-        maps = _maps(model, [slices[number] for number in part], np.flatnonzero(positive).tolist())
+        maps = _maps(model, shown, np.flatnonzero(positive).tolist())
         for n, number in enumerate(part, start=start):
             paths = [folder / _picture_name(study, n, stem) for stem in stems]
             of_slice = maps.get(number, {})
@@ -228,13 +231,12 @@ def _frames(
 
 
 def _maps(
-    model: Ensemble, slices: Sequence[ReadResult], labels: Sequence[int]
+    model: Ensemble, shown: ShownSlices, labels: Sequence[int]
 ) -> dict[int, dict[int, np.ndarray]]:
     """Of each slice that can be read, by its number: the map of each label, [S, S]."""
-    readable = [r for r in slices if not r.reason]
+    readable, hu = see(shown)
     if not labels or not readable:
         return {}
-    hu = {size: np.stack([r.hu[size] for r in readable]) for size in model.sizes}
     cams = ensemble_cams(model, hu, labels, _SHOWN_SIZE)
     return {r.number: dict(zip(labels, cams[:, i], strict=True)) for i, r in enumerate(readable)}
 

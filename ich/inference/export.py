@@ -33,7 +33,8 @@ from ich.scoring.metrics import sigmoid
 CARD = "model_card.md"
 _LARGEST_DIFFERENCE = 1e-3  # of a probability, above which an export is refused
 _CHECKED = 8  # slices
-Predict = Callable[[np.ndarray], np.ndarray]  # int16 HU [B, S, S] -> probabilities [B, L]
+# int16 HU [B, S, S], or [B, P, S, S] of several slices at once -> probabilities [B, L]
+Predict = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def run(options: ExportOptions) -> int:
     folder = options.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
     difference = export(model, options.format, folder, options.size, options.resamples)
     say = Terminal().say
-    say(f"{folder / EXPORTS[options.format]}: {input_text(options.format, options.size)}")
+    slices = model.members[0].metadata.slices
+    say(f"{folder / EXPORTS[options.format]}: {input_text(options.format, options.size, slices)}")
     say(f"Largest difference from ich's own probabilities: {difference:.2g}")
     say(f"Model card: {folder / CARD}")
     return 0
@@ -85,8 +87,9 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     Raises:
         UserError: the card cannot be made, a package is missing, or the difference is too large.
     """
-    card = model_card(model, input_text(kind, side), resamples)  # first: it may be refused
     member = model.members[0]
+    slices = member.metadata.slices
+    card = model_card(model, input_text(kind, side, slices), resamples)  # first: it may be refused
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,6 +104,8 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         else:
             _write_graph(member.network, kind, part, side)
         hu = made_up_slices(side)
+        if slices > 1:  # each with the one before and after it
+            hu = np.stack([np.roll(hu, slices // 2 - n, 0) for n in range(slices)], 1)
         # Read back from the file, as its user would: what was written is what is compared.
         exported = _reader(kind, part, side)(hu)
         difference = float(np.abs(exported - predict(member.network, hu)).max())
@@ -117,13 +122,18 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     return difference
 
 
-def input_text(kind: str, side: int) -> str:
-    """What an exported file takes and gives, in a sentence. side: of its slices, pixels."""
+def input_text(kind: str, side: int, slices: int = 1) -> str:
+    """What an exported file takes and gives, in a sentence. side: of its slices, pixels. slices:
+    that it takes at once."""
     if kind == "safetensors":
         return f"The file {EXPORTS[kind]} holds weights and metadata, for ich itself to read."
+    shape, what = f"[batch, {side}, {side}]", "square slices (pad with -1024)"
+    if slices > 1:
+        shape = f"[batch, {slices}, {side}, {side}]"
+        what += ", each with the one before and the one after it in its series (at an end, itself)"
     return (
-        f"The file {EXPORTS[kind]} takes `hu`, int16 [batch, {side}, {side}], Hounsfield units of "
-        f"square slices (pad with -1024), and gives `probability`, float32 [batch, labels]."
+        f"The file {EXPORTS[kind]} takes `hu`, int16 {shape}, Hounsfield units of {what}, and "
+        f"gives `probability`, float32 [batch, labels]."
     )
 
 
@@ -132,7 +142,7 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
     graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
     metadata = {
         "ich": network.metadata.to_json(),
-        "input": input_text(kind, side),
+        "input": input_text(kind, side, network.metadata.slices),
         "intended_use": "research and education only; not a medical device",
     }
     if kind == "onnx":
@@ -143,7 +153,7 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
             )
         write_onnx(graph, path, metadata)
         return
-    example = torch.zeros(2, side, side, dtype=torch.int16)
+    example = graph.example(2)
     batch = torch.export.Dim("batch", min=1, max=4096)
     with quiet(), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
@@ -152,10 +162,11 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
 
 
 def predict(network: Network, hu: np.ndarray) -> np.ndarray:
-    """What `ich.predict` gives for square slices, int16 HU [B, S, S]: probabilities [B, L]."""
+    """What `ich.predict` gives for square slices, int16 HU [..., S, S]: probabilities [B, L]."""
     # By the decoder, whose average the exported graph has as a matrix: so that is compared as well.
-    small = np.stack([resize_area(one, network.metadata.cache_size) for one in hu])
-    return sigmoid(network.logits(small))
+    size, *_, side = network.metadata.cache_size, *hu.shape
+    small = np.stack([resize_area(one, size) for one in hu.reshape(-1, side, side)])
+    return sigmoid(network.logits(small.reshape(*hu.shape[:-2], size, size)))
 
 
 def _reader(kind: str, path: Path, side: int) -> Predict:

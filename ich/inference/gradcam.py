@@ -37,7 +37,8 @@ def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int
 
     Args:
         network: the network.
-        hu: int16 [B, S, S], HU, S the cache size of its metadata.
+        hu: int16 HU as `Network.planes` takes it; of several slices at once there is one map, of
+            what all of them moved, to be laid over the middle one.
         labels: indices of K labels.
         size: side of the maps, pixels.
 
@@ -64,8 +65,9 @@ def grad_cams(network: Network, hu: np.ndarray, labels: Sequence[int], size: int
 def ensemble_cams(
     model: Ensemble, hu: dict[int, np.ndarray], labels: Sequence[int], size: int
 ) -> np.ndarray:
-    """The mean of the members' maps, float32 [K, B, size, size]; see `grad_cams`."""
-    each = [grad_cams(m.network, hu[m.metadata.cache_size], labels, size) for m in model.members]
+    """The mean of the members' maps, float32 [K, B, size, size], of what `Ensemble.logits` takes;
+    see `grad_cams`."""
+    each = [grad_cams(m.network, model.seen_by(m, hu), labels, size) for m in model.members]
     return np.asarray(np.mean(each, axis=0))
 
 

@@ -32,7 +32,7 @@ NO_AUGMENT = AugmentConfig(hflip=0.0, vflip=0.0, crop=0.0, crop_min=1.0)
 
 
 class Graph(nn.Module):
-    """int16 HU [B, S, S] -> float32 [B, L].
+    """int16 HU [B, S, S] -> float32 [B, L]; of a network that sees P slices at once, [B, P, S, S].
 
     Args:
         model: the network, in eval mode.
@@ -66,7 +66,10 @@ class Graph(nn.Module):
             self.register_buffer("average", torch.from_numpy(weights.copy()))
         self.register_buffer("resample", Resample(size, NO_AUGMENT).matrix(cached))
         # Normalization is in these, too: one product and one sum for each channel.
-        windows = CTWindows(metadata.windows, "cpu", metadata.mean, metadata.std)
+        self.slices = metadata.slices
+        windows = CTWindows(
+            metadata.windows, "cpu", metadata.mean, metadata.std, slices=self.slices
+        )
         names = ("slope", "shift", "low", "high")
         for name, values in zip(names, windows.coefficients(), strict=True):
             self.register_buffer(name, values.view(-1, 1, 1))
@@ -77,9 +80,18 @@ class Graph(nn.Module):
         if self.averages:
             x = torch.round(self.average @ x @ self.average.T)  # the cache holds whole HU
         x = self.resample @ x @ self.resample.T
-        x = x.unsqueeze(1) * self.slope + self.shift
+        if self.slices == 1:
+            x = x.unsqueeze(1)
+        else:  # each slice once for each window
+            x = x.repeat_interleave(len(self.slope) // self.slices, 1)
+        x = x * self.slope + self.shift
         logits = self.model(torch.maximum(torch.minimum(x, self.high), self.low))
         return torch.sigmoid(logits) if self.probabilities else logits
+
+    def example(self, count: int) -> torch.Tensor:
+        """Its input for so many images, int16, all 0."""
+        planes = () if self.slices == 1 else (self.slices,)
+        return torch.zeros(count, *planes, self.side, self.side, dtype=torch.int16)
 
 
 def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -93,8 +105,8 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
     Raises:
         UserError: the network cannot be converted.
     """
-    # Two slices: of an example of one, the exporter takes the 1 for a constant.
-    example = torch.zeros(2, graph.side, graph.side, dtype=torch.int16)
+    # Two images: of an example of one, the exporter takes the 1 for a constant.
+    example = graph.example(2)
     try:
         with quiet():
             program = torch.onnx.export(

@@ -190,6 +190,13 @@ def _messages(
     """What is to be known about the table of studies."""
     paths, count = options.paths, len(predicted.numbers)
     yield f"Thresholds: {model.thresholds_text}: {model.chosen_by}."
+    if model.slices > 1:
+        yield "Each slice was seen with the one before and the one after it in its series."
+    if predicted.lone:
+        yield (
+            f"{predicted.lone:,} slices are alone in their series, or do not say where they lie: "
+            f"they stood for their neighbours."
+        )
     if lone := sum(not predicted.study[n] for n in predicted.numbers):
         yield f"{lone:,} slices name no study and are in none of these rows."
     if len(studies) > _SHOWN:

@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ich.base.config import UserError
 from ich.base.progress import ProgressCallback
 from ich.base.workers import available_cores, run_parallel, worker_count
-from ich.data.decode import ReadRequest, read_slices
 from ich.data.inputs import Inputs
+from ich.data.order import read_places, surround
 from ich.inference.ensemble import Ensemble
 from ich.inference.session import (
     PredictRequest,
     PredictResult,
+    ShownFiles,
     open_session,
     predict_batch,
     read_and_predict,
+    read_shown,
 )
 
 _SLICES_PER_START = 200  # a process takes about as long to start as this many to decode
@@ -43,6 +46,7 @@ class PredictedFiles:
 
     logits: float32 [N, M, L], of M members; NaN for a file that was refused. reasons: of those.
     study, series: keys, empty where a file names none. position: float64 [N], mm, NaN if unknown.
+    around: int64 [N, P], what the networks saw of each: itself, or with those before and after it.
     """
 
     logits: np.ndarray
@@ -50,17 +54,27 @@ class PredictedFiles:
     study: list[str]
     series: list[str]
     position: np.ndarray
+    around: np.ndarray
 
     @staticmethod
-    def of_none(count: int, members: int, labels: int) -> PredictedFiles:
+    def of_none(count: int, members: int, labels: int, slices: int = 1) -> PredictedFiles:
         """N files of which nothing is known yet."""
         logits = np.full((count, members, labels), np.nan, np.float32)
-        return PredictedFiles(logits, {}, [""] * count, [""] * count, np.full(count, np.nan))
+        position, around = np.full(count, np.nan), np.stack([np.arange(count)] * slices, 1)
+        return PredictedFiles(logits, {}, [""] * count, [""] * count, position, around)
 
     @property
     def numbers(self) -> list[int]:
         """The files that were predicted, ascending."""
         return [n for n in range(len(self.logits)) if n not in self.reasons]
+
+    @property
+    def lone(self) -> int:
+        """How many were to be seen with their neighbours and have none."""
+        if self.around.shape[1] == 1:
+            return 0
+        around = self.around[self.numbers]
+        return int((around == around[:, :1]).all(1).sum())
 
     def add(self, batch: list[PredictResult], key: Callable[[str, str], str]) -> None:
         """Notes a batch; `key` replaces its identifiers, which name a person, before they are."""
@@ -86,6 +100,7 @@ def predict_files(
     tta: str = "none",
     batch_size: int = 32,
     workers: int | None = None,
+    places: pd.DataFrame | None = None,
 ) -> PredictedFiles:
     """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time.
 
@@ -100,24 +115,30 @@ def predict_files(
         tta: one of `TTA`.
         batch_size: files in a batch.
         workers: decoding processes, this one included; None is up to one per core.
+        places: where the files lie, as `surround` takes it; None is by their headers. Needed where
+            a network sees slices with those before and after them.
 
     Raises:
         UserError: the GPU's memory does not suffice.
     """
     count = len(inputs)
-    predicted = PredictedFiles.of_none(count, len(ensemble.members), len(ensemble.labels))
+    predicted = PredictedFiles.of_none(
+        count, len(ensemble.members), len(ensemble.labels), ensemble.slices
+    )
     processes = worker_count(workers, count, _SLICES_PER_START)
+    if ensemble.slices > 1 and places is None:
+        places = read_places(inputs, key, workers)
     unread, done = set(range(count)), 0
     if count:
         progress(done, count)
     try:
-        batches = inputs.batches(batch_size, ensemble.sizes)
-        for batch in _predict_batches(ensemble, batches, processes, tta):
-            predicted.add(batch, key)
-            # By number, for batches come back in any order.
-            unread.difference_update(result.file.number for result in batch)
-            done += len(batch)
-            progress(done, count)
+        for batches in _rounds(ensemble, inputs, predicted, places, batch_size):
+            for batch in _predict_batches(ensemble, batches, processes, tta):
+                predicted.add(batch, key)
+                # By number, for batches come back in any order.
+                unread.difference_update(result.file.number for result in batch)
+                done = min(count, done + len(batch))
+                progress(done, count)
     except BrokenProcessPool:
         # What came back stands. Which file of the others killed the process is not known here.
         predicted.reasons.update(dict.fromkeys(unread, _KILLED))
@@ -133,17 +154,55 @@ def predict_files(
     return predicted
 
 
+def _rounds(
+    ensemble: Ensemble,
+    inputs: Inputs,
+    predicted: PredictedFiles,
+    places: pd.DataFrame | None,
+    batch_size: int,
+) -> Iterator[Iterator[ShownFiles]]:
+    """What to predict, in batches. A second time where a neighbour could not be read: as in
+    training, the next one is seen in its place."""
+    if places is None:
+        requests = inputs.batches(batch_size, ensemble.sizes)
+        yield (ShownFiles([r], [(n,) for n in r.numbers]) for r in requests)
+        return
+    around, sequence = surround(places, np.ones(len(places), bool))
+    predicted.around[:] = around
+    yield _surrounded(inputs, around, sequence, ensemble.sizes, batch_size)
+    is_usable = np.isin(np.arange(len(places)), predicted.numbers)
+    mended, sequence = surround(places, is_usable)
+    changed = is_usable & (mended != around).any(1)
+    predicted.around[:] = mended
+    if changed.any():
+        yield _surrounded(inputs, mended, sequence[changed[sequence]], ensemble.sizes, batch_size)
+
+
+def _surrounded(
+    inputs: Inputs,
+    around: np.ndarray,
+    numbers: np.ndarray,
+    sizes: tuple[int, ...],
+    batch_size: int,
+) -> Iterator[ShownFiles]:
+    """Files in batches, each with the slices around its own: those at its ends are read twice."""
+    for start in range(0, len(numbers), batch_size):
+        shown = around[numbers[start : start + batch_size]]
+        needed = inputs.requests(np.unique(shown).tolist(), sizes)
+        yield ShownFiles(list(needed), [tuple(row) for row in shown.tolist()])
+
+
 def _predict_batches(
-    ensemble: Ensemble, batches: Iterator[ReadRequest], processes: int, tta: str
+    ensemble: Ensemble, batches: Iterator[ShownFiles], processes: int, tta: str
 ) -> Iterator[list[PredictResult]]:
     """Batches in the order of completion. So many processes read files, and predict them, too, if
     each can hold the networks; else this one predicts what they send."""
     if networks := ensemble.converted_for(processes):
         # Cores are shared out: more threads than cores would wait for one another.
         threads = max(1, available_cores() // processes)
-        requests = (PredictRequest(files, networks, threads, tta) for files in batches)
+        requests = (PredictRequest(shown, networks, threads, tta) for shown in batches)
         yield from run_parallel(read_and_predict, requests, processes)
     else:
         # The networks are in this process, or on its GPU, and the others feed them.
-        for files in run_parallel(read_slices, batches, processes):
-            yield predict_batch(files, partial(ensemble.logits, tta=tta))
+        for shown in run_parallel(read_shown, batches, processes):
+            yield predict_batch(shown, partial(ensemble.logits, tta=tta))

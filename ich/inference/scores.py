@@ -17,7 +17,14 @@ import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
 
-from ich.base.config import EvaluateConfig, Rows, UserError
+from ich.base.config import (
+    ContextConfig,
+    ContextName,
+    EvaluateConfig,
+    PrepareConfig,
+    Rows,
+    UserError,
+)
 from ich.base.files import write_text
 from ich.base.progress import ProgressCallback, StageCallback
 from ich.base.terminal import Terminal
@@ -26,6 +33,7 @@ from ich.data.cache import check_quarantine
 from ich.data.cohorts import cohort_rows, labelled_images, load_cohort, open_store
 from ich.data.dataset import number_keys
 from ich.data.inputs import Inputs, SourceFiles
+from ich.data.order import check_order, find_order
 from ich.data.patients import KEYS, Pseudonyms
 from ich.data.protocol import TRAIN, VAL
 from ich.data.store import SliceStore
@@ -131,8 +139,14 @@ def wanted_rows(
     """
     # No protocol: what it would repeat or split is no matter to a model that is only scored.
     if config.rows is Rows.all:
+        if model.slices > 1 and config.data.subset < 1:
+            raise UserError(
+                f"data.subset is {config.data.subset:g}, which takes single slices of a study, but "
+                f"{model.name} sees each slice with those before and after it. Give "
+                f"data.subset=1, or rows=test."
+            )
         return labelled_images(config, store, report)
-    cohort, key = load_cohort(config, store, report)
+    cohort, key = load_cohort(_as_trained(config, model), store, report)
     for member in model.members:
         # Their own rows, or none: the test rows of another split may have been trained on.
         if _cohort_of(member) != key:
@@ -150,6 +164,12 @@ def wanted_rows(
             f"rows; it has {', '.join(cohort.splits)}. Choose one of these, or rows=all."
         )
     return rows.reset_index(drop=True), cohort.labels
+
+
+def _as_trained(config: EvaluateConfig, model: Ensemble) -> PrepareConfig:
+    """What makes the cohort, with the models' context: where studies stay whole it is another."""
+    context = ContextConfig(ContextName[model.members[0].metadata.context])
+    return PrepareConfig(False, False, "", config.data, config.protocol, context=context)
 
 
 def _cohort_of(member: Member) -> str:
@@ -235,9 +255,13 @@ def predict_images(
     # What has no file is told apart from what cannot be read, and both are listed.
     present = images[images["path"] != ""]
     inputs = Inputs([SourceFiles(store, "", present["path"].tolist())])
-    key = Pseudonyms.beside(Path(config.data.cache_dir)).key
+    key, places = Pseudonyms.beside(Path(config.data.cache_dir)).key, None
+    if model.slices > 1:
+        # As in training: by data.metadata if it has positions, and refused where nothing tells.
+        places = find_order(config.data, present, store, None)
+        check_order(places[places["readable"]], ContextName.neighbours.value)
     predicted = predict_files(
-        model, inputs, key, progress, config.tta, config.batch_size, config.data.workers
+        model, inputs, key, progress, config.tta, config.batch_size, config.data.workers, places
     )
     missing = images.loc[images["path"] == "", ["image_id"]].assign(reason="the file is missing")
     reasons = [predicted.reasons.get(n, "") for n in range(len(present))]

@@ -18,7 +18,7 @@ from ich.data.decode import ReadRequest, ReadResult, read_slices
 
 FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
-    "flips": ((), (2,), (1,), (1, 2)),  # axes of [B, H, W]
+    "flips": ((), (-1,), (-2,), (-2, -1)),  # axes of [..., H, W]
 }
 TTA = tuple(FLIPS)
 # Slices that one thread computes at a time: what lies between the layers then stays in its cache
@@ -27,10 +27,12 @@ _AT_ONCE = 8
 
 
 class ConvertedNetwork(NamedTuple):
-    """An ONNX file from int16 HU [B, side, side] to float32 [B, L]."""
+    """An ONNX file from int16 HU [B, side, side] to float32 [B, L], or from [B, slices, side, side]
+    of several."""
 
     path: str
     side: int
+    slices: int = 1
 
     @property
     def size(self) -> int:
@@ -59,7 +61,7 @@ class Session:
         )
 
     def __call__(self, hu: np.ndarray) -> np.ndarray:
-        """int16 HU [B, S, S] -> float32 [B, L], as the file gives it."""
+        """int16 HU [B, S, S] or [B, P, S, S] -> float32 [B, L], as the file gives it."""
         step = self._at_once or len(hu)
         parts = [
             self._session.run(None, {"hu": np.ascontiguousarray(hu[start : start + step])})[0]
@@ -78,7 +80,7 @@ def open_session(path: str, threads: int) -> Session:
 def average_flips(
     network: Callable[[np.ndarray], np.ndarray], hu: np.ndarray, tta: str
 ) -> np.ndarray:
-    """Logits [B, L] of int16 HU [B, S, S]; with `flips` the mean over the four of each slice."""
+    """Logits [B, L] of int16 HU [..., S, S]; with `flips` the mean over the four of each slice."""
     # Copied below: a flip is a view with negative strides, which torch does not take.
     flipped = [np.flip(hu, axes) if axes else hu for axes in FLIPS[tta]]
     # One flip after the other: all four at once would need four times the memory.
@@ -86,19 +88,50 @@ def average_flips(
     return np.asarray(logits.mean(0))
 
 
+def of_slices(hu: np.ndarray, slices: int) -> np.ndarray:
+    """What a network that sees so many slices at once sees of int16 HU [B, P, S, S]: the middle one
+    [B, S, S], or all. [B, S, S] is as it is."""
+    return hu[:, hu.shape[1] // 2] if hu.ndim == 4 and slices == 1 else hu
+
+
+class ShownFiles(NamedTuple):
+    """Files to read, and what of them is seen at once.
+
+    files: each file once. around: of every file to predict the numbers of P files, itself in the
+    middle: one, or with those before and after it.
+    """
+
+    files: list[ReadRequest]
+    around: list[tuple[int, ...]]
+
+
+class ShownSlices(NamedTuple):
+    """What was read of `ShownFiles`."""
+
+    files: list[ReadResult]
+    around: list[tuple[int, ...]]
+
+
+def read_shown(shown: ShownFiles) -> ShownSlices:
+    """Decodes the files of a batch."""
+    return ShownSlices([r for request in shown.files for r in read_slices(request)], shown.around)
+
+
 class PredictRequest(NamedTuple):
     """Files to read, and M networks to predict them by, each on so many threads."""
 
-    files: ReadRequest
+    shown: ShownFiles
     networks: tuple[ConvertedNetwork, ...]
     threads: int
     tta: str
 
     def logits(self, hu: dict[int, np.ndarray]) -> np.ndarray:
-        """int16 HU [B, S, S] of each side S -> float32 [B, M, L]."""
+        """int16 HU [B, P, S, S] of each side S -> float32 [B, M, L]."""
         return np.stack(
             [
-                average_flips(open_session(n.path, self.threads), hu[n.side], self.tta)
+                average_flips(
+                    open_session(n.path, self.threads), of_slices(hu[n.side], n.slices), self.tta
+                )
                 for n in self.networks
             ],
             axis=1,
@@ -118,24 +151,43 @@ class PredictResult(NamedTuple):
 
 def read_and_predict(request: PredictRequest) -> list[PredictResult]:
     """Decodes and predicts in one process: what goes back to the caller is logits, no slices."""
-    return predict_batch(read_slices(request.files), request.logits)
+    return predict_batch(read_shown(request.shown), request.logits)
 
 
 def predict_batch(
-    files: list[ReadResult], logits: Callable[[dict[int, np.ndarray]], np.ndarray]
+    shown: ShownSlices, logits: Callable[[dict[int, np.ndarray]], np.ndarray]
 ) -> list[PredictResult]:
     """Predicts the files of a batch that could be read, as one batch of the networks.
 
     Args:
-        files: what was read, each file in the same sides S.
-        logits: int16 HU [B, S, S] of each side S -> float32 [B, M, L].
+        shown: what was read, each file in the same sides S.
+        logits: int16 HU [B, P, S, S] of each side S -> float32 [B, M, L].
     """
+    readable, hu = see(shown)
     # Those that could not be read take their place in the result, not in the batch.
-    results = [PredictResult(file, None) for file in files if file.reason]
-    readable = [file for file in files if not file.reason]
+    numbers = {around[len(around) // 2] for around in shown.around}
+    refused = [f for f in shown.files if f.reason and f.number in numbers]
+    results = [PredictResult(file, None) for file in refused]
     if readable:
-        hu = {side: np.stack([file.hu[side] for file in readable]) for side in readable[0].hu}
         for file, of_file in zip(readable, logits(hu), strict=True):
             # Without its slices, which would else be copied back to the calling process.
             results.append(PredictResult(file._replace(hu={}), of_file))
     return results
+
+
+def see(shown: ShownSlices) -> tuple[list[ReadResult], dict[int, np.ndarray]]:
+    """The B files to predict that could be read, and what is seen of them: int16 HU [B, P, S, S] of
+    each side S. In the place of a neighbour that could not be read stands the file itself."""
+    read = {file.number: file for file in shown.files}
+    middle = [read[numbers[len(numbers) // 2]] for numbers in shown.around]
+    readable = [file for file in middle if not file.reason]
+    seen = [
+        read[n] if not read[n].reason else own
+        for own, numbers in zip(middle, shown.around, strict=True)
+        for n in numbers
+        if not own.reason
+    ]
+    hu = {side: np.stack([file.hu[side] for file in seen]) for side in (seen[0].hu if seen else ())}
+    return readable, {
+        side: slices.reshape(len(readable), -1, side, side) for side, slices in hu.items()
+    }

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ich.base.config import Config, image_size, load_config
+from ich.base.config import Config, image_size, input_channels, load_config
 from ich.base.progress import StageCallback
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import format_duration
@@ -78,8 +78,7 @@ def make_plan(configs: Sequence[Config], report: StageCallback) -> Plan:
     sweep = check_jobs(configs)
     jobs = inspect_jobs(configs, sweep)
     for config in configs:
-        channels = len(config.windows.channels)
-        check_architecture(config.model, channels, image_size(config))
+        check_architecture(config.model, input_channels(config), image_size(config))
     configs_of_data = {data_key(config): config for config in configs}
     sizes = {key: cohort_sizes(config) for key, config in configs_of_data.items()}
     speeds = SpeedEstimates(jobs, report)
@@ -92,9 +91,7 @@ def _plan_job(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> JobPlan:
     batch = config.train.batch_size
     # Without named columns the labels are known only once they are read: RSNA 2019 has six.
     outputs = len(config.data.label_columns or range(6))
-    cost = model_cost(
-        config.model, len(config.windows.channels), image_size(config), batch, outputs
-    )
+    cost = model_cost(config.model, input_channels(config), image_size(config), batch, outputs)
     moments = _moments(config)
     weights = 4 * cost.params  # bytes, float32, as gradients and moments are
     state = weights * (2 + moments)
@@ -175,7 +172,7 @@ def _device(config: Config) -> str:
 
 def _speed_key(config: Config, device: str | None = None) -> str:
     """What the speed of a training depends on."""
-    channels, device = len(config.windows.channels), device or _device(config)
+    channels, device = input_channels(config), device or _device(config)
     size, batch = image_size(config), config.train.batch_size
     return repr((config.model.timm, channels, size, batch, config.data.cache_size, device))
 

@@ -24,6 +24,7 @@ from ich.base.config import (
     ModelConfig,
     UserError,
     image_size,
+    input_channels,
     load_config,
     to_dict,
 )
@@ -169,8 +170,8 @@ def check_weights(configs: Sequence[Config]) -> None:
         from ich.training.model import check_architecture, ensure_weights
 
     # One job for each network and its input: a sweep over seeds would build it for each seed.
-    for c in {repr((c.model, c.data.image_size, c.windows)): c for c in configs}.values():
-        check_architecture(c.model, len(c.windows.channels), image_size(c))
+    for c in {repr((c.model, c.data.image_size, input_channels(c))): c for c in configs}.values():
+        check_architecture(c.model, input_channels(c), image_size(c))
         ensure_weights(c.model)
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from ich.base import provenance
-from ich.base.config import Config, CudaGraph, Device, UserError, image_size
+from ich.base.config import (
+    Config,
+    CudaGraph,
+    Device,
+    UserError,
+    image_size,
+    input_channels,
+)
 from ich.base.records import ComputeMode
 from ich.training.mode import CHANNELS_LAST, JOBS_PER_GPU
 from ich.training.model import model_cost
@@ -57,7 +64,7 @@ def training_bytes(cfg: Config, outputs: int, mode: ComputeMode) -> int:
     and cuDNN need for themselves."""
     if mode.memory:
         return mode.memory + _CONTEXT_BYTES
-    size, channels = image_size(cfg), len(cfg.windows.channels)
+    size, channels = image_size(cfg), input_channels(cfg)
     cost = model_cost(cfg.model, channels, size, cfg.train.batch_size, outputs)
     # Four float32 for each parameter; the optimizer may keep fewer moments than Adam's two.
     own = 16 * cost.params + cost.activations

@@ -30,7 +30,8 @@ _STEPS_AHEAD = 2  # that a GPU is told to do before the host waits for the first
 
 @dataclass(frozen=True)
 class Batch:
-    """hu: int16 [B, S, S]. target: float32 [B, L]. draws: float32 [B, D], or None."""
+    """hu: int16 [B, S, S], or [B, P, S, S] of P slices for each row. target: float32 [B, L]. draws:
+    float32 [B, D], or None."""
 
     hu: torch.Tensor
     target: torch.Tensor
@@ -41,7 +42,8 @@ class SliceSource(Protocol):
     """A cohort's slices, wherever they are kept."""
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
-        """int16 [B, S, S] on the device for each int64 [B] of positions in the cache."""
+        """int16 [B, S, S] on the device for each int64 [B] of positions in the cache; [B, P, S, S]
+        for each [B, P]."""
 
 
 class ResidentSlices:
@@ -67,7 +69,7 @@ class ResidentSlices:
         # One copy to the device for the whole epoch: one for each step would wait at each step.
         slots = torch.from_numpy(self.slot[np.concatenate(rows)]).to(self.device)
         for index in slots.split([len(r) for r in rows]):
-            yield self.hu.index_select(0, index)
+            yield self.hu.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class MappedSlices:
@@ -112,9 +114,9 @@ class StagedSlices(MappedSlices):
         self._places: list[torch.Tensor] = []
 
     def batches(self, rows: list[np.ndarray]) -> Iterator[torch.Tensor]:
-        longest = max(map(len, rows))
-        if not self._places or len(self._places[0]) < longest:
-            shape = (longest, *self.hu.shape[1:])
+        shape = (max(map(len, rows)), *rows[0].shape[1:], *self.hu.shape[1:])
+        first = self._places[0].shape if self._places else (0,)
+        if first[0] < shape[0] or first[1:] != shape[1:]:
             self._places = [
                 torch.empty(shape, dtype=torch.int16, pin_memory=True) for _ in self._copied
             ]
@@ -237,6 +239,6 @@ class Loader:
         left = torch.cat(parts)
         targets = torch.from_numpy(self.split.target)[left].to(self.device).split(sizes)
         drawn = draws[left].to(self.device).split(sizes) if draws is not None else None
-        slices = self.slices.batches([self.split.row[part.numpy()] for part in parts])
+        slices = self.slices.batches([self.split.shown[part.numpy()] for part in parts])
         for number, hu in enumerate(slices):
             yield Batch(hu, targets[number], drawn[number] if drawn else None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ich.base.config import Config, CudaGraph, Device, Precision, image_size
+from ich.base.config import Config, CudaGraph, Device, Precision, image_size, input_channels
 from ich.base.provenance import nvidia_smi
 from ich.base.records import ComputeMode
 
@@ -21,7 +21,7 @@ def workload_key(config: Config) -> str:
     Seeds of one network could not be compared otherwise. The batch is in it, for what is faster
     depends on it: channels_last was no faster for ResNet50 at 16 images, and 6 % faster at 32.
     """
-    channels, batch = len(config.windows.channels), config.train.batch_size
+    channels, batch = input_channels(config), config.train.batch_size
     # A sweep's record has modes by this text: another form would have earlier sweeps timed again.
     shape = f"{batch}x{channels}x{image_size(config)}"
     key = f"{config.model.timm} {shape} {config.train.device.value}"

@@ -375,7 +375,7 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
     """
     metadata = read_metadata(path)
     cfg = ModelConfig(metadata.model, metadata.timm, metadata.image_size, pretrained=False)
-    channels, outputs = len(metadata.windows), len(metadata.labels)
+    channels, outputs = metadata.channels, len(metadata.labels)
     try:
         input_spec(cfg)
         # Without memory: a network by its name alone may have gigabytes.

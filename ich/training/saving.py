@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ich.base.config import Config, image_size
+from ich.base.config import Config, image_size, windows_shown
 from ich.base.files import replacing, write_bytes
 from ich.base.metadata import Metadata
 from ich.base.results import RunPaths
@@ -154,7 +154,7 @@ def save_best(
         model=cfg.model.name,
         timm=cfg.model.timm,
         labels=dataset.labels,
-        windows=tuple(cfg.windows.channels),
+        windows=tuple(windows_shown(cfg)),
         cache_size=cfg.data.cache_size,
         image_size=image_size(cfg),
         mean=spec.mean,
@@ -162,6 +162,7 @@ def save_best(
         # With the weights, so that whoever predicts needs no other file. Chosen on validation, as
         # the epoch was.
         thresholds=best_thresholds(logits, target, dataset.labels),
+        context=cfg.context.name.value,
     )
     save_weights(model, run.best, metadata)
     save_predictions(run, dataset, {"val": logits})

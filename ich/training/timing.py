@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ich.base.config import Config, CudaGraph, Precision, saved_config, to_dict
+from ich.base.config import (
+    Config,
+    CudaGraph,
+    Precision,
+    saved_config,
+    slices_shown,
+    to_dict,
+)
 from ich.base.memory import keep_memory
 from ich.base.processes import watch_supervisor
 from ich.base.provenance import processor
@@ -269,7 +276,10 @@ def random_dataset(cfg: Config, steps: int = 1) -> Dataset:
     hu = rng.integers(-1024, 1024, (batch, size, size), dtype=np.int16)
     target = rng.integers(0, 2, (steps * batch, len(labels))).astype(np.float32)
     row = np.tile(np.arange(batch), steps)
-    split = Split(row.astype(str), row, target, row, row)
+    around = None
+    if (slices := slices_shown(cfg)) > 1:
+        around = (row[:, None] + np.arange(slices)) % batch
+    split = Split(row.astype(str), row, target, row, row, around)
     summary = CohortSummary(steps={}, rates={}, scored="val", leak={})
     return Dataset(hu, labels, split, split, None, summary)
 

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ich.base.config import Config, CudaGraph, UserError, image_size
+from ich.base.config import (
+    Config,
+    CudaGraph,
+    UserError,
+    image_size,
+    input_channels,
+    slices_shown,
+    windows_shown,
+)
 from ich.base.records import ComputeMode
 from ich.data.dataset import Dataset, Split
 from ich.training.cuda_graph import CaptureError, GraphedStep
@@ -105,7 +113,7 @@ class Trainer:
         """Everything a training needs, seeded by `cfg.seed`."""
         # The first weights and dropout; orders and augmentations have generators of their own.
         torch.manual_seed(stream_seed(cfg.seed, 0, "init"))
-        channels, spec = len(cfg.windows.channels), input_spec(cfg.model)
+        channels, spec = input_channels(cfg), input_spec(cfg.model)
         model = build_model(cfg.model, channels, len(dataset.labels))
         layout = memory_format(mode)
         model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -137,13 +145,15 @@ class Trainer:
             slices=slices,
             train_loader=train,
             resample=Resample(size, cfg.augment),
-            windows=CTWindows(cfg.windows.channels, device, spec.mean, spec.std, layout),
+            windows=CTWindows(
+                windows_shown(cfg), device, spec.mean, spec.std, layout, slices_shown(cfg)
+            ),
             mode=mode,
             graphed_step=GraphedStep(optimizer, cfg.train.batch_size) if mode.graph else None,
         )
 
     def logits(self, hu: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
-        """int16 HU [B, S, S], and what augmentation draws for it -> float32 logits [B, L]."""
+        """The HU of a batch, and what augmentation draws for it -> float32 logits [B, L]."""
         return self.network(self.windows(self.resample(hu, draws)))
 
     def network(self, x: torch.Tensor) -> torch.Tensor:

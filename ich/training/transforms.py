@@ -27,7 +27,12 @@ class CTWindows:
 
     A window of center c and width w maps c - w/2 to 0 and c + w/2 to 1, linearly. From that the
     mean is subtracted and the standard deviation divided, which a pretrained network expects; with
-    another number of windows than of means, each channel takes the average of the means.
+    another number of channels than of means, each slice's channels have the means of as many
+    windows, and where their number is another too, each takes the average of the means.
+
+    Channels are slice after slice, each in all windows in their order: so ImageNet's first layer,
+    repeated for more than three channels (`ich.training.model.build_model`), meets each slice's
+    windows as it meets those of a single slice.
 
     All of it is one multiplication, one addition and one clamp per channel.
     """
@@ -39,8 +44,11 @@ class CTWindows:
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         memory_format: torch.memory_format = torch.channels_last,
+        slices: int = 1,
     ):
-        mean_, std_ = _per_channel(mean, len(windows)), _per_channel(std, len(windows))
+        channels = [(plane, w) for plane in range(slices) for w in windows]
+        mean_, std_ = (_per_channel(values, len(windows), slices) for values in (mean, std))
+        self.planes = [plane for plane, _ in channels]
         self.memory_format = memory_format
         # (hu - lower end) / width, minus the mean, over the deviation: one slope and one intercept
         # per channel. The window's ends, 0 and 1, become the limits of the clamp.
@@ -50,7 +58,7 @@ class CTWindows:
                 torch.tensor(-(w.center - w.width / 2) / (w.width * s) - m / s, device=device),
                 (-m / s, (1 - m) / s),
             )
-            for w, m, s in zip(windows, mean_, std_, strict=True)
+            for (_, w), m, s in zip(channels, mean_, std_, strict=True)
         ]
 
     def coefficients(self) -> tuple[torch.Tensor, ...]:
@@ -60,20 +68,24 @@ class CTWindows:
         return slope, intercept, limits[:, 0], limits[:, 1]
 
     def __call__(self, hu: torch.Tensor) -> torch.Tensor:
-        """float32 HU [B, 1, H, W] -> float32 [B, C, H, W] in the layout asked for."""
+        """float32 HU [B, slices, H, W] -> float32 [B, C, H, W] in the layout asked for."""
         shape = (hu.shape[0], len(self.maps), *hu.shape[2:])
         # In the network's layout from the start: to convert a batch is to copy it.
         x = torch.empty(shape, device=hu.device, memory_format=self.memory_format)
         # A channel at a time: over all at once, channels_last leaves nothing to vectorize over.
         for channel, (slope, intercept, (lowest, highest)) in enumerate(self.maps):
-            windowed = torch.addcmul(intercept, hu[:, 0], slope)
+            windowed = torch.addcmul(intercept, hu[:, self.planes[channel]], slope)
             torch.clamp(windowed, lowest, highest, out=x[:, channel])
         return x
 
 
-def _per_channel(values: Sequence[float], channels: int) -> list[float]:
-    """The values, or as often as there are channels their mean."""
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+def _per_channel(values: Sequence[float], windows: int, slices: int) -> list[float]:
+    """The values if there are as many as channels, else for each slice the values, or as often as
+    there are windows their mean."""
+    if len(values) == windows * slices:
+        return list(values)
+    own = list(values) if len(values) == windows else [sum(values) / len(values)] * windows
+    return own * slices
 
 
 class Resample:
@@ -94,16 +106,24 @@ class Resample:
         return torch.rand(rows, _DRAWS, generator=generator)
 
     def __call__(self, hu: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
-        """int16 HU [B, S, S] and its draws [B, 6] -> float32 HU [B, 1, size, size].
+        """int16 HU [B, S, S], or [B, P, S, S] of P slices each, and their draws [B, 6] -> float32
+        HU [B, P, size, size]; the slices of one image are flipped and cropped alike.
 
         Without draws the whole slice is resized, as for validation.
         """
         if draws is None:
             draws = hu.new_ones((len(hu), _DRAWS), dtype=torch.float32)  # no flip, no crop
-        (rows, columns), (row_weights, column_weights) = self._taps(draws, hu.shape[-1])
-        x = _weighted_rows(hu.to(torch.float32), rows, row_weights)
-        x = _weighted_rows(x.transpose(1, 2), columns, column_weights)
-        return x.transpose(1, 2).contiguous().unsqueeze(1)
+        taps, weights = self._taps(draws, hu.shape[-1])
+        slices = 1
+        if hu.dim() == 4:
+            slices = hu.shape[1]
+            # [2, B, size, K] -> [2, B * P, size, K]
+            taps, weights = (t.repeat_interleave(slices, 1) for t in (taps, weights))
+            hu = hu.flatten(0, 1)
+        x = _weighted_rows(hu.to(torch.float32), taps[0], weights[0])
+        x = _weighted_rows(x.transpose(1, 2), taps[1], weights[1])
+        x = x.transpose(1, 2).contiguous()
+        return x.view(-1, slices, self.size, self.size)
 
     def matrix(self, pixels: int) -> torch.Tensor:
         """What a call without draws does along one axis, float32 [size, pixels]."""

@@ -144,6 +144,30 @@ def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
 
 
 @pytest.mark.faults
+def test_a_training_on_neighbours_goes_on_bit_for_bit(
+    composed: Compose, phantom: Path, tmp_path: Path
+) -> None:
+    own = ("tracking=none", "train.threads=1", "protocol=sound", "context=neighbours")
+    of = ("model=mobilenet_v2", f'data.root="{phantom}"')
+    config = composed(*of, *SMALL, "train.batch_size=4", *own)
+    load_dataset(config)
+    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
+    run_until(config, whole, None)
+    seen = 0
+
+    def stop(phase: str, epoch: int) -> None:
+        nonlocal seen
+        seen += phase == "training"
+        if seen == 3:
+            raise Terminated
+
+    with pytest.raises(Terminated):
+        run_until(config, broken, stop)
+    assert run_until(config, broken, None).resumed == 1
+    assert_same(whole, broken)
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     config: Config, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture

@@ -24,8 +24,9 @@ from ich.tracking.journal import Journal
 from ich.train import main
 from ich.training.devices import pick_device
 from ich.training.fit import Terminated, fit, is_better
-from ich.training.model import build_model, load_weights
+from ich.training.model import build_model, input_spec, load_trained, load_weights
 from ich.training.trainer import Trainer
+from ich.training.transforms import CTWindows, Resample
 
 Compose = Callable[..., Config]
 
@@ -76,6 +77,31 @@ def test_the_kept_weights_and_predictions_are_the_best_epochs(
     np.testing.assert_allclose(again, saved["val_logits"], atol=1e-4)
     with safe_open(run.best, "pt") as file:
         assert json.loads(file.metadata()["ich"])["timm"] == "mobilenetv2_100.ra_in1k"
+
+
+@pytest.mark.parametrize("windows", ["first", "all"])
+def test_a_network_of_neighbours_trains(
+    composed: Compose, phantom: Path, tmp_path: Path, windows: str
+) -> None:
+    context = ("context=neighbours", f"context.windows={windows}", "protocol=sound")
+    of = ("model=mobilenet_v2", f'data.root="{phantom}"', "train.precision=fp32", "tracking=none")
+    config = composed(*of, *TINY, *context, "train.epochs=1")
+    _, run = train(config, tmp_path / "run")
+    model, metadata = load_trained(run.best)
+    assert metadata.context == "neighbours"
+    assert metadata.channels == {"first": 3, "all": 9}[windows]
+    saved, dataset = np.load(run.predictions), load_dataset(config)
+    assert dataset.test is not None
+    assert dataset.sequences is not None
+    around = dataset.sequences.neighbours(dataset.test.row)
+    assert (around == dataset.test.around).all()
+    # By hand: the three slices of each row, each in all windows.
+    hu = torch.from_numpy(dataset.hu[around])
+    size, spec = metadata.image_size, input_spec(config.model)
+    planes = Resample(size, config.augment)(hu)
+    x = CTWindows(metadata.windows, "cpu", spec.mean, spec.std, slices=3)(planes)
+    with torch.inference_mode():
+        np.testing.assert_allclose(model(x).numpy(), saved["test_logits"], atol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,23 @@ def test_every_place_serves_the_same(feed: Feed, device: torch.device, tmp_path:
         assert [r for batch in served for r in rows_of(batch)] == rows.tolist()
         assert {b.hu.device.type for b in served} == {device.type}
         assert {b.hu.dtype for b in served} == {torch.int16}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("feed", [Feed.resident, Feed.mapped])
+def test_every_place_serves_slices_with_those_around_them(
+    feed: Feed, device: torch.device, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "hu.npy", hu_of(50))
+    hu = np.load(tmp_path / "hu.npy", mmap_mode="r")
+    rows = np.array([40, 3, 3, 17, 20])
+    around = np.array([[40, 40, 17], [20, 3, 3], [20, 3, 3], [40, 17, 20], [17, 20, 3]])
+    part = replace(split(rows), around=around)
+    slices = open_slice_source(Dataset(hu, ("a", "b"), part, part, None, {}), feed, device)
+    served = list(Loader(slices, part, 2, device).in_order())
+    assert [list(batch.hu.shape) for batch in served] == [[2, 3, 3, 3], [3, 3, 3, 3]]
+    assert torch.cat([b.hu[..., 1, 1] for b in served]).tolist() == around.tolist()
+    assert torch.cat([b.target[:, 0] for b in served]).tolist() == rows.tolist()
 
 
 def test_without_room_the_next_place_is_taken_and_said(

@@ -221,6 +221,21 @@ METADATA = Metadata(
 )
 
 
+@pytest.mark.parametrize("windows", [1, 3])
+def test_weights_of_several_slices_say_so(tmp_path: Path, windows: int) -> None:
+    one = METADATA.windows[0]
+    metadata = replace(METADATA, windows=(one,) * windows, context="neighbours")
+    path = tmp_path / "w.safetensors"
+    assert "context" not in METADATA.to_json()  # files of single slices stay as they were
+    save(build_model(config("mobilenet_v2"), 3 * windows), path, metadata)
+    read, found = load_trained(path)
+    assert found == metadata
+    assert (found.slices, found.channels) == (3, 3 * windows)
+    assert read(torch.zeros(1, 3 * windows, 32, 32)).shape == (1, len(METADATA.labels))
+    with pytest.raises(ValueError, match="out of range"):
+        Metadata.from_json(metadata.to_json().replace("neighbours", "elsewhere"))
+
+
 def test_saved_weights_read_back(tmp_path: Path) -> None:
     first, second = build_model(config("mobilenet_v2")), build_model(config("mobilenet_v2"))
     save(first, tmp_path / "best.safetensors", METADATA)

@@ -47,6 +47,32 @@ def test_normalization_is_per_channel_and_averages_for_other_counts() -> None:
     torch.testing.assert_close(far[0, :, 0, 1], (1 - torch.tensor(mean)) / torch.tensor(std))
 
 
+def test_of_several_slices_channels_are_slice_after_slice() -> None:
+    hu, mean = torch.randn(2, 3, 4, 4) * 50 + 40, (0.1, 0.2, 0.3)
+    std = (1.0, 2.0, 4.0)
+    for windows in (WINDOWS[:1], WINDOWS[:3], WINDOWS[:2]):
+        count = len(windows)
+        got = CTWindows(windows, "cpu", mean, std, slices=3)(hu)
+        assert got.shape[1] == 3 * count
+        for channel in range(3 * count):
+            plane, n = divmod(channel, count)
+            own = CTWindows(windows[n : n + 1], "cpu", (0.0,), (1.0,))(hu[:, plane : plane + 1])
+            # Three channels, or three windows, have the three means; others their average.
+            which = {1: plane, 3: n}.get(count)
+            m, s = (sum(v) / 3 if which is None else v[which] for v in (mean, std))
+            torch.testing.assert_close(got[:, channel], (own[:, 0] - m) / s)
+
+
+def test_slices_of_one_image_are_augmented_alike() -> None:
+    resample = Resample(8, AugmentConfig(0.5, 0.5, 0.5, 0.6))
+    hu, draws = slices(12, 9).unflatten(0, (4, 3)), resample.draws(0, 1, 4)
+    got = resample(hu, draws)
+    assert got.shape == (4, 3, 8, 8)
+    for plane in range(3):
+        assert torch.equal(got[:, plane : plane + 1], resample(hu[:, plane], draws))
+        assert torch.equal(resample(hu)[:, plane : plane + 1], resample(hu[:, plane]))
+
+
 @pytest.mark.parametrize("size", [16, 63, 64, 96, 224])
 def test_resizing_is_torchs_antialiased_interpolation(size: int) -> None:
     hu = slices(3, 64)
