@@ -219,7 +219,7 @@ class SweepRecord:
     jobs: their names, in the order of the table. cohorts: fingerprints of their data. mlflow_run:
     the parent run. started: local time, to the minute. command: what launched it. modes: per
     workload (`ich.training.mode.workload_key`). origins, configs: per job. provenance: of the
-    launch.
+    launch. sharing: how many jobs share a GPU and why, where that was left to ich.
     """
 
     name: str = ""
@@ -232,6 +232,7 @@ class SweepRecord:
     origins: dict[str, Origin] = field(default_factory=dict)
     configs: dict[str, Json] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
+    sharing: str = ""
 
     @classmethod
     def from_json(cls, values: Json) -> SweepRecord:

@@ -67,6 +67,11 @@ def gpu_slots(gpus: Sequence[str], jobs_per_gpu: int) -> list[Slot]:
     ]
 
 
+def gpus_of(slots: Sequence[Slot]) -> list[str]:
+    """The GPUs that slots are on, each once, by their names for CUDA_VISIBLE_DEVICES."""
+    return [*dict.fromkeys(s.environment[VISIBLE] for s in slots if VISIBLE in s.environment)]
+
+
 def cpu_slots(jobs: int) -> list[Slot]:
     """Slots on this machine's CPU; several share its cores evenly."""
     if jobs == 1:

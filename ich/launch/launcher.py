@@ -8,6 +8,7 @@ or any other launcher of Hydra's, wrapped (`CheckFirst`).
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -26,8 +27,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from ich.base.config import Device, UserError
 from ich.launch.command import Carried
 from ich.launch.composing import ComposedJob, compose_jobs
-from ich.launch.jobs import VISIBLE, Slot, cpu_slots, gpu_slots, run_in_slots, visible_gpus
+from ich.launch.jobs import Slot, cpu_slots, gpu_slots, gpus_of, run_in_slots, visible_gpus
 from ich.launch.remote import ending_jobs
+from ich.launch.sharing import AUTO, shared_slots
 from ich.launch.steps import board_for, plan, prepare, train
 
 _OURS = "hydra_plugins.ich_launcher."
@@ -96,16 +98,22 @@ class SweepLauncher(Launcher):
         return done
 
 
-def check_range(key: str, value: object, low: float, high: float = float("inf")) -> None:
-    """Refuses a launcher's setting that is no number from `low` to `high`.
+def check_range(
+    key: str, value: object, low: float, high: float = float("inf"), word: str = ""
+) -> None:
+    """Refuses a launcher's setting that is no number from `low` to `high`; with a word, neither
+    that nor a whole number.
 
     Raises:
         UserError: it is not.
     """
-    if isinstance(value, int | float) and low <= value <= high:
+    if isinstance(value, int if word else int | float) and low <= value <= high:
+        return
+    if word and value == word:
         return
     allowed = f"from {low} to {high}" if high < float("inf") else f"at least {low}"
     allowed = f"{low}" if low == high else allowed
+    allowed += f", or {word}" if word else ""
     raise UserError(f"hydra.launcher.{key} is {value}, but must be {allowed}.")
 
 
@@ -114,17 +122,19 @@ class LocalLauncher(SweepLauncher):
 
     Args:
         gpus: how many of the visible GPUs are used; null takes all, 0 none.
-        jobs_per_gpu: how many jobs share one.
+        jobs_per_gpu: how many jobs share one; `auto`: as many as fit and pay.
         cpu_jobs: how many jobs run at once where there is no GPU; they share the cores.
     """
 
-    def __init__(self, gpus: int | None = None, jobs_per_gpu: int = 1, cpu_jobs: int = 1) -> None:
+    def __init__(
+        self, gpus: int | None = None, jobs_per_gpu: int | str = 1, cpu_jobs: int = 1
+    ) -> None:
         self.gpus, self.jobs_per_gpu, self.cpu_jobs = gpus, jobs_per_gpu, cpu_jobs
 
     def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
         # First: a setting out of range is refused before data are prepared.
-        slots = self.slots(jobs)
-        prepare([job.config for job in jobs])
+        slots, configs = self.slots(jobs), [job.config for job in jobs]
+        sweep = prepare(configs)
         stop, lock = threading.Event(), threading.Lock()
 
         def work(job: ComposedJob, slot: Slot) -> JobReturn:
@@ -134,16 +144,20 @@ class LocalLauncher(SweepLauncher):
             with lock:
                 return self.on_end(job, score)
 
-        with board_for(*(job.config for job in jobs)) as board:
+        with contextlib.ExitStack() as stack:
+            if self.jobs_per_gpu == AUTO and (gpus := gpus_of(slots)):
+                slots = stack.enter_context(shared_slots(configs, sweep, gpus))
+            board = stack.enter_context(board_for(*configs))
             return run_in_slots(work, jobs, slots, stop)
 
     def slots(self, jobs: Sequence[ComposedJob]) -> list[Slot]:
-        """The places for these jobs on this machine.
+        """The places for these jobs on this machine; one on each GPU where `auto` is to say how
+        many.
 
         Raises:
             UserError: a setting is out of range.
         """
-        check_range("jobs_per_gpu", self.jobs_per_gpu, 1, 64)
+        check_range("jobs_per_gpu", self.jobs_per_gpu, 1, 64, AUTO)
         check_range("cpu_jobs", self.cpu_jobs, 1, 64)
         # To look for GPUs imports torch, which takes seconds that jobs on the CPU need not wait.
         wanted = any(job.config.train.device is not Device.cpu for job in jobs)
@@ -151,7 +165,8 @@ class LocalLauncher(SweepLauncher):
         if self.gpus is not None and (gpus or self.gpus < 0):
             check_range("gpus", self.gpus, 0, len(gpus))
         if gpus:
-            return gpu_slots(gpus[: self.gpus], self.jobs_per_gpu)
+            at_once = self.jobs_per_gpu if isinstance(self.jobs_per_gpu, int) else 1
+            return gpu_slots(gpus[: self.gpus], at_once)
         if any(job.config.train.device is Device.cuda for job in jobs):
             hidden = "hydra.launcher.gpus is 0" if self.gpus == 0 else "no GPU is visible"
             raise UserError(
@@ -209,12 +224,10 @@ class PlanLauncher(SweepLauncher):
         self.wrapped, self.settings = wrapped, settings
 
     def launch_jobs(self, jobs: Sequence[ComposedJob]) -> Sequence[JobReturn]:
-        at_once = 1
+        gpus: list[str] = []
         if self.wrapped == _LOCAL:
-            slots = LocalLauncher(**self.settings).slots(jobs)
-            # Jobs that share a GPU count once, for they share its speed.
-            at_once = len({slot.environment.get(VISIBLE) for slot in slots})
-        plan([job.config for job in jobs], at_once)
+            gpus = gpus_of(LocalLauncher(**self.settings).slots(jobs))
+        plan([job.config for job in jobs], gpus, self.settings.get("jobs_per_gpu", 1))
         # An optimizing sweeper would ask for results before it can say what comes next.
         raise SystemExit(0)
 

@@ -22,6 +22,7 @@ from ich.base.terminal import Board, Terminal
 from ich.launch.composing import register_resolvers
 from ich.launch.jobs import Slot, run_job, slurm_thread_limit
 from ich.launch.remote import Interruption
+from ich.launch.sharing import describe_sharing
 
 # The sweeps this process launched. `ich.sweep.main` closes them, whatever became of the jobs.
 launched: list[SweepPaths] = []
@@ -44,16 +45,21 @@ def prepare(configs: Sequence[Config]) -> SweepPaths:
     return sweep
 
 
-def plan(configs: Sequence[Config], at_once: int = 1) -> None:
-    """Prints what a launch of these jobs would do, over so many processors; starts nothing."""
+def plan(configs: Sequence[Config], gpus: Sequence[str] = (), jobs_per_gpu: int | str = 1) -> None:
+    """Prints what a launch of these jobs would do, on these GPUs if any; starts nothing."""
     # Imported here: it counts operations with torch, which takes seconds to import.
     from ich.launch.plan import describe_plan, make_plan
 
     with Terminal().preparing() as report:
         made = make_plan(configs, report)
-    headings, rows, sentences = describe_plan(made, at_once)
-    folder = SweepPaths(Path(configs[0].sweep.output) / configs[0].name).root
-    Terminal().tables(f"Plan of {folder} (nothing is started)", [(headings, rows)], sentences)
+    # Jobs that share a GPU count once, for they share its speed.
+    headings, rows, sentences = describe_plan(made, max(1, len(gpus)))
+    sweep = SweepPaths(Path(configs[0].sweep.output) / configs[0].name)
+    todo = [p.job.config for p in made.jobs if p.job.state is not State.done]
+    if shared := describe_sharing(todo, sweep, gpus, jobs_per_gpu):
+        sentences.append(shared)
+    title = f"Plan of {sweep.root} (nothing is started)"
+    Terminal().tables(title, [(headings, rows)], sentences)
 
 
 def train(

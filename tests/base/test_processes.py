@@ -23,6 +23,10 @@ PACKAGE = Path(ich.__file__).parent
 STARTED = {
     "launch.jobs.supervise": "a training watches: tests/launch/test_jobs.py",
     "training.timing.select_modes": "watches: below",
+    "launch.side_by_side._started": "watches: below",
+    "launch.mps.multi_process_service": "looks for its parent itself: tests/launch/test_mps.py",
+    "launch.mps.main": "NVIDIA's daemon, which the kernel tells: tests/launch/test_mps.py",
+    "launch.mps._obeys": "a question to that daemon, for 25 seconds at most",
     "tracking.sweep_run.close_sweep_run": "watches: below",
     "base.workers.__init__": "a worker watches: tests/data/test_cache.py",
     "base.provenance._git": "git, for ten seconds at most",
@@ -85,9 +89,10 @@ def has_ended(process: Path) -> bool:
         return True
 
 
-def test_what_times_networks_ends_with_its_sweep() -> None:
+@pytest.mark.parametrize("module", ["training.timing", "launch.side_by_side"])
+def test_what_times_networks_ends_with_its_sweep(module: str) -> None:
     """It lived on for minutes, with all the machine's cores."""
-    ends_with_its_parent("-m", "ich.training.timing")
+    ends_with_its_parent("-m", f"ich.{module}")
 
 
 def test_what_copies_to_mlflow_ends_with_its_sweep(

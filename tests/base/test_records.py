@@ -212,7 +212,7 @@ def test_a_sweeps_record_comes_back(sweep: SweepPaths) -> None:
     written = json.loads(sweep.record.read_text())
     assert list(written) == [
         *("name", "jobs", "cohorts", "mlflow_run", "started", "command", "modes", "origins"),
-        *("configs", "provenance"),
+        *("configs", "provenance", "sharing"),
     ]
     assert written["origins"]["b"] == {"cohort": "c", "weights": "w", "code": "x"}
 
