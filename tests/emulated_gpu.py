@@ -19,7 +19,13 @@ import torch
 
 from ich.base.records import ComputeMode
 from ich.benchmarks.measure import compose_job
+from ich.benchmarks.settings import Settings
+from ich.benchmarks.steps import bench_step
+from ich.benchmarks.trainings import bench_report
 from ich.data.dataset import Split
+from ich.data.phantom.files import write_phantom
+from ich.data.phantom.spec import PhantomSpec
+from ich.training import graph_check
 from ich.training import trainer as trainer_module
 from ich.training.timing import random_dataset, time_training_steps
 from ich.training.trainer import Trainer, TrainingState
@@ -29,6 +35,7 @@ GPU = torch.device("cuda")
 torch.backends.cudnn.enabled = False  # there is none
 # Numbers mean nothing here, and need not be finite.
 trainer_module._require_finite = lambda *_: None  # type: ignore[assignment]
+graph_check.why_not_graphed = lambda *_: ""  # type: ignore[assignment]
 library = ctypes.CDLL(os.environ["ICH_FAKE_CUDA"])
 library.fake_report.restype = ctypes.c_char_p
 
@@ -104,6 +111,14 @@ def main(folder: Path) -> None:
     timing = time_training_steps(config, rounds=1)
     modes = {str(mode): mode.memory for mode in timing.seconds}
     print(json.dumps({"case": "timed", "modes": modes, "refused": timing.refused}))
+    # What `make check-gpu` measures in its own process.
+    write_phantom(folder / "phantom", PhantomSpec(patients=4, seed=1, size=64), workers=1)
+    settings = Settings(["mobilenet_v2"], [32], 4, 40, 1, 0.05)
+    results = [*bench_step(settings, folder), *bench_report(settings, folder)]
+    rows = [name for result in results for name in result.rows]
+    tables = [table for result in results for table in result.tables.values()]
+    failures = [failure for result in results for failure in result.failures]
+    print(json.dumps({"case": "bench", "rows": rows, "tables": tables, "failures": failures}))
 
 
 if __name__ == "__main__":

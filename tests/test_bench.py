@@ -18,6 +18,7 @@ import pytest
 from ich.base.records import ComputeMode
 from ich.bench import main
 from ich.benchmarks import trainings
+from ich.benchmarks.commands import bench_tests
 from ich.benchmarks.measure import InTurn, PartResult, compare_rates, geometric_mean
 from ich.benchmarks.parts import PartError, in_own_process, measure_parts
 from ich.benchmarks.published import beside_published, projection
@@ -209,6 +210,25 @@ def test_a_part_that_dies_or_hangs_costs_itself(
         return
     with pytest.raises(PartError, match=f"^{reason}$"):
         next(found)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [
+        (math.inf, "tests: pytest ended with status 1: 1 failed"),
+        (0, "tests: pytest was ended for want of time: "),
+    ],
+)
+def test_tests_that_fail_or_find_no_time_are_named(
+    seconds: float, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_one.py").write_text("def test_one():\n    assert 1 == 2\n")
+    monkeypatch.setattr("ich.benchmarks.commands._GPU_TESTS", (tmp_path / "test_one.py",))
+    end = time.monotonic() + seconds
+    (result,) = bench_tests(replace(SETTINGS, until=end, limit=end), tmp_path)
+    assert not result.notes
+    assert result.failures[0].startswith(reason)
+    assert ["FAILED" in failure for failure in result.failures[1:]] == [True] * (seconds > 0)
 
 
 def test_of_networks_what_fails_costs_itself_and_none_is_begun_without_time() -> None:

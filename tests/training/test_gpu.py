@@ -172,6 +172,18 @@ def test_on_a_gpu_precision_and_graph_are_timed_together_with_their_memory(
     assert min(timed.values()) > 1 << 20
 
 
+def test_the_benchmark_of_a_gpu_compares_all_modes_and_trains_an_epoch(
+    emulated: dict[str, dict[str, Any]],
+) -> None:
+    bench = emulated["bench"]
+    assert bench["failures"] == []
+    modes = [name for name in bench["rows"] if name.startswith("modes, ")]
+    assert len(modes) == 5  # three precisions, eager and as one graph, against one of them
+    projected, trained = bench["tables"]
+    assert [line[2] for line in trained] == ["measured", "a whole epoch"]
+    assert projected[1][1].endswith("channels_last, graphed")
+
+
 class _Faithful:
     """Stands for a captured step that does what an eager one does, on a CPU."""
 
