@@ -16,10 +16,10 @@ from made_up import cohort, write_sweep
 from mlflow import MlflowClient
 
 from ich.base.config import Config, UserError
+from ich.base.entry import public_command, without_paths
 from ich.base.results import SweepPaths
 from ich.launch import steps
 from ich.pages.columns import best_cells
-from ich.pages.description import without_paths
 from ich.pages.figures import pareto_front
 from ich.pages.hardest_cases import hardest
 from ich.pages.page import Cell, Ranking, Row, to_html, to_markdown
@@ -456,7 +456,7 @@ def test_a_secret_of_this_machine_gets_into_no_page(
         path.write_text(text.replace("phantom", "${oc.env:ICH_SECRET}"))
     compare(sweep, resamples=0)
     pages = [p for p in sweep.root.rglob("*") if p.suffix in (".html", ".md", ".csv", ".tex")]
-    assert len(pages) == 5
+    assert len(pages) == 6
     for path in pages:
         assert "a-secret" not in path.read_text()
 
@@ -551,6 +551,21 @@ def test_the_page_names_no_path_of_the_machine(three: SweepPaths) -> None:
     assert without_paths("see https://example.org/a/b.html, or a/b") == (
         "see https://example.org/a/b.html, or a/b"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("data.root=/scans", "data.root=scans"),
+        ("data.root=[/home/a/b,/c]", "data.root=[b,c]"),
+        ("tracking.uri=sqlite:////home/a/ml.db", "tracking.uri=sqlite:///ml.db"),
+        ("tracking.uri=http://ann:pw@host:5000", "tracking.uri=http://***@host:5000"),
+        (f"data.root='{Path.cwd()}/a b/c'", "data.root='a b/c'"),
+        ("hydra/launcher=ich_ray data.root=a/b", "hydra/launcher=ich_ray data.root=a/b"),
+    ],
+)
+def test_a_command_is_shown_without_paths_and_passwords(typed: str, shown: str) -> None:
+    assert public_command(f"ich sweep -m {typed}") == f"ich sweep -m {shown}"
 
 
 def test_sweeps_of_one_name_are_refused(three: SweepPaths, tmp_path: Path) -> None:

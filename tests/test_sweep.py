@@ -120,7 +120,11 @@ def test_mlflow_has_the_sweep_and_its_jobs(sweep: tuple[Path, str, int]) -> None
     files = {f.path for f in client.list_artifacts(job.info.run_id)}
     assert {"config.yaml", "model", "predictions.npz"} <= files
     kept = {f.path for f in client.list_artifacts(runs["three"].info.run_id)}
-    assert {"comparison.csv", "comparison.md", "figures"} <= kept
+    assert {"0-verdict", "comparison.csv", "report.md", "figures"} <= kept
+    for run in (runs["three"], job):
+        assert run.data.tags["mlflow.source.name"].startswith("ich sweep ")
+        assert str(folder) not in run.data.tags["mlflow.source.name"]
+        assert len(client.get_run(run.info.run_id).inputs.dataset_inputs) == 1
     (data,) = [path for path in kept if path.startswith("data-")]
     reports = {f.path for f in client.list_artifacts(runs["three"].info.run_id, data)}
     assert {f"{data}/data_report.html", f"{data}/data_report.md"} <= reports

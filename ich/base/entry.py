@@ -79,6 +79,27 @@ def masked(text: str) -> str:
     return re.sub(r"://[^/\s@]+@", "://***@", text)
 
 
+# In quotes a path may hold blanks. What follows a letter, a dot, a colon or a slash is none of this
+# machine: `a/b`, `./a`, `http://host`; but for what a database's or a file's URI names.
+_PATH = re.compile(
+    r"(?:(?<![\w.:/])|(?<=sqlite:///)|(?<=file://))"
+    r"~?(?:/[^\s/'\",;:=]+(?: [^\s/'\",;:=]+)*)+/([^\s/'\",;:=]+)"
+)
+
+
+def without_paths(text: str) -> str:
+    """Of each absolute path its last part: the rest tells of the machine, and of its user."""
+    return _PATH.sub(r"\1", text)
+
+
+def public_command(command: str) -> str:
+    """A command of ours as anybody may see it: paths within this folder are relative, of others the
+    last part stands, and URIs have no passwords."""
+    text = without_paths(masked(command).replace(f"{Path.cwd()}/", ""))
+    # A path of one part is one too where a value begins.
+    return re.sub(r"(?<=[=,\['\"])~?/(?=[^\s/'\",\]])", "", text)
+
+
 def one_line(error: BaseException | str) -> str:
     """What an error says, in one line and without passwords; whole, for its cause comes last."""
     # SQLAlchemy's quote the statement that a database did not take, with all its values: pages.

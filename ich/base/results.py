@@ -291,6 +291,11 @@ class SweepPaths:
         return self.root / "report.html"
 
     @property
+    def text(self) -> Path:
+        """The verdict, a table and the methods in words, to write a paper with."""
+        return self.root / "report.md"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 

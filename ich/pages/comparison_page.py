@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ich.base.config import flatten_values
+from ich.base.entry import public_command, without_paths
 from ich.base.files import write_text
 from ich.base.records import Hardware
 from ich.base.results import SweepPaths
@@ -19,7 +20,6 @@ from ich.pages.columns import build_table
 from ich.pages.description import (
     METRIC_NAMES,
     interval_text,
-    without_paths,
 )
 from ich.pages.forest import draw_forest
 from ich.pages.hardest_cases import draw_hardest
@@ -241,7 +241,7 @@ def _origin(comparison: Comparison) -> list[Block]:
         hardware = record.provenance.hardware or Hardware()
         facts = {
             "sweep": record.name,
-            "command": without_paths(record.command),
+            "command": public_command(record.command),
             "started": record.started,
             "commit": record.provenance.commit or "unknown",
             "processor": hardware.processor,

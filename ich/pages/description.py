@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -175,16 +174,6 @@ def _start(cfg: Any) -> str:
     if select_value(cfg, "model.pretrained"):
         return "ImageNet weights"
     return "random initialization (no pretrained weights)"
-
-
-# In quotes a path may hold blanks. What follows a letter, a dot, a colon or a slash is none of this
-# machine: `a/b`, `./a`, `http://host`.
-_PATH = re.compile(r"(?<![\w.:/])~?(?:/[^\s/'\",;:=]+(?: [^\s/'\",;:=]+)*)+/([^\s/'\",;:=]+)")
-
-
-def without_paths(text: str) -> str:
-    """Of each absolute path its last part: the rest tells of the machine, and of its user."""
-    return _PATH.sub(r"\1", text)
 
 
 def interval_text(interval: Interval, form: str = ".3f") -> str:

@@ -243,6 +243,14 @@ _TEMPLATES.globals["source"] = _source
 _TEMPLATES.filters |= {"kind": _kind, "sha256": _sha256, "data_uri": _data_uri, "quote": quote}
 
 
+def render(name: str, **values: object) -> str:
+    """A text by a template that is no HTML, whose filter `plain` keeps what users named from being
+    read as Markdown."""
+    texts = _TEMPLATES.overlay(autoescape=False)
+    texts.filters = _TEMPLATES.filters | {"plain": _plain}
+    return texts.get_template(name).render(values)
+
+
 def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
     """One page that opens from a disk, anywhere."""
     kinds = {type(b) for _, blocks in sections for b in blocks}

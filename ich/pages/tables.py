@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ich.base.config import RESAMPLES, UserError
-from ich.base.entry import printable, shell_command
+from ich.base.entry import printable, public_command, shell_command
 from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths, free_shelf
@@ -26,7 +26,8 @@ from ich.pages.columns import (
     shown_columns,
 )
 from ich.pages.comparison_page import write_page
-from ich.pages.description import describe, describe_verdicts, without_paths
+from ich.pages.description import describe, describe_verdicts
+from ich.pages.writing.report import write_report
 from ich.scoring.comparison import (
     BASELINE,
     RANKING_METRIC,
@@ -52,8 +53,8 @@ def compare(
     page: bool = True,
     margin: float | None = None,
 ) -> pd.DataFrame:
-    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, figures and `report.html`, and
-    prints the table.
+    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `report.md`, figures and
+    `report.html`, and prints the table.
 
     Args:
         sweeps: their folders.
@@ -84,6 +85,7 @@ def compare(
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
     write_text(folder.latex, _latex(comparison, heading))
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
+    write_report(comparison, folder, page)
     _print(comparison, heading, table)
     if page:
         with Terminal().preparing("drawing report.html"):
@@ -104,8 +106,8 @@ def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
         return
     shelf = free_shelf(folder.root, "report")
     shelf.mkdir(parents=True)
-    files = (folder.csv, folder.metrics, folder.latex, folder.markdown, folder.page, folder.figures)
-    for path in files:
+    texts = (folder.csv, folder.metrics, folder.latex, folder.markdown, folder.text)
+    for path in (*texts, folder.page, folder.figures):
         if path.exists():
             path.rename(shelf / path.name)
     print_line(
@@ -205,7 +207,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
             "![AUC by size](figures/auc_by_size.png)",
             "",
         ]
-    launches = [(r.started, without_paths(r.command)) for r in comparison.records]
+    launches = [(r.started, public_command(r.command)) for r in comparison.records]
     lines += [f"Launched {started} with `{command}`." for started, command in launches]
     return "\n".join(lines) + "\n"
 

@@ -20,10 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ich.base.config import Config, UserError, flatten
-from ich.base.entry import one_line
+from ich.base.entry import one_line, public_command
 from ich.base.metadata import read_metadata
-from ich.base.records import FAILED, FINISHED, KILLED, FitResult, RunResult
-from ich.base.results import RunPaths
+from ich.base.records import FAILED, FINISHED, KILLED, FitResult, Provenance, RunResult
+from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore
 
 _EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
@@ -77,9 +77,8 @@ class RunMirror:
             store.reopen(run_id)
         else:
             self._steps = set()
-            cohort = {"ich.cohort": self._run.read_origin().cohort or "unknown"}
-            tags = run_tags(self._config) | cohort
-            run_id = store.open_run(self._config.job, tags, self._parent)
+            rows = {"ich.cohort": self._run.read_origin().cohort or "unknown"}
+            run_id = store.open_run(self._config.job, run_tags(self._config) | rows, self._parent)
             # Noted before anything is sent: whoever comes next goes on with this run.
             self._run.write_tracking(replace(earlier, mlflow_run=run_id))
             log.info("MLflow: %s, experiment %s", store.place, store.place.experiment)
@@ -91,6 +90,13 @@ class RunMirror:
         # The parent of now: where MLflow's database was deleted, the sweep has opened another.
         if self._parent:
             store.tag(run_id, "mlflow.parentRunId", self._parent)
+        sweep = SweepPaths(self._run.root.parent)
+        made = source_tags(sweep.read_record().command, self._run.read_provenance())
+        for key, value in made.items():
+            store.tag(run_id, key, value)
+        if cohort := self._run.read_origin().cohort:
+            protocol = self._config.protocol.name.value
+            store.log_cohort(run_id, self._config.data.source.value, protocol, cohort)
         if earlier.supersedes and store.exists(earlier.supersedes):
             store.tag(earlier.supersedes, "ich.superseded", "true")
         return run_id
@@ -196,6 +202,24 @@ def run_tags(config: Config) -> dict[str, str]:
         "ich.protocol": config.protocol.name.value,
         "ich.data": config.data.source.value,
     }
+
+
+def source_tags(command: str, made_with: Provenance) -> dict[str, str]:
+    """What MLflow shows as a run's source and its version, of what is known.
+
+    Args:
+        command: of the launch, as its record has it; no path of the machine is left in it.
+        made_with: code and packages.
+    """
+    tags = {}
+    if command:
+        # MLflow shows a job's source as it stands, and of other types what follows the last slash.
+        shown = public_command(command)[:_TAG_LIMIT]
+        tags = {"mlflow.source.name": shown, "mlflow.source.type": "JOB"}
+    if made_with.git and made_with.git.commit != "unknown":
+        tags["mlflow.source.git.commit"] = made_with.git.commit
+        tags["mlflow.source.git.dirty"] = str(made_with.git.changed).lower()
+    return tags
 
 
 def summary_metrics(fit: FitResult) -> dict[str, float | None]:

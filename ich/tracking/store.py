@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -152,6 +153,17 @@ class MlflowStore:
     def tag(self, run_id: str, key: str, value: str) -> None:
         self.client.set_tag(run_id, key, value)
 
+    def log_cohort(self, run_id: str, data: str, protocol: str, fingerprint: str) -> None:
+        """Names a run's rows as its dataset, by where they are from and their fingerprint, without
+        a path or a pixel; a second time it changes nothing."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, profile = json.dumps({"data": data}), json.dumps({"protocol": protocol})
+        dataset = Dataset(data, fingerprint, "ich", source, profile=profile)
+        # MLflow has one row per run and dataset, and keeps the first.
+        context = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, context)])
+
     def log_params(self, run_id: str, params: dict[str, str]) -> None:
         """Logs the parameters that a run lacks; of a value too long for MLflow, its beginning."""
         from mlflow.entities import Param
@@ -172,7 +184,8 @@ class MlflowStore:
         finite = {k: v for k, v in metrics.items() if v is not None and math.isfinite(v)}
         # MLflow's times are milliseconds.
         items = [Metric(k, v, int(when * 1000), step) for k, v in finite.items()]
-        self.client.log_batch(run_id, metrics=items)
+        for start in range(0, max(1, len(items)), 1000):  # MLflow's limit per call
+            self.client.log_batch(run_id, metrics=items[start : start + 1000])
 
     def metrics(self, run_id: str) -> dict[str, float]:
         """The latest value of each metric of a run."""
@@ -182,13 +195,13 @@ class MlflowStore:
         """The steps at which a run has a metric."""
         return {m.step for m in self.client.get_metric_history(run_id, metric)}
 
-    def log_artifact(self, run_id: str, path: Path) -> None:
-        """Keeps a file or a folder with a run."""
+    def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
+        """Keeps a file or a folder with a run, the file in a folder of its artifacts if asked."""
         if path.is_dir():
             # Under its own name: without one, its files would lie among the run's.
             self.client.log_artifacts(run_id, str(path), path.name)
         else:
-            self.client.log_artifact(run_id, str(path))
+            self.client.log_artifact(run_id, str(path), folder)
 
     def artifacts(self, run_id: str) -> set[str]:
         """What is kept with a run: its files and folders, and the weights of its model."""

@@ -32,6 +32,7 @@ from ich.tracking.mirror import RunMirror, copy_files, run_tags
 from ich.tracking.places import resolve_place
 from ich.tracking.registry import register_best
 from ich.tracking.store import MlflowStore, remedy
+from ich.tracking.sweep_report import copy_report
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +132,7 @@ def close_in_this_process(sweep: SweepPaths, status: str) -> None:
             _catch_up(store, sweep.run(job), config.tracking, parent)
         # Once all are copied, what is still RUNNING has no process left that could end it.
         store.end_running_children(parent, "KILLED")
-        data_reports = [sweep.data(key) for key in record.cohorts]
-        tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page)
-        for path in (*tables, sweep.record, sweep.figures, *data_reports):
-            if path.exists():
-                store.log_artifact(parent, path)
-        store.tag(parent, "ich.cohort", ", ".join(record.cohorts))
+        copy_report(store, parent, sweep)
         store.end(parent, status)  # first: what follows may fail
         if status != "KILLED" and (registered := register_best(store, sweep, parent)):
             print_line(f"MLflow: {registered.describe()}")

@@ -18,11 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from ich.base.config import Config, TrackingConfig, UserError, to_dict, to_yaml
-from ich.base.records import FINISHED, RunResult, SweepRecord
+from ich.base.records import FINISHED, GitState, Origin, Provenance, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.journal import Journal
 from ich.tracking.mirror import Mirror, RunMirror
 from ich.tracking.store import MlflowStore
+from ich.tracking.sweep_report import sweep_note
 from ich.tracking.sweep_run import (
     check_tracking,
     close_in_this_process,
@@ -225,6 +226,62 @@ def test_mlflow_that_fails_stops_no_training(
         close_sweep_run(sweep, "FINISHED")
         (job,) = runs_of(config)["job"]
         assert history(config, job.info.run_id) == [(1, 0.75), (2, 0.75)]
+
+
+def test_a_sweep_shows_its_verdict_where_its_data_and_its_code_are_from(
+    config: Config, sweep: SweepPaths
+) -> None:
+    run = sweep.run(config.job)
+    run.write_origin(Origin(cohort="0123abcd"))
+    run.write_provenance(Provenance(git=GitState("f" * 40, changed=True)))
+    record = sweep.read_record()
+    command = "ich sweep -m data.root=/home/ann/scans seed=0,1"
+    origins = {config.job: Origin(cohort="0123abcd")}
+    sweep.write_record(replace(record, command=command, cohorts=("0123abcd",), origins=origins))
+    sweep.text.write_text(
+        "# test\n\n**A is best.**\n\n![AUC](figures/forest.png)\n\n## Methods\n\nLong.\n"
+    )
+    sweep.page.write_text("a page")
+    sweep.csv.write_text(
+        "job,setting,seeds,auc,auc_low,auc_high,accuracy,accuracy_low,accuracy_high\n"
+        '"a,seed=0","a=1,b",2,0.7,,,0.6,,\n"a,seed=1","a=1,b",2,0.9,,,0.8,,\n'
+        ',"a=1,b",2,0.8,0.75,0.85,0.7,0.65,0.75\nc,c,1,0.5,0.4,0.6,0.9,,\n'
+        ",,,0.5,,,0.7,,\n"
+    )
+    finish(run)
+    for _ in range(2):  # a second copy doubles nothing
+        RunMirror(config, run, parent(sweep)).push()
+        close_in_this_process(sweep, "FINISHED")
+    client = MlflowClient(config.tracking.uri)
+    above, (job,) = client.get_run(parent(sweep)), runs_of(config)["job"]
+    for one in (above, client.get_run(job.info.run_id)):
+        assert one.data.tags["mlflow.source.name"] == "ich sweep -m data.root=scans seed=0,1"
+        (logged,) = one.inputs.dataset_inputs
+        assert (logged.dataset.name, logged.dataset.digest) == ("phantom", "0123abcd")
+        assert "/" not in f"{logged.dataset.source} {logged.dataset.profile}"
+    assert job.data.tags["mlflow.source.git.commit"] == "f" * 40
+    assert job.data.tags["mlflow.source.git.dirty"] == "true"
+    assert "mlflow.source.git.commit" not in above.data.tags  # its record tells none
+    assert above.data.tags["mlflow.note.content"] == (
+        f"**A is best.**\n\n![AUC](get-artifact?path=figures%2Fforest.png&run_uuid={parent(sweep)})"
+    )
+    numbers = {k: v for k, v in above.data.metrics.items() if not k.startswith("best/")}
+    assert numbers == {
+        **{"a 1 b/auc": 0.8, "a 1 b/auc_low": 0.75, "a 1 b/auc_high": 0.85},
+        **{"a 1 b/accuracy": 0.7, "a 1 b/accuracy_low": 0.65, "a 1 b/accuracy_high": 0.75},
+        **{"c/auc": 0.5, "c/auc_low": 0.4, "c/auc_high": 0.6, "c/accuracy": 0.9},
+    }
+    assert len(history(config, parent(sweep), "c/auc")) == 1
+    kept = [f.path for f in client.list_artifacts(parent(sweep))]
+    assert kept[0] == "0-verdict"
+    assert {"report.md", "report.html"} <= set(kept)
+
+
+def test_a_long_report_is_cut_to_what_a_description_holds(sweep: SweepPaths) -> None:
+    sweep.text.write_text(f"# t\n\n**A is best.**\n\n## Table\n\n{'x' * 9000}\n\n## Methods\n")
+    assert sweep_note(sweep, "1") == "**A is best.**"
+    sweep.text.write_bytes(b"\xff")
+    assert sweep_note(sweep, "1") == ""
 
 
 def open_one(cfg: TrackingConfig) -> str:
