@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from canaries import Canaries
 
 from ich.base.config import Config, UserError
 from ich.data import order as order_module
 from ich.data.dataset import load_dataset
+from ich.data.dicom import read_keys
 from ich.data.order import Sequences, check_order, order_slices, read_positions
 from ich.data.patients import Pseudonyms
 from ich.data.tables.reading import tell
@@ -292,3 +296,51 @@ def test_the_report_s_protocol_is_refused(composed: Compose) -> None:
         validate(composed("context=study"))
     with pytest.raises(UserError, match="context.windows is 'first', but must be null with"):
         validate(composed("context.windows=first"))
+
+
+def test_no_identifier_is_written(
+    composed: Compose, canaries: Canaries, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = load_dataset(ordered(composed, canaries.root, "data.max_quarantine=0.5"))
+    assert dataset.sequences is not None
+    assert not canaries.seen_in(tmp_path, caplog.text)
+
+
+# Real data
+
+
+def test_a_tilted_gantry_is_ordered_along_its_normal(shared: Path) -> None:
+    """One GE series, tilted by 18.5 degrees: as its InstanceNumbers have it."""
+    found = []
+    with zipfile.ZipFile(shared / "ge_head.zip") as archive:
+        for name in archive.namelist():
+            if name.endswith("/"):
+                continue
+            data = archive.read(name)
+            header = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+            found.append((int(header.InstanceNumber), read_keys(data)))
+    assert len(found) == 28
+    assert len({keys.series for _, keys in found}) == 1
+    assert (np.diff([keys.position for _, keys in sorted(found)]) > 1).all()
+
+
+def test_real_positions_are_along_the_table(shared: Path) -> None:
+    """The RSNA's metadata have no orientation; all of its series are axial, some are tilted."""
+    path = shared / "stage_1_test_meta.csv.gz"
+    table = pd.read_csv(path)
+    found = read_positions(path, table["Image"].tolist(), Pseudonyms(bytes(range(32))))
+    assert found is not None
+    z = table["ImagePositionPatient"].str.extract(r"'([^']+)'\]$")[0].astype(float)
+    assert (found["position"] == z).all()
+    order = found.assign(image_id=table["Image"], study="", readable=True)
+    order = order.sort_values("image_id", ignore_index=True)
+    row = {image: n for n, image in enumerate(order["image_id"])}
+    sequences = order_slices(order, row, "study")
+    assert len(sequences.start) == 2214 + 1
+    position, series = order["position"].to_numpy(), order["series"].to_numpy()
+    around = sequences.neighbours(np.arange(len(order)))
+    assert (series[around] == series[:, None]).all()
+    assert (np.diff(position[around]) >= 0).all()
+    # The first and the last of each series alone have one neighbour less.
+    ends = (np.diff(around) == 0).any(1)
+    assert 2 * 2214 <= ends.sum() <= 2 * 2214 + 424
