@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,21 +10,24 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ich.base.records import ComputeMode
 from ich.bench import main
 from ich.benchmarks import trainings
 from ich.benchmarks.commands import bench_tests
+from ich.benchmarks.jobs import bench_slots
 from ich.benchmarks.measure import InTurn, PartResult, compare_rates, geometric_mean
 from ich.benchmarks.parts import PartError, in_own_process, measure_parts
 from ich.benchmarks.published import beside_published, projection
 from ich.benchmarks.report import ReportWriter
 from ich.benchmarks.settings import GPU_PARTS, MODELS, Settings
+from ich.launch.side_by_side import Kind
 
 OPTIONS = ("--models", "mobilenet_v2", "--image-size", "64", "--rounds", "1", "--seconds", "0.05")
 NAMES = {
@@ -229,6 +233,44 @@ def test_tests_that_fail_or_find_no_time_are_named(
     assert not result.notes
     assert result.failures[0].startswith(reason)
     assert ["FAILED" in failure for failure in result.failures[1:]] == [True] * (seconds > 0)
+
+
+def test_jobs_share_a_gpu_without_and_with_mps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Mapping[str, str]] = []
+
+    def measured(
+        kinds: list[Kind], most: int, environment: Mapping[str, str]
+    ) -> tuple[dict[int, float], str]:
+        assert (kinds[0].config.model.name, most) == ("mobilenet_v2", 4)
+        asked.append(environment)
+        return ({1: 1.0, 2: 0.5, 4: 0.4}, "") if len(asked) == 1 else ({1: 1.0, 2: 0.4}, "no room")
+
+    @contextlib.contextmanager
+    def service(gpus: list[str]) -> Iterator[tuple[dict[str, str], str]]:
+        assert gpus == ["GPU-a"]
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/pipes"}, "with a daemon"
+
+    jobs = "ich.benchmarks.jobs"
+    mode = ComputeMode("bf16", "channels_last")
+    monkeypatch.setattr(f"{jobs}.chosen_mode", lambda *_: mode)
+    monkeypatch.setattr(f"{jobs}.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(f"{jobs}.visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(f"{jobs}.nvidia_smi", lambda _: ["GPU-a", "GPU-b"])
+    monkeypatch.setattr(f"{jobs}.measure", measured)
+    monkeypatch.setattr(f"{jobs}.multi_process_service", service)
+    results = [*bench_slots(SETTINGS, tmp_path)]
+    ratios = {name: row.ratio for result in results for name, row in result.rows.items()}
+    assert ratios == {
+        "slots, mobilenet_v2, 64 px: 2 jobs at once / one after another": 2,
+        "slots, mobilenet_v2, 64 px: 4 jobs at once / one after another": 2.5,
+        "slots, mobilenet_v2, 64 px, with MPS: 2 jobs at once / one after another": 2.5,
+    }
+    assert results[1].notes == ["Trainings that share a GPU: with a daemon."]
+    reason = "slots, mobilenet_v2, 64 px, with MPS: a training ended: no room"
+    assert results[2].failures == [reason]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in asked] == ["0", "GPU-a"]
 
 
 def test_of_networks_what_fails_costs_itself_and_none_is_begun_without_time() -> None:

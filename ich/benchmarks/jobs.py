@@ -9,19 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ich.base.config import Config, Precision
-from ich.base.records import ComputeMode, Origin
+from ich.base.provenance import nvidia_smi
+from ich.base.records import Origin
 from ich.base.results import RunPaths
-from ich.base.workers import WorkerPool, available_cores
 from ich.benchmarks.commands import watched
 from ich.benchmarks.measure import (
     PartResult,
@@ -33,15 +30,17 @@ from ich.benchmarks.measure import (
 from ich.benchmarks.peers import BATCH, Rate, rate_of
 from ich.benchmarks.predictions import write_random_weights
 from ich.benchmarks.settings import Settings
-from ich.benchmarks.steps import fed_rate
 from ich.data.dataset import load_dataset
+from ich.launch.jobs import VISIBLE, gpu_slots, visible_gpus
+from ich.launch.mps import multi_process_service
+from ich.launch.side_by_side import Kind, measure
 from ich.tracking.places import sqlite_uri
 from ich.training.devices import pick_device
 from ich.training.model import model_cost
 from ich.training.timing import select_mode
-from ich.training.trainer import Trainer
 
 _COHORTS = (2_000, 20_000)  # rows, in `memory`
+_AT_ONCE = (2, 4)  # jobs, in `slots`
 
 
 # Jobs
@@ -157,55 +156,38 @@ def _images_per_s(config: Config, folder: Path, environment: Mapping[str, str]) 
 
 
 def bench_slots(settings: Settings, folder: Path) -> Iterator[PartResult]:
-    """Images per second of two and of four trainings that share the device, together, against one
-    alone: what jobs one after another do. Of the network that keeps the device least busy."""
+    """Images per second of two and of four trainings that share the device, against one alone: what
+    jobs one after another do. As `jobs_per_gpu=auto` measures it, and on a GPU once more with MPS.
+    Of the network that keeps the device least busy."""
     size = max(settings.image_size)
     configs = [compose_job(model, size, folder) for model in settings.models]
     costs = [model_cost(c.model, len(c.windows.channels), size, BATCH).macs for c in configs]
     config = configs[costs.index(min(costs))]
-    load_dataset(config)
-    mode = chosen_mode(config, folder)
-    alone: list[float] = []
-    for jobs in (1, 2, 4):
-        with tempfile.TemporaryDirectory(dir=folder) as meeting, WorkerPool(jobs) as pool:
-            job = partial(_train_beside, config, mode, settings, Path(meeting), jobs)
-            futures = pool.submit(job, range(jobs))
-            by_job = [future.result() for future in as_completed(futures)]
-        rates = [sum(of_round) for of_round in zip(*by_job, strict=True)]
-        if jobs == 1:
-            alone = rates
-            continue
-        name = f"slots, {config.model.name}, {size} px: {jobs} jobs at once / one after another"
-        yield PartResult({name: compare_rates(rates, alone)})
+    kind = Kind(config, chosen_mode(config, folder), 1)
+    name = f"slots, {config.model.name}, {size} px"
+    if pick_device(config.train.device).type == "cpu":
+        yield _beside_each_other(kind, {}, name)
+        return
+    (gpu, *_), uuids = visible_gpus(), nvidia_smi("uuid")
+    (slot, *_) = gpu_slots([gpu], _AT_ONCE[-1])
+    yield _beside_each_other(kind, slot.environment, name)
+    with multi_process_service(uuids[:1]) as (environment, how):
+        # Words that say why there is none, or that all was by one that ran before.
+        yield PartResult(notes=[f"Trainings that share a GPU: {how}."])
+        if environment:
+            found = slot.environment | {VISIBLE: uuids[0]} | environment
+            yield _beside_each_other(kind, found, f"{name}, with MPS")
 
 
-def _train_beside(
-    config: Config,
-    mode: ComputeMode,
-    settings: Settings,
-    meeting: Path,
-    jobs: int,
-    number: int,
-) -> list[float]:
-    """Images per second of one of some trainings that begin each round together."""
-    torch.set_num_threads(max(1, available_cores() // jobs))  # as slots on a CPU share its cores
-    rates, failed = [], meeting / "failed"
-    try:
-        device = pick_device(config.train.device)
-        trainer = Trainer.build(config, load_dataset(config), device, mode)
-        rate = fed_rate(trainer, settings.seconds)
-        rate()  # allocates, and picks algorithms
-        for round_ in range(settings.rounds):
-            (meeting / f"{round_},{number}").mkdir()
-            while len([*meeting.glob(f"{round_},*")]) < jobs:
-                if failed.exists():
-                    raise RuntimeError("another of the jobs has failed")
-                time.sleep(0.001)
-            rates.append(rate())
-    except Exception:
-        failed.mkdir(exist_ok=True)
-        raise
-    return rates
+def _beside_each_other(kind: Kind, environment: Mapping[str, str], name: str) -> PartResult:
+    seconds, died = measure([kind], _AT_ONCE[-1], environment)
+    rates = {jobs: [1 / s] for jobs, s in seconds.items()}
+    rows = {
+        f"{name}: {jobs} jobs at once / one after another": compare_rates(rates[jobs], rates[1])
+        for jobs in _AT_ONCE
+        if {1, jobs} <= rates.keys()
+    }
+    return PartResult(rows, failures=[f"{name}: a training ended: {died}"] if died else [])
 
 
 def bench_memory(settings: Settings, folder: Path) -> Iterator[PartResult]:
