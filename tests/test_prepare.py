@@ -35,6 +35,16 @@ def test_a_flipped_byte_is_found_and_mended(phantom: Path, tmp_path: Path) -> No
     assert "every slice matches" in run_module(*own, "verify=true", cwd=tmp_path).stdout
 
 
+def test_the_order_of_slices_is_prepared_too(phantom: Path, tmp_path: Path) -> None:
+    own = ("prepare", f'data.root="{phantom}"', "data.cache_size=32", "data.workers=1")
+    refused = run_module(*own, "context=neighbours", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "protocol=report tears them apart" in refused.stderr
+    done = run_module(*own, "context=neighbours", "protocol=sound", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(".ich-cache/cohort-*-order.csv.gz"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
