@@ -25,6 +25,8 @@ def parser() -> Parser:
     add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
     equal = "AUC within which settings are equal; else report.margin of the sweep's launch"
     add("--margin", type=float, help=equal)
+    parts = "column of labels or metadata (may stand several times); else report.subgroups"
+    add("--subgroup", dest="subgroups", metavar="COLUMN", action="append", help=parts)
     move = "make the best run of this sweep the registered model's alias `best`"
     add("--promote", action="store_true", help=move)
     alone = (
@@ -62,7 +64,8 @@ def _report(args: Namespace) -> int:
             print_line(str(redraw_forest(SweepPaths(sweep))))
         return Status.DONE
     sweeps = map(SweepPaths, args.sweeps)
-    compare(*sweeps, out=args.out, resamples=args.resamples, margin=args.margin)
+    options = {"resamples": args.resamples, "margin": args.margin, "subgroups": args.subgroups}
+    compare(*sweeps, out=args.out, **options)
     if args.promote:
         print_line(promote(SweepPaths(args.sweeps[0])))
     return Status.DONE

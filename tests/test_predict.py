@@ -36,6 +36,8 @@ from ich.data.store import SliceStore
 from ich.inference import ensemble as ensembles
 from ich.inference import predicted_files
 from ich.inference.ensemble import Ensemble, load_ensemble
+from ich.inference.export import ExportOptions
+from ich.inference.export import run as run_export
 from ich.inference.outputs import RSNA_LABELS, image_id_of
 from ich.inference.predict import conversion_folder
 from ich.inference.predicted_files import predict_files
@@ -294,7 +296,7 @@ def test_mlflow_names_lead_to_the_same_weights(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("multirun_reports/s", r"which is a sweep. Give one of its runs, as .*seed=0"),
+        ("multirun_reports", r"nothing to predict with. Give the folder of a finished run"),
         ("nothing", r"nothing to predict with. Give the folder of a finished run"),
         ("mlflow.db", r"nothing to predict with"),
         ("models:/ich@nobody", r"cannot be had from MLflow at mlflow.db \(.*`make ui` shows"),
@@ -307,6 +309,20 @@ def test_what_is_no_model_is_refused(
     monkeypatch.chdir(trained)
     with pytest.raises(UserError, match=message):
         load_ensemble([name], CPU)
+
+
+def test_a_sweep_stands_for_its_ensemble(trained: Path, tmp_path: Path) -> None:
+    sweep = SweepPaths(shutil.copytree(trained / "multirun_reports" / "s", tmp_path / "s"))
+    jobs = [r.job for r in sweep.read_results()]
+    assert [m.name for m in load_ensemble([str(sweep.root)], CPU).members] == jobs
+    sweep.write_ensemble(jobs[1:])  # as a report with a test set chooses
+    assert [m.name for m in load_ensemble([str(sweep.root)], CPU).members] == jobs[1:]
+    for damaged in ('{"jobs": ["../other"]}', '{"jobs": []}', "{"):
+        sweep.ensemble.write_text(damaged)
+        assert len(sweep.ensemble_runs()) == 2
+    options = ExportOptions(str(sweep.root), "safetensors", tmp_path / "o", 512, 0, None)
+    with pytest.raises(UserError, match=r"stands for 2 networks, and an exported file holds one"):
+        run_export(options)
 
 
 def test_without_a_database_an_mlflow_name_says_so(

@@ -72,6 +72,12 @@ def test_what_is_equal_is_by_the_margin_of_the_launch_or_of_the_command(
     assert table.loc["vgg16", "p_from_best"] < table.loc["vgg16", "p_from_best_holm"] < 0.05
     assert table["chance_best"].sum() == pytest.approx(1)
     assert table.loc["vgg16", "patients_to_tell"] < 60  # it is told from 60
+    (mean,) = table.loc[table["model"] == "mean of all"].to_dict("records")
+    assert mean["reason"] == "3 of 3 networks: xception; resnet50; vgg16"
+    assert mean["auc_low"] < mean["auc"] < mean["auc_high"]
+    assert mean["auc_minus_best_low"] < mean["auc_minus_best_high"]
+    assert pd.isna(mean["told_from_best"])
+    assert not three.ensemble.exists()  # there is no test set to keep a choice honest
     assert table["smallest_told"].dropna().between(0.001, 0.1).all()
     record = three.read_record()
     for config in record.configs.values():
@@ -87,6 +93,42 @@ def test_what_is_equal_is_by_the_margin_of_the_launch_or_of_the_command(
     assert sorted(pd.read_csv(three.csv)["against_best"].dropna()) == ["best", "equal", "equal"]
     assert main([str(three.root), "--margin", "2"]) == 2
     assert "--margin is 2.0; it must be above 0 and below 0.5" in capsys.readouterr().err
+
+
+def test_subgroups_have_metrics_intervals_and_differences(
+    tmp_path: Path, composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three sites of known patients, one of them too small to be shown; and one site's labels are
+    turned round, so that it does worse by construction."""
+    rows = cohort()
+    site = np.select([rows["patient"] < 25, rows["patient"] < 55], ["north", "south"], "few")
+    wrong = site == "south"
+    rows["target"][wrong] = 1 - rows["target"][wrong]
+    jobs = {"xception": 2.0, "vgg16": 0.8}
+    sweep = write_sweep(tmp_path / "s", jobs, composed, dict.fromkeys(jobs, rows))
+    metadata = tmp_path / "m.csv"
+    pd.DataFrame({"image_id": rows["image_id"], "site": site}).to_csv(metadata, index=False)
+    for job in jobs:
+        path = sweep.run(job).config
+        path.write_text(path.read_text().replace("metadata: null", f"metadata: {metadata}"))
+    record = sweep.read_record()
+    for config in record.configs.values():
+        config["report"]["subgroups"] = ["site"]
+    sweep.write_record(record)
+    compare(sweep, resamples=200)
+    table = pd.read_csv(sweep.subgroups)
+    auc = table[(table["metric"] == "auc") & (table["level"] == "slice")].set_index("group")
+    assert auc["patients"].to_dict() == {"north": 25, "south": 30}
+    assert (auc["low"] < auc["value"]).all()
+    assert (auc["value"] < auc["high"]).all()
+    lines = {"auc_any", "ap_macro", "brier", "ece", "threshold_any"}
+    assert lines <= set(table["metric"])
+    assert "In subgroups" in sweep.page.read_text()
+    assert "<td>25 (" in sweep.page.read_text()
+    assert str(tmp_path) not in sweep.page.read_text()
+    assert main([str(sweep.root), "--resamples", "0", "--subgroup", "scanner"]) == 0
+    assert "Not told: report.subgroups names &#39;scanner&#39;" in sweep.page.read_text()
+    assert not sweep.subgroups.exists()
 
 
 def test_without_resamples_nothing_is_called_distinguishable(
@@ -233,7 +275,7 @@ def test_the_page_holds_every_section_and_fetches_nothing(
     assert "http" not in text.split("</style>")[1].replace("http-equiv", "")
     assert str(tmp_path) not in text
     assert "a &amp; &lt;b&gt;" in text
-    constant = text.split('<tbody class="last">')[1].split("</tbody>")[0]
+    constant = text.split('<tbody class="last">')[-1].split("</tbody>")[0]
     assert constant.count(">0.5000<") == 4  # AUC: micro, any, macro, per study
     assert "needs mobilenet_v2" in text  # a finding about a job that failed
     assert "ended by SIGKILL" in text

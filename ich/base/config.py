@@ -370,10 +370,17 @@ class AssumedConfig:
 
 @dataclass
 class ReportConfig:
-    """What the comparison calls equal: a difference in AUC below `margin`."""
+    """What the comparison calls equal: a difference in AUC below `margin`. subgroups: columns of
+    `data.labels` or `data.metadata` by which the best setting is scored in parts."""
 
     margin: float = field(
         default=MARGIN, metadata=number("above 0 and below 0.5", above=0, below=0.5)
+    )
+    subgroups: list[str] | None = field(
+        default=None,
+        metadata=allowed(
+            "null, or distinct column names", lambda names: 0 < len(names) == len(set(names))
+        ),
     )
     assumed: AssumedConfig = field(default_factory=AssumedConfig)
 

@@ -6,6 +6,7 @@ What the JSON files say is in `ich.base.records`.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from itertools import count
@@ -287,6 +288,11 @@ class SweepPaths:
         return self.root / "metrics.csv"
 
     @property
+    def subgroups(self) -> Path:
+        """Every metric of the best setting in every subgroup; absent if none was asked for."""
+        return self.root / "subgroups.csv"
+
+    @property
     def page(self) -> Path:
         return self.root / "report.html"
 
@@ -298,6 +304,27 @@ class SweepPaths:
     @property
     def figures(self) -> Path:
         return self.root / "figures"
+
+    @property
+    def ensemble(self) -> Path:
+        """The jobs whose mean the report chose on validation; absent if it chose none."""
+        return self.root / "ensemble.json"
+
+    def write_ensemble(self, jobs: Sequence[str]) -> None:
+        write_json(self.ensemble, {"jobs": list(jobs)})
+
+    def ensemble_runs(self) -> list[RunPaths]:
+        """The runs whose mean is the sweep's own: those that its report chose, else all of the
+        latest launch that finished; empty for a folder that is no sweep's."""
+        if not self.record.is_file():
+            return []
+        finished = {r.job: self.run(r.job) for r in self.read_results() if r.is_finished}
+        present = {job: run for job, run in finished.items() if run.best.is_file()}
+        chosen = _read_json(self.ensemble).get("jobs")
+        # By the jobs of the record, which lead out of no folder; of a later launch's, all again.
+        if isinstance(chosen, list) and chosen and all(job in [*present] for job in chosen):
+            return [present[job] for job in chosen]
+        return list(present.values())
 
     def data(self, cohort: str) -> Path:
         """The folder of the data report of one cohort, by its fingerprint."""

@@ -23,7 +23,7 @@ from ich.base.memory import available_memory
 from ich.base.metadata import Metadata
 from ich.base.provenance import code_version
 from ich.base.records import ComputeMode
-from ich.base.results import RunPaths
+from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
 from ich.inference.session import ConvertedNetwork, average_flips, of_slices, open_session
@@ -209,7 +209,8 @@ def load_ensemble(
     """Loads what the names stand for.
 
     Args:
-        names: of each, a run's folder, a `.safetensors` file, an MLflow run id, or `models:/...`.
+        names: of each, a run's folder, a `.safetensors` file, an MLflow run id, or `models:/...`;
+            or a sweep's folder, which stands for its ensemble (`SweepPaths.ensemble_runs`).
         device: where they compute.
         tracking: the MLflow store that is meant; None for the database in this folder.
         converted: see `Network`.
@@ -217,7 +218,8 @@ def load_ensemble(
     Raises:
         UserError: there is no such model, or they have different labels.
     """
-    files = [_locate(name, tracking or TrackingConfig(mlflow=True)) for name in names]
+    where = tracking or TrackingConfig(mlflow=True)
+    files = [file for name in names for file in _locate(name, where)]
     titles = _numbered([_title(weights, run) for weights, run in files])
     members = [
         Member(title, weights, run, Network(weights, device, converted))
@@ -239,24 +241,20 @@ def load_ensemble(
     return Ensemble(members, first.metadata.labels, thresholds, chosen_by, validation)
 
 
-def _locate(name: str, tracking: TrackingConfig) -> tuple[Path, RunPaths | None]:
-    """The weights file of a name, and the folder of its run."""
+def _locate(name: str, tracking: TrackingConfig) -> list[tuple[Path, RunPaths | None]]:
+    """The weights files of a name, and the folders of their runs."""
     path = Path(name)
     # What lies here comes first: a run id is also a possible name of a folder.
     if not path.exists() and is_mlflow_name(name):
-        return fetch_run(name, tracking)
+        return [fetch_run(name, tracking)]
     if path.is_dir() and RunPaths(path).best.is_file():
-        return RunPaths(path).best, RunPaths(path)
+        return [(RunPaths(path).best, RunPaths(path))]
     if path.is_file() and path.suffix == ".safetensors":
         # A run's own weights bring their run with them; a copy elsewhere stands for itself.
         beside = RunPaths(path.parent)
-        return path, beside if beside.best == path else None
-    # One folder too high: the message names the runs that are there.
-    if done := sorted(p.parent.name for p in path.glob(f"*/{RunPaths(path).best.name}")):
-        raise UserError(
-            f"the model is {name!r}, which is a sweep. Give one of its runs, as "
-            f"{path / done[0]}; it has {', '.join(done[:12])}."
-        )
+        return [(path, beside if beside.best == path else None)]
+    if runs := SweepPaths(path).ensemble_runs():
+        return [(run.best, run) for run in runs]
     raise UserError(
         f"the model is {name!r}, which is nothing to predict with. Give the folder of a finished "
         f"run (it holds {RunPaths(path).best.name}), a .safetensors file of ich, an MLflow run id, "

@@ -60,6 +60,11 @@ def run(options: ExportOptions) -> int:
         raise UserError(f"--resamples is {options.resamples}; it must be 0 or more.")
     tracking = TrackingConfig(mlflow=True, uri=options.tracking_uri)
     model = load_ensemble([options.model], torch.device("cpu"), tracking)
+    if len(model.members) > 1:
+        raise UserError(
+            f"--model is {options.model!r}, which stands for {len(model.members)} networks, and an "
+            f"exported file holds one. Give one of its runs: {model.name.replace(' + ', '; ')}."
+        )
     check_size(options.size, model.members[0].metadata)
     folder = options.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
     difference = export(model, options.format, folder, options.size, options.resamples)

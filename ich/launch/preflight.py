@@ -38,6 +38,7 @@ from ich.base.validation import validate
 from ich.data import dataset
 from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.data.protocol import TRAIN
+from ich.data.tables.subgroups import read_subgroups
 from ich.pages.data_page import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
@@ -98,7 +99,7 @@ def check_jobs(configs: Sequence[Config]) -> SweepPaths:
     """Checks what can be checked of all jobs without a look at their data; returns their folder.
 
     Raises:
-        UserError: a value out of range, or two jobs with one folder.
+        UserError: a value out of range, two jobs with one folder, or a subgroup of no column.
     """
     for config in configs:
         validate(config)
@@ -107,6 +108,10 @@ def check_jobs(configs: Sequence[Config]) -> SweepPaths:
         raise UserError(
             f"the job {job!r} stands {times} times in this command. Name each value once."
         )
+    # Of each data set once: a name that no column has would else be known after all trainings.
+    for config in {data_key(c): c for c in configs}.values():
+        if config.report.subgroups:
+            read_subgroups(config.data, config.report.subgroups, [])
     return SweepPaths(Path(configs[0].sweep.output) / configs[0].name)
 
 

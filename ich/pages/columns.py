@@ -26,6 +26,7 @@ from ich.scoring.findings import REPORT_TABLE_2
 from ich.scoring.metrics import ANY
 from ich.scoring.power import SampleSize
 from ich.scoring.predictions import Predictions
+from ich.scoring.uncertainty import UNDEFINED
 
 INDISTINGUISHABLE = "\u2248"
 
@@ -262,7 +263,7 @@ def shown_columns(table: pd.DataFrame) -> list[tuple[str, Shown]]:
 
 
 def build_table(comparison: Comparison) -> pd.DataFrame:
-    """One row per job, then one per setting with several seeds, then the baselines."""
+    """One row per job, then one per setting with several seeds, the ensembles, the baselines."""
     labels = dict.fromkeys(k for run in comparison.finished for k in run.fit.labels)
     after_auc = 1 + [c.name for c in COLUMNS].index("auc")
     columns = [*COLUMNS[:after_auc], *map(_auc_column, labels), *COLUMNS[after_auc:]]
@@ -274,7 +275,9 @@ def build_table(comparison: Comparison) -> pd.DataFrame:
         for setting in comparison.settings
         if len(setting.runs) > 1
     ]
-    rows = [*jobs, *means, *_baseline_rows(comparison)]
+    rows = [*jobs, *means, *_ensemble_rows(comparison), *_baseline_rows(comparison)]
+    known = {c.name for c in columns}
+    rows = [{k: v for k, v in row.items() if k in known} for row in rows]
     table = pd.DataFrame(rows, columns=[c.name for c in columns])
     # Nullable integers: with one empty cell, pandas would make floats of a column, and 12.0 of 12.
     return table.astype({c.name: "Int64" for c in columns if c.whole})
@@ -297,6 +300,31 @@ def _mean_row(columns: Sequence[Column], seeds: Sequence[RowValues]) -> RowValue
         elif column.over_seeds == "same":
             row[column.name] = seeds[0].get(column.name)
     return row
+
+
+def _ensemble_rows(comparison: Comparison) -> Iterator[RowValues]:
+    """Of each set of scored rows: every metric that is a column, with intervals."""
+    for rows in comparison.evaluation_sets:
+        runs = {run.name: run for setting in rows.settings for run in setting.runs}
+        for ensemble in rows.ensembles:
+            predictions, members = ensemble.predictions, [runs[k] for k in ensemble.members]
+            row: dict[str, object] = {
+                "model": ensemble.name,
+                "reason": f"{len(members)} of {len(runs)} networks: {'; '.join(ensemble.members)}",
+                "params": sum(run.fit.params for run in members),
+                "minutes": sum(run.fit.minutes for run in members),
+                "scored_on": members[0].fit.cohort.scored,
+                "rows": rows.fingerprint,
+                "study_auc": predictions.study_metrics.get(RANKING_METRIC),
+                **predictions.metrics,
+            }
+            for metric in COMPARED_METRICS:
+                interval = ensemble.interval(metric)
+                difference = ensemble.difference_from_best.get(metric, UNDEFINED)
+                row |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+                row |= {f"{metric}_minus_best_low": difference.low}
+                row |= {f"{metric}_minus_best_high": difference.high}
+            yield row
 
 
 def _baseline_rows(comparison: Comparison) -> list[RowValues]:

@@ -35,13 +35,16 @@ from ich.scoring.effects import compute_effects
 from ich.scoring.uncertainty import Interval
 
 
-def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]) -> None:
+def write_page(
+    comparison: Comparison, paths: SweepPaths, heading: Sequence[str], subgroups: list[Block]
+) -> None:
     """Writes `report.html`, and its figures as PNG and SVG under `figures/`.
 
     Args:
         comparison: the runs.
         paths: the folder of the sweep, or of the report on several.
         heading: of `describe`.
+        subgroups: what is said of them.
     """
     forest = draw_forest(build_table(comparison), paths.figures)
     pictures = figures.draw_all(comparison, paths.figures)
@@ -56,6 +59,7 @@ def write_page(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]
             ("Ranking", ranking(comparison)),
             ("What can be told apart", list(told_apart(comparison, paths.figures))),
             ("How many patients it would take", list(patients_needed(comparison))),
+            ("In subgroups", subgroups),
             ("What makes the difference", _effects(comparison)),
             ("Every metric", list(_metrics(comparison))),
             ("Against the report", against_the_report(comparison)),
@@ -144,8 +148,8 @@ def _metrics(comparison: Comparison) -> Iterator[Block]:
         "Per slice, and per study: of each label a study's highest probability, positive if any "
         "slice is. F1 and its threshold are the best on the scored rows themselves, which "
         "flatters; the confusion below uses thresholds chosen on validation, which are other rows "
-        "only where there is a test set. All in metrics.csv, and there with intervals: accuracy, "
-        "exact match, AUC, average precision, log loss and Brier."
+        "only where there is a test set. All in metrics.csv, and there with intervals, for which "
+        "the best threshold is looked for in each resample anew."
     )
     for rows in comparison.evaluation_sets:
         where = f", rows of {rows.name}" if len(comparison.evaluation_sets) > 1 else ""

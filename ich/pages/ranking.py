@@ -18,7 +18,9 @@ from ich.scoring.comparison import (
     Run,
     SettingResult,
 )
+from ich.scoring.ensembles import EnsembleResult
 from ich.scoring.metrics import ANY
+from ich.scoring.uncertainty import UNDEFINED
 
 _MINUS_BEST = "minus_best"
 # Entries of a run's result that tell what it cost, and the unit they are shown in.
@@ -67,7 +69,9 @@ def ranking(comparison: Comparison) -> list[Block]:
         # By AUC, from the best on; a setting without one, as of a run with NaN logits, comes last.
         ranked.sort(key=lambda row: -np.nan_to_num(row.cells[0].value or np.nan, nan=-1))
         headings = ["setting", *(column.heading for column in columns)]
-        blocks.append(Ranking(caption, headings, [*ranked, _baseline_row(rows, columns)]))
+        ensembles = [_ensemble_row(e, columns, bests) for e in rows.ensembles]
+        last = _baseline_row(rows, columns)
+        blocks.append(Ranking(caption, headings, [*ranked, *ensembles, last]))
     return blocks
 
 
@@ -138,6 +142,24 @@ def _cell(setting: SettingResult, column: _Column, bests: dict[str, float]) -> C
     if len(setting.runs) > 1 and column.key in COMPARED_METRICS:
         below += f", sd {setting.spread(column.key):.4f}"
     return replace(column.cell(value), below=below, is_best=bests.get(column.key) == value)
+
+
+def _ensemble_row(
+    ensemble: EnsembleResult, columns: Sequence[_Column], bests: dict[str, float]
+) -> Row:
+    """Below the settings, which it is made of."""
+    predictions, cells = ensemble.predictions, []
+    metrics = predictions.metrics | {f"study_{k}": v for k, v in predictions.study_metrics.items()}
+    for column in columns:
+        if column.key == _MINUS_BEST:
+            value = metrics[RANKING_METRIC] - bests.get(RANKING_METRIC, np.nan)
+            interval = ensemble.difference_from_best.get(RANKING_METRIC, UNDEFINED)
+            cell = replace(column.cell(value), below=interval_text(interval, "+.4f"))
+        else:
+            below = interval_text(ensemble.interval(column.key))
+            cell = replace(column.cell(metrics.get(column.key, np.nan)), below=below)
+        cells.append(cell)
+    return Row(ensemble.name, cells, f"of {len(ensemble.members)}", is_last=True)
 
 
 def _baseline_row(rows: EvaluationSet, columns: Sequence[_Column]) -> Row:

@@ -17,6 +17,12 @@ from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths, free_shelf
 from ich.base.terminal import Terminal, console, print_line, styled
+from ich.pages.answers.subgroups import (
+    find_subgroups,
+    recorded_subgroups,
+    subgroup_blocks,
+    subgroups_table,
+)
 from ich.pages.columns import (
     INDISTINGUISHABLE,
     Shown,
@@ -35,6 +41,7 @@ from ich.scoring.comparison import (
     SettingResult,
     load_comparison,
 )
+from ich.scoring.ensembles import GREEDY, MEAN
 from ich.scoring.equivalence import BEST
 
 _BEST = "\0"  # ends a best value on its way to the terminal
@@ -52,6 +59,7 @@ def compare(
     resamples: int = RESAMPLES,
     page: bool = True,
     margin: float | None = None,
+    subgroups: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `report.md`, figures and
     `report.html`, and prints the table.
@@ -62,6 +70,7 @@ def compare(
         resamples: of the bootstrap; 0 for no intervals.
         page: also figures and `report.html`, after the tables.
         margin: of AUC, within which settings are equal; None for that of the sweeps' launches.
+        subgroups: columns of labels or metadata; None for those of the launches.
 
     An earlier report with intervals that cannot be computed again is moved to `superseded/`.
 
@@ -77,21 +86,38 @@ def compare(
     with Terminal().preparing("comparing runs", lasting=False) as report:
         comparison = load_comparison(sweeps, resamples, stage(report, "resampling"), margin)
         table = build_table(comparison)
+        names = recorded_subgroups(comparison.records) if subgroups is None else subgroups
+        found, reasons = find_subgroups(comparison, names)
     folder.root.mkdir(parents=True, exist_ok=True)
     _keep_intervals(folder, comparison)
     heading = describe(comparison)
     # Files, then the terminal, and last the page, which is the likeliest to fail.
     write_text(folder.csv, csv_text(table))
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
+    if found:
+        write_text(folder.subgroups, csv_text(subgroups_table(found)))
+    else:  # of an earlier report
+        folder.subgroups.unlink(missing_ok=True)
     write_text(folder.latex, _latex(comparison, heading))
+    if len(sweeps) == 1:
+        _record_ensemble(sweeps[0], comparison)
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
     write_report(comparison, folder, page)
     _print(comparison, heading, table)
     if page:
         with Terminal().preparing("drawing report.html"):
-            write_page(comparison, folder, heading)
+            write_page(comparison, folder, heading, list(subgroup_blocks(found, reasons)))
     _print_files(folder, page)
     return table
+
+
+def _record_ensemble(sweep: SweepPaths, comparison: Comparison) -> None:
+    """Notes which networks were chosen, for `ich predict --model SWEEP`."""
+    found = [e for rows in comparison.evaluation_sets for e in rows.ensembles if e.name == GREEDY]
+    if len(found) == 1:
+        sweep.write_ensemble(found[0].members)
+    else:  # of an earlier report, or of rows that are several sets
+        sweep.ensemble.unlink(missing_ok=True)
 
 
 def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
@@ -106,8 +132,8 @@ def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
         return
     shelf = free_shelf(folder.root, "report")
     shelf.mkdir(parents=True)
-    texts = (folder.csv, folder.metrics, folder.latex, folder.markdown, folder.text)
-    for path in (*texts, folder.page, folder.figures):
+    tables = (folder.csv, folder.metrics, folder.subgroups, folder.latex)
+    for path in (*tables, folder.markdown, folder.text, folder.page, folder.figures):
         if path.exists():
             path.rename(shelf / path.name)
     print_line(
@@ -170,7 +196,9 @@ def _cell(row: pd.Series, name: str, shown: Shown, mark: str) -> str:
 
 def _status(row: pd.Series) -> str:
     # A mean's reason says how many seeds it is of, as its name has done.
-    texts = (row["status"], "" if _is_mean(row) else row["reason"])
+    # Of an ensemble, the CSV names the members.
+    is_ensemble = row["model"] in (MEAN, GREEDY)
+    texts = (row["status"], "" if _is_mean(row) or is_ensemble else row["reason"])
     text = ": ".join(text for text in texts if isinstance(text, str) and text)
     return printable(" ".join(text.split()))  # a line break of an error's would end the row
 

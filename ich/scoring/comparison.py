@@ -24,6 +24,7 @@ from ich.base.progress import ProgressCallback
 from ich.base.records import FitResult, Json, RunResult, SweepRecord
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
+from ich.scoring.ensembles import EnsembleResult, ensemble_results
 from ich.scoring.equivalence import AgainstBest, against_best
 from ich.scoring.power import SampleSize, sample_size
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
@@ -135,11 +136,12 @@ class SettingResult:
 class EvaluationSet:
     """Settings that were scored on the same rows, in the order of their runs.
 
-    fingerprint: of these rows, `Predictions.fingerprint`.
+    fingerprint: of these rows, `Predictions.fingerprint`. ensembles: of all their runs together.
     """
 
     fingerprint: str
     settings: list[SettingResult]
+    ensembles: list[EnsembleResult] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -287,8 +289,17 @@ def _evaluation_sets(
         if resamples and settings[0].predictions.scored.group_count >= MIN_GROUPS:
             _resample(settings, resamples, progress)
         _mark_best(settings, margin)
-        sets.append(EvaluationSet(fingerprint, settings))
+        sets.append(EvaluationSet(fingerprint, settings, _ensembles(settings, resamples)))
     return sets
+
+
+def _ensembles(settings: Sequence[SettingResult], resamples: int) -> list[EnsembleResult]:
+    runs = {r.name: r for s in settings for r in s.runs}
+    predictions = {name: r.predictions for name, r in runs.items() if r.predictions is not None}
+    best = next((s.replicates for s in settings if s.is_best), {})
+    # Of runs on the same rows; that of one tells for all.
+    has_test_set = all(r.fit.cohort.scored == "test" for r in runs.values())
+    return ensemble_results(predictions, has_test_set, resamples, best, COMPARED_METRICS)
 
 
 def _setting_key(run: Run) -> str:

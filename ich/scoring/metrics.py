@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+CALIBRATION_BINS = 15
 ANY = "any"  # the RSNA set's name for the label that one of the others is positive
 
 
@@ -243,15 +244,21 @@ def operating_points(score: np.ndarray, target: np.ndarray, least: float) -> tup
     )
 
 
-def calibration_error(probability: np.ndarray, target: np.ndarray, bins: int = 15) -> float:
+def calibration_bins(probability: np.ndarray, bins: int = CALIBRATION_BINS) -> np.ndarray:
+    """Of each probability its bin of equal width, int [N] of 0..bins - 1."""
+    # A probability of 1 belongs to the last bin, not to one of its own.
+    return np.asarray(np.minimum((probability * bins).astype(int), bins - 1))
+
+
+def calibration_error(
+    probability: np.ndarray, target: np.ndarray, bins: int = CALIBRATION_BINS
+) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): over bins of equal width, the
     mean distance of a bin's mean probability from its share of positives, weighted by its size."""
     if not len(probability) or np.isnan(probability).any():
         return float("nan")
-    # A probability of 1 belongs to the last bin, not to one of its own.
-    index = np.minimum((probability * bins).astype(int), bins - 1)
     # Summed over a bin, p - y is its size times the distance of the two means.
-    gap = np.bincount(index, probability - target, minlength=bins)
+    gap = np.bincount(calibration_bins(probability, bins), probability - target)
     return float(np.abs(gap).sum() / len(probability))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from ich.scoring.metrics import ANY, log_losses, sigmoid
+from ich.scoring.metrics import ANY, CALIBRATION_BINS, calibration_bins, log_losses, sigmoid
 
 _AT_ONCE = 250  # resamples: what is held at a time stays within the processor's caches
 _DEFINED = 0.95  # of the resamples, at least, for an interval
@@ -98,21 +98,24 @@ def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns:
         float64 [R] each: `accuracy`, `exact_match`, `log_loss`, `log_loss_weighted` (with a label
-        `any`), `brier`, `auc` (micro), `auc_macro`, `ap_macro`, and per label `accuracy_<label>`,
-        `auc_<label>`, `ap_<label>`. NaN where a resample has one class only.
+        `any`), `brier`, `ece`, `auc` (micro), `auc_macro`, `ap_macro`, and per label
+        `accuracy_<label>`, `auc_<label>`, `ap_<label>`, `f1_<label>`, and sensitivity and
+        specificity as in `ich.scoring.metrics.all_metrics`. NaN where a resample has one class
+        only.
     """
     groups = len(counts)
     # What all resamples share, counted once: sums and ranks per group.
-    means = _Means.of(scored, groups)
+    means, calibration = _Means.of(scored, groups), _Calibration.of(scored, groups)
     ranks = {
         label: _Ranks.of(scored.logits[:, i], scored.target[:, i], scored.group, groups)
         for i, label in enumerate(scored.labels)
     }
     pooled, parts = _Ranks.pooled(scored, groups), []
     for drawn in _in_parts(counts):
-        part = means.score(drawn) | {"auc": pooled.score(drawn, with_precision=False)[0]}
+        part = means.score(drawn) | pooled.score(drawn, area_alone=True)
+        part["ece"] = calibration.score(drawn)
         for label, rank in ranks.items():
-            part[f"auc_{label}"], part[f"ap_{label}"] = rank.score(drawn)
+            part |= {f"{metric}_{label}": values for metric, values in rank.score(drawn).items()}
         parts.append(part)
     replicates = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     for kind in ("auc", "ap"):
@@ -128,7 +131,7 @@ def bootstrap(scored: ScoredRows, counts: np.ndarray) -> dict[str, np.ndarray]:
 def bootstrap_auc(scored: ScoredRows, counts: np.ndarray) -> np.ndarray:
     """The `auc` of `bootstrap` alone, float64 [R]."""
     ranks = _Ranks.pooled(scored, len(counts))
-    parts = [ranks.score(drawn, with_precision=False)[0] for drawn in _in_parts(counts)]
+    parts = [ranks.score(drawn, area_alone=True)["auc"] for drawn in _in_parts(counts)]
     return np.concatenate(parts)
 
 
@@ -207,18 +210,16 @@ class _Ranks:
         rows = np.repeat(scored.group, len(scored.labels))
         return _Ranks.of(scored.logits.ravel(), scored.target.ravel(), rows, groups)
 
-    def score(
-        self, counts: np.ndarray, with_precision: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """AUC (ties count half) and average precision of each resample, float64 [R] each.
+    def score(self, counts: np.ndarray, area_alone: bool = False) -> dict[str, np.ndarray]:
+        """The metrics of _RANKED for each resample, float64 [R] each, NaN without both classes.
 
         Args:
             counts: [G, R].
-            with_precision: else the average precision is NaN, and half of the time is saved.
+            area_alone: only the AUC (ties count half), in half of the time.
         """
-        undefined = np.full(counts.shape[1], np.nan)
+        names = _RANKED[:1] if area_alone else _RANKED
         if self.hits is None or self.misses is None:
-            return undefined, undefined
+            return {name: np.full(counts.shape[1], np.nan) for name in names}
         # Whole numbers below 2**24: float32 is exact in the product, and twice as fast.
         hits = np.asarray(self.hits @ counts, np.float64)
         misses = np.asarray(self.misses @ counts, np.float64)
@@ -227,15 +228,81 @@ class _Ranks:
         ahead = below[0:-1:2] + 0.5 * misses[1::2]  # of each score: negatives below, and half on it
         with np.errstate(invalid="ignore", divide="ignore"):
             area = np.einsum("kr,kr->r", hits, ahead) / (positives * negatives)
-            if not with_precision:
-                return area, undefined
+            if area_alone:
+                return {"auc": area}
             true = positives - np.cumsum(hits, axis=0) + hits  # positives at or above each score
             false = negatives - below[0:-1:2]  # negatives at or above it
-            # Above the highest score that was drawn it is 0 / 0, of no hits.
-            precision = (hits * np.nan_to_num(true / (true + false))).sum(0) / positives
-        # It would be 1 throughout: as undefined as the area.
-        precision[negatives == 0] = np.nan
-        return area, precision
+            values = {"auc": area, **_at_thresholds(hits, true, false, positives, negatives)}
+        # Of one class some would be 1, or 0, throughout: as undefined as the area.
+        undefined = (positives == 0) | (negatives == 0)
+        for column in values.values():
+            column[undefined] = np.nan
+        return values
+
+
+_POINTS = (90, 95)  # percent
+_RANKED = (
+    *("auc", "ap", "f1"),
+    *(f"{metric}_at_{p}" for p in _POINTS for metric in ("sensitivity", "specificity")),
+)
+
+
+def _at_thresholds(
+    hits: np.ndarray,
+    true: np.ndarray,
+    false: np.ndarray,
+    positives: np.ndarray,
+    negatives: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What is a sum or the best over thresholds. The scores of positives are enough: a threshold
+    at a negative's has more false alarms, and no more hits, than that at the positive above it.
+
+    Args:
+        hits: positives on each of K scores, lowest first, [K, R]. true, false: positives and
+            negatives at or above it. positives, negatives: in all, [R].
+    """
+    said = true + false
+    # Above the highest score that was drawn it is 0 / 0, of no hits.
+    values = {"ap": (hits * np.nan_to_num(true / said)).sum(0) / positives}
+    # 2 TP / (2 TP + FP + FN), as in the metric itself.
+    values["f1"] = (2 * true / (said + positives)).max(0)
+    scores, columns, rounding = len(true), np.arange(true.shape[1]), 1e-12
+    for percent in _POINTS:
+        least = percent / 100 - rounding
+        # `true` and `false` fall from score to score: the first that has few enough false alarms,
+        # if any has, and the last that has hits enough.
+        first = scores - (1 - false / negatives >= least).sum(0)
+        found = true[np.minimum(first, scores - 1), columns] / positives
+        values[f"sensitivity_at_{percent}"] = np.where(first < scores, found, 0.0)
+        last = (true / positives >= least).sum(0) - 1
+        values[f"specificity_at_{percent}"] = 1 - false[last, columns] / negatives
+    return values
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """Of the expected calibration error: sums of p - y in each bin of p, over each group, [B, G],
+    and its decisions [G]."""
+
+    gaps: np.ndarray
+    size: np.ndarray
+
+    @staticmethod
+    def of(scored: ScoredRows, groups: int) -> _Calibration:
+        probability = sigmoid(scored.logits)
+        gap = probability - scored.target
+        group = np.repeat(scored.group, len(scored.labels))
+        size = np.bincount(group, minlength=groups).astype(np.float64)
+        if np.isnan(gap).any():  # as in the metric itself
+            return _Calibration(np.full((1, groups), np.nan), size)
+        place = calibration_bins(probability.ravel()) * groups + group
+        gaps = np.bincount(place, gap.ravel(), CALIBRATION_BINS * groups)
+        return _Calibration(gaps.reshape(CALIBRATION_BINS, groups), size)
+
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        drawn = counts.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.abs(self.gaps @ drawn).sum(0) / (self.size @ drawn))
 
 
 def _count_rows(bins: np.ndarray, group: np.ndarray, shape: tuple[int, int]) -> sparse.csr_array:

@@ -14,7 +14,9 @@ from ich.pages.description import describe_verdicts, interval_text
 from ich.pages.figures import Plot, save_plot, subplots
 from ich.pages.page import Block, Bullets, Picture, Table
 from ich.scoring.comparison import RANKING_METRIC, Comparison, EvaluationSet, SettingResult
+from ich.scoring.ensembles import GREEDY, EnsembleResult
 from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
+from ich.scoring.uncertainty import UNDEFINED
 
 _CELL = 0.4  # inches
 _WRITTEN = 0.005  # chances below half a percent stay empty
@@ -27,7 +29,8 @@ def told_apart(comparison: Comparison, folder: Path) -> Iterator[Block]:
     several = len(comparison.evaluation_sets) > 1
     for number, rows in enumerate(comparison.evaluation_sets):
         where = f"On the rows of {rows.name}: " if several else ""
-        yield Bullets(list(_conclusions(rows, where, comparison.margin)))
+        ensembles = [_together(e, rows) for e in rows.ensembles]
+        yield Bullets([*_conclusions(rows, where, comparison.margin), *ensembles])
         compared = [s for s in rows.settings if s.against_best]
         if len(compared) > 1:
             yield _against_best(compared, where)
@@ -68,6 +71,21 @@ def _conclusions(rows: EvaluationSet, where: str, margin: float) -> Iterator[str
         yield f"{alone}, not distinguishable from it (\u2248): {', '.join(same)}."
     if worse:
         yield f"{alone}, lower: {', '.join(worse)}."
+
+
+def _together(ensemble: EnsembleResult, rows: EvaluationSet) -> str:
+    """What an ensemble gives, against the best single setting."""
+    highest = rows.best.mean(RANKING_METRIC) if rows.best else np.nan
+    value = ensemble.predictions.metrics[RANKING_METRIC]
+    own = interval_text(ensemble.interval(RANKING_METRIC))
+    difference = ensemble.difference_from_best.get(RANKING_METRIC, UNDEFINED)
+    between = interval_text(difference, "+.4f")
+    chosen = " (chosen on validation)" if ensemble.name == GREEDY else ""
+    return (
+        f"The {ensemble.name}{chosen}, of {len(ensemble.members)}, has an AUC of {value:.4f}"
+        f"{f' ({own})' if own else ''}, {value - highest:+.4f}{f' ({between})' if between else ''} "
+        f"against the best single one."
+    )
 
 
 def _against_best(settings: Sequence[SettingResult], where: str) -> Table:
