@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from commands import run_module
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -19,8 +20,12 @@ from ich.base.config import CONF_DIR, EvaluateConfig, UserError, register_schema
 from ich.base.results import SweepPaths
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import LABELS, PhantomSpec
+from ich.inference.card import model_card
+from ich.inference.ensemble import load_ensemble
+from ich.inference.export import made_up_slices
+from ich.inference.recalibrate import check_model, recalibrate
 from ich.inference.scores import evaluate, validate
-from ich.pages.evaluation_page import write_evaluation
+from ich.pages.evaluation_page import recalibration_blocks, write_evaluation
 from ich.scoring.evaluation import Evaluation, metrics_table
 from ich.scoring.metrics import sigmoid
 from ich.scoring.predictions import Predictions, read_predictions
@@ -274,3 +279,60 @@ def test_a_mistake_is_one_paragraph(trained: Path, given: list[str], message: st
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+# For a site
+
+
+def test_a_recalibrated_network_is_a_run_that_says_on_whom(trained: Path, tmp_path: Path) -> None:
+    """Twice as sure as it should be on these rows, by construction."""
+    cpu = torch.device("cpu")
+    run = next((trained / "multirun_reports" / "s").glob("*seed=0"))
+    model = load_ensemble([str(run)], cpu)
+    rng, here = np.random.default_rng(0), predictions(60, 7)
+    right = rng.normal(-1, 1.5, here.scored.logits.shape)
+    target = (rng.random(right.shape) < sigmoid(right)).astype(np.float32)
+    here = replace(here, scored=replace(here.scored, logits=2 * right, target=target))
+    register_schemas()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        own = ["models=x", "recalibrate=true", "resamples=100"]
+        config = to_dataclass(compose("evaluate", overrides=own), EvaluateConfig)
+    found = recalibrate(config, model, evaluation(here, None), tmp_path)
+    table = found.table.set_index(["level", "metric"])
+    assert table.loc[("slice", "ece"), "difference_high"] < 0
+    assert table.loc[("slice", "brier"), "difference_high"] < 0
+    auc = table.loc[("slice", "auc_any")]
+    assert (auc["difference_low"], auc["difference_high"]) == (0, 0)
+    assert "Recalibrated on 30 patients (240 rows) of data=phantom: " in found.notes[0]
+    assert str(tmp_path) not in " ".join(found.notes)
+    after = load_ensemble([str(tmp_path / "recalibrated")], cpu)
+    assert after.chosen_by == "the best F1 on the rows it was recalibrated on"
+    assert after.thresholds != model.thresholds
+    side = model.sizes[0]
+    hu = {side: made_up_slices(side)}
+    before, now = model.logits(hu)[:, 0], after.logits(hu)[:, 0]
+    slope = (now - now[0])[1:] / (before - before[0])[1:]
+    assert slope == pytest.approx(np.full(slope.shape, 0.5), rel=0.25)
+    stored = read_predictions(after.members[0].run)
+    assert stored is not None
+    assert model.validation is not None
+    assert stored.metrics["auc_any"] == pytest.approx(model.validation.metrics["auc_any"])
+    assert "Recalibrated on 30 patients (240 rows)" in model_card(after, "A file.", 0)
+    blocks = recalibration_blocks(found.table, found.notes, LABELS)
+    page = write_evaluation(evaluation(here, None), found.table, tmp_path / "page", blocks)
+    assert "sensitivity and specificity each at its own thresholds" in page.read_text()
+
+
+def test_what_cannot_be_recalibrated_is_refused(trained: Path, tmp_path: Path) -> None:
+    runs = sorted((trained / "multirun_reports" / "s").glob("*seed=*"))
+    both = load_ensemble([str(run) for run in runs], torch.device("cpu"))
+    with pytest.raises(UserError, match=r"recalibrate is true, and the model is 2 networks"):
+        check_model(both)
+    config = EvaluateConfig(models="x", resamples=0)
+    with pytest.raises(UserError, match=r"the scored rows are of 19 patients. At least 20"):
+        recalibrate(config, both, evaluation(predictions(19, 0), None), tmp_path)
+    none = predictions(30, 0)
+    none.scored.target[:] = 0
+    with pytest.raises(UserError, match="no label has both classes among the patients to fit on"):
+        recalibrate(config, both, evaluation(none, None), tmp_path)
+    assert not list(tmp_path.iterdir())

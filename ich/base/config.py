@@ -477,6 +477,7 @@ class EvaluateConfig:
     threshold: str | None = None
     name: str | None = None
     output: str = MISSING
+    recalibrate: bool = False
     resamples: int = field(default=MISSING, metadata=number("0 (no intervals) or more", at_least=0))
     batch_size: int = field(default=MISSING, metadata=AT_LEAST_1)
     device: Device = MISSING

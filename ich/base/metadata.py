@@ -27,7 +27,8 @@ class Metadata:
     first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
     channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
     where validation had one class only. context: `slice`, or `neighbours`: the slices before, at
-    and after are the input's channels, one after the other, each in all windows.
+    and after are the input's channels, one after the other, each in all windows. recalibration: on
+    whom and how it was recalibrated, a sentence; empty if it was not.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Metadata:
     std: tuple[float, ...]
     thresholds: dict[str, float | None]
     context: str = "slice"
+    recalibration: str = ""
 
     @property
     def slices(self) -> int:
@@ -56,6 +58,8 @@ class Metadata:
         # Left out as before there was any: the same weights are the same file.
         if self.context == "slice":
             del values["context"]
+        if not self.recalibration:
+            del values["recalibration"]
         return json.dumps(values)
 
     @staticmethod
@@ -75,7 +79,8 @@ class Metadata:
         """Raises ValueError or TypeError if a network could not be used by it."""
         # A file from elsewhere is read by it: no size may fill the memory, no value divide by 0.
         sizes, labels = (self.cache_size, self.image_size), self.labels
-        texts = (self.model, self.timm, *labels, *(w.name for w in self.windows))
+        texts = (self.model, self.timm, self.recalibration, *labels)
+        texts += tuple(w.name for w in self.windows)
         if not all(isinstance(t, str) for t in texts) or not isinstance(self.thresholds, dict):
             raise TypeError("a value is of another type")
         limits = [t for t in self.thresholds.values() if t is not None]

@@ -54,6 +54,7 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
             f"{run.predictions} cannot be read, so the model card would have no metric. Give the "
             f"run's folder as it was left, or its MLflow run id."
         )
+    recalibration = member.metadata.recalibration
     title = f"Model card: {config.model.name}"
     facts = {"run": f"{config.name}/{config.job}", "labels": ", ".join(model.labels)}
     sections: list[Section] = [
@@ -62,7 +63,7 @@ def model_card(model: Ensemble, exported: str, resamples: int) -> str:
         ("Training and evaluation data", [Bullets(list(_data(config, fit.cohort)))]),
         ("Metrics", list(_metrics(model, scored, validation, resamples))),
         ("Thresholds", list(_thresholds(model))),
-        ("Limits", [Bullets(list(_limits(config, fit.cohort, scored)))]),
+        ("Limits", [Bullets(list(_limits(config, fit.cohort, scored, recalibration)))]),
         ("Licence", [Bullets(_licence(config))]),
     ]
     return to_markdown(title, facts, sections)
@@ -177,7 +178,9 @@ def _thresholds(model: Ensemble) -> Iterator[Block]:
     yield Table("Thresholds", pd.DataFrame(lines))
 
 
-def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Iterator[str]:
+def _limits(
+    config: Config, cohort: CohortSummary, scored: Predictions, recalibration: str
+) -> Iterator[str]:
     # What is unknown is told with the data, by `scoring_text`.
     leak = {k: v for k, v in cohort.leak.items() if v}
     if cohort.scored == "val":
@@ -195,10 +198,16 @@ def _limits(config: Config, cohort: CohortSummary, scored: Predictions) -> Itera
         f"{scored.unit} of one data set. How it does elsewhere is unknown until it has been "
         f"measured there: ich evaluate."
     )
-    yield (
-        "Probabilities are not calibrated for another prevalence: oversampling and the data set's "
-        "own selection shift them, and thresholds with them."
-    )
+    if recalibration:
+        yield (
+            f"{recalibration} For scans of that kind its probabilities and thresholds are meant, "
+            f"which on the rows above, of the training's own data, may do worse than before."
+        )
+    else:
+        yield (
+            "Probabilities are not calibrated for another prevalence: oversampling and the data "
+            "set's own selection shift them, and thresholds with them."
+        )
     alone = "alone" if config.context.is_slice else f"with context={config.context.name.value}"
     yield f"Each slice is judged {alone}; a study's score is the highest of its slices."
 

@@ -308,7 +308,12 @@ def _thresholds(
     # From the weights file: a lone copy of it decides as its run does.
     if len(members) == 1:
         thresholds = members[0].metadata.thresholds
-        text = "the best F1 on the run's validation rows"
+        on = (
+            "rows it was recalibrated on"
+            if members[0].metadata.recalibration
+            else "run's validation rows"
+        )
+        text = f"the best F1 on the {on}"
     elif validation is not None:
         thresholds = best_thresholds(*validation.validation_rows, labels)
         text = "the best F1 of the average on the members' common validation rows"

@@ -44,8 +44,9 @@ from ich.inference.ensemble import (
     load_ensemble,
 )
 from ich.inference.predicted_files import predict_files
+from ich.inference.recalibrate import check_model, recalibrate
 from ich.inference.session import TTA
-from ich.pages.evaluation_page import shown_table, write_evaluation
+from ich.pages.evaluation_page import recalibration_blocks, shown_table, write_evaluation
 from ich.pages.page import format_cells
 from ich.scoring.evaluation import Evaluation, metrics_table
 from ich.scoring.predictions import Predictions
@@ -81,6 +82,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     names = [config.models] if isinstance(config.models, str) else [str(m) for m in config.models]
     model = load_ensemble(names, pick_device(config.device), config.tracking)
     model = model.with_thresholds(config.threshold)
+    if config.recalibrate:
+        check_model(model)
     # Its name has a hash of the weights, so it is known only now.
     folder = Path(config.output) / (config.name or _folder_name(config, model))
     _make_folder(folder)
@@ -91,13 +94,15 @@ def evaluate(config: EvaluateConfig) -> Path:
         evaluation = score(config, model, store, rows, labels, partial(report, "predicting"))
     with terminal.preparing(lasting=False) as report:
         table = metrics_table(evaluation, config.resamples, partial(report, "resampling"))
-    page = write_evaluation(evaluation, table, folder)
+    site = recalibrate(config, model, evaluation, folder) if config.recalibrate else None
+    blocks = recalibration_blocks(site.table, site.notes, labels) if site else []
+    page = write_evaluation(evaluation, table, folder, blocks)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     shown = shown_table(table, ["auc", "accuracy", *(f"auc_{k}" for k in labels)], "slice")
     terminal.tables(
         f"{model.name} on data={config.data.source.value}",
         [([str(c) for c in shown], format_cells(shown))],
-        evaluation.notes,
+        [*evaluation.notes, *(site.notes if site else [])],
     )
     terminal.say(f"evaluation: {page}")
     return page
@@ -121,6 +126,8 @@ def _folder_name(config: EvaluateConfig, model: Ensemble) -> str:
     assert isinstance(values, dict)
     for key in ("name", "output", "tracking", "device"):  # of these no number depends
         del values[key]
+    if not config.recalibrate:  # as evaluations of before were called
+        del values["recalibrate"]
     digest = hashlib.sha256(repr(values).encode())
     for member in model.members:
         digest.update(member.weights.read_bytes())

@@ -25,7 +25,9 @@ OVERALL = (
 PER_LABEL = ("auc", "ap", *DECISIONS)
 
 
-def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) -> Path:
+def write_evaluation(
+    evaluation: Evaluation, table: pd.DataFrame, folder: Path, recalibration: Sequence[Block] = ()
+) -> Path:
     """Writes `evaluation.csv`, `.md` and `.html`, `predictions.csv`, figures, and, if any,
     `left_out.csv`; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,8 @@ def write_evaluation(evaluation: Evaluation, table: pd.DataFrame, folder: Path) 
         (folder / "left_out.csv").unlink(missing_ok=True)  # of an earlier time
     pictures = figures.draw_some(_compared(evaluation), folder / "figures")
     sections: list[Section] = [("What was evaluated", [Bullets(evaluation.notes)])]
+    if recalibration:
+        sections.append(("Recalibrated", list(recalibration)))
     sections += [("Metrics", list(_tables(evaluation, table))), ("Figures", list(pictures))]
     facts = {"model": evaluation.model, "rows": f"{len(evaluation.here.image_id):,}"}
     title = "Evaluation"
@@ -97,6 +101,29 @@ def _tables(evaluation: Evaluation, table: pd.DataFrame) -> Iterator[Block]:
             heading = f"{label}, per {level}, decided at {evaluation.thresholds[label]:.3f}"
             names = [f"{k}_{label}" for k in PER_LABEL]
             yield Table(heading, shown_table(table, names, level), folded)
+
+
+def recalibration_blocks(
+    table: pd.DataFrame, notes: Sequence[str], labels: Sequence[str]
+) -> list[Block]:
+    """What a recalibration changes, on the patients that it was not fitted on.
+
+    Args:
+        table: of `metrics_table`, `here` after it and `validation` before.
+    """
+    decided = [f"{m}_{k}" for k in labels for m in ("sensitivity", "specificity")]
+    blocks: list[Block] = [Bullets(list(notes))]
+    for level in ("slice", "study"):
+        shown = shown_table(table, ["ece", "brier", "log_loss", *decided], level)
+        if len(shown):
+            shown = shown[["metric", VALIDATION, HERE, "difference"]]
+            shown = shown.rename(columns={VALIDATION: "before", HERE: "after"})
+            caption = (
+                f"Per {level}, before and after, sensitivity and specificity each at its own "
+                f"thresholds; intervals are 95 %, those of differences paired."
+            )
+            blocks.append(Table(caption, shown, folded=level == "study"))
+    return blocks
 
 
 def _compared(evaluation: Evaluation) -> Comparison:

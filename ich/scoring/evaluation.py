@@ -29,6 +29,7 @@ class Evaluation:
     thresholds: dict[str, float]
     notes: list[str]
     left_out: pd.DataFrame
+    other_thresholds: dict[str, float] | None = None
 
     @property
     def is_paired(self) -> bool:
@@ -60,7 +61,9 @@ def metrics_table(
         same = evaluation.is_paired
         scored = replace(validation.scored, group=here.scored.group) if same else validation.scored
         sides[VALIDATION] = replace(validation, scored=scored)
-    values = {k: _values(p, evaluation.thresholds) for k, p in sides.items()}
+    others = evaluation.other_thresholds or evaluation.thresholds
+    thresholds = {HERE: evaluation.thresholds, VALIDATION: others}
+    values = {k: _values(p, thresholds[k]) for k, p in sides.items()}
     # Of two sets of rows each side has its own seed: with one seed, patient 3 of one would be drawn
     # whenever patient 3 of the other is, as if they had something in common.
     resampled = {}
@@ -68,7 +71,7 @@ def metrics_table(
         if progress and resamples:
             progress(seed, len(sides))
         seed = 0 if evaluation.is_paired else seed
-        resampled[k] = _resample(p, evaluation.thresholds, resamples, seed)
+        resampled[k] = _resample(p, thresholds[k], resamples, seed)
     lines = []
     for name in values[HERE]:
         level = "study" if name.startswith("study_") else "slice"

@@ -53,6 +53,18 @@ class Predictions:
             self, scored=selected, validation_rows=(logits[:, columns], target[:, columns])
         )
 
+    def select_rows(self, kept: np.ndarray) -> Predictions:
+        """Some of the scored rows, bool [N], with the groups' own numbers; validation is the
+        same."""
+        scored = self.scored
+        part = replace(
+            scored,
+            target=scored.target[kept],
+            logits=scored.logits[kept],
+            group=scored.group[kept],
+        )
+        return replace(self, scored=part, image_id=self.image_id[kept], study=self.study[kept])
+
     @staticmethod
     def average(members: Sequence[Predictions]) -> Predictions:
         """The mean logits of several, which must be of the same rows."""

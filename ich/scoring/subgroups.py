@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,12 +45,12 @@ def subgroup_results(
     counts = draw_counts(total, resamples) if resamples else None
     for name in sorted(set(groups)):
         inside = of_row == name
-        part = [_rows(p, inside) for p in runs]
+        part = [p.select_rows(inside) for p in runs]
         patients = len(np.unique(part[0].scored.group))
         if patients < MIN_GROUPS:
             continue
         others = len(np.unique(runs[0].scored.group[~inside]))
-        rest = [_rows(p, ~inside) for p in runs] if others >= MIN_GROUPS else []
+        rest = [p.select_rows(~inside) for p in runs] if others >= MIN_GROUPS else []
         value, other = _mean_metrics(part), _mean_metrics(rest)
         drawn, drawn_rest = _replicates(part, counts), _replicates(rest, counts)
         yield SubgroupResult(
@@ -62,23 +62,6 @@ def subgroup_results(
             {k: v - other[k] for k, v in value.items() if k in other},
             {k: Interval.of(v - drawn_rest[k]) for k, v in drawn.items() if k in drawn_rest},
         )
-
-
-def _rows(predictions: Predictions, kept: np.ndarray) -> Predictions:
-    """Some of the rows, with the patients' own numbers."""
-    scored = predictions.scored
-    part = replace(
-        scored,
-        target=scored.target[kept],
-        logits=scored.logits[kept],
-        group=scored.group[kept],
-    )
-    return replace(
-        predictions,
-        scored=part,
-        image_id=predictions.image_id[kept],
-        study=predictions.study[kept],
-    )
 
 
 def _mean_metrics(runs: Sequence[Predictions]) -> dict[str, float]:

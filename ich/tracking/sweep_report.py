@@ -29,8 +29,8 @@ def copy_report(store: MlflowStore, run_id: str, sweep: SweepPaths) -> None:
     """Copies tables, figures and pages; the verdict becomes the run's description."""
     record = sweep.read_record()
     data_reports = [sweep.data(key) for key in record.cohorts]
-    tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.page, sweep.text)
-    for path in (*tables, sweep.record, sweep.figures, *data_reports):
+    tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.subgroups)
+    for path in (*tables, sweep.page, sweep.text, sweep.record, sweep.figures, *data_reports):
         if path.exists():
             store.log_artifact(run_id, path)
     # Once more where they are seen first; links of the page lead on from its other copy alone.

@@ -33,7 +33,7 @@ def read_subgroups(data: DataConfig, names: Sequence[str], images: Sequence[str]
         UserError: no such column, or one that names persons or images.
     """
     tables = {
-        f"{what} file {Path(path).name}": Path(path)
+        f"the {what} file {Path(path).name}": Path(path)
         for what, path in (("label", data.labels), ("metadata", data.metadata))
         if path
     }
@@ -62,7 +62,7 @@ def _of_images(table: pd.DataFrame, wanted: str, images: Sequence[str], name: st
     image, column = (find_column(table, names, name) for names in ((*IMAGE, "path"), [wanted]))
     if image is None:
         raise UserError(
-            f"the {name} has no column for the image ({', '.join(IMAGE)}), so {wanted!r} makes no "
+            f"{name} has no column for the image ({', '.join(IMAGE)}), so {wanted!r} makes no "
             f"subgroup. Add one."
         )
     values = dict(zip(table[image], table[column], strict=True))
@@ -75,14 +75,11 @@ def _of_images(table: pd.DataFrame, wanted: str, images: Sequence[str], name: st
 def bands(name: str, values: Sequence[str]) -> list[str]:
     """Values as subgroups: as they are, or many numbers in bands; UNKNOWN where there is none."""
     texts = [v.strip() for v in values]
-    is_age = "age" in re.split(r"[ _-]|(?<=[a-z])(?=[A-Z])", name.casefold()) or bare(name) in (
-        "age",
-        "patientage",
-    )
+    is_age = bare(name) in ("age", "patientage")
     if is_age:
         texts = [m[1] if (m := _AGE.fullmatch(v)) else v for v in texts]
     numbers = pd.to_numeric(pd.Series(texts, dtype=object), errors="coerce").to_numpy(float)
-    known = np.array([bool(v) for v in texts])
+    known = np.array([bool(v) for v in texts], bool)
     if not np.isfinite(numbers[known]).all() or len(set(numbers[known])) <= _MOST:
         return [v or UNKNOWN for v in texts]
     if is_age:

@@ -18,8 +18,7 @@ from ich.scoring.ensembles import GREEDY, EnsembleResult
 from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
 from ich.scoring.uncertainty import UNDEFINED
 
-_CELL = 0.4  # inches
-_WRITTEN = 0.005  # chances below half a percent stay empty
+_CELL, _SIDE = 0.4, 2.6  # inches, of a cell and, at least, of all: two would make a stamp
 _LONGEST = 60  # letters of a name
 
 
@@ -132,14 +131,14 @@ def _draw_ranks(settings: Sequence[SettingResult], name: str, where: str, folder
 def _heat_map(settings: Sequence[SettingResult]) -> Any:
     chances = np.stack([s.against_best.chances for s in settings if s.against_best])
     names = [s.name if len(s.name) <= _LONGEST else f"{s.name[:_LONGEST]}..." for s in settings]
-    side = _CELL * len(names)
+    side = max(_CELL * len(names), _SIDE)
     figure, axes = subplots(1, 1, (side + 0.09 * max(map(len, names)) + 0.5, side + 0.6))
     axis = axes[0, 0]
     axis.imshow(chances, cmap="Blues", vmin=0, vmax=1)
     for (row, column), chance in np.ndenumerate(chances):
-        if chance >= _WRITTEN:
+        text = f"{100 * chance:.0f}"
+        if text != "0":
             colour = "white" if chance > 0.5 else "black"
-            text = f"{100 * chance:.0f}"
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(len(names)), [str(n + 1) for n in range(len(names))])
     axis.set_yticks(range(len(names)), names)
