@@ -98,4 +98,5 @@ def _train(size: int, folder: Path, settings: Settings, model: str) -> _Training
 def _repeated(split: Split, rows: int) -> Split:
     """So many rows, the same again and again; or the first so many."""
     index = np.arange(rows) % len(split.row)
-    return Split(*(getattr(split, field.name)[index] for field in fields(split)))
+    columns = {field.name: getattr(split, field.name) for field in fields(split)}
+    return replace(split, **{k: v[index] for k, v in columns.items() if v is not None})
