@@ -44,6 +44,12 @@ class Server:
                 "row of a request is one slice, whose neighbours may be in none. Predict whole "
                 "series with ich predict, or export it (ich export), which takes three slices."
             )
+        if self._model.has_head:
+            raise UserError(
+                "this model has a head over whole studies, but a row of a request is one slice, "
+                "whose study may be in none. Predict whole series with ich predict, or export it "
+                "(ich export), which takes a series; or serve the network of context=slice."
+            )
 
     def predict(self, model_input: Any, params: Any = None) -> pd.DataFrame:
         """One row per slice: a probability per label, `positive` (the labels that reach their

@@ -237,11 +237,17 @@ class WindowsConfig:
 
 @dataclass
 class ContextConfig:
-    """What a network sees beside a slice (docs/context.md); `windows` belongs to `neighbours`."""
+    """What a network sees beside a slice (docs/context.md); `windows` belongs to `neighbours`, and
+    `epochs`, `lr` and `batch_size`, in studies, to the head of `study`."""
 
     # With defaults, which runs that were made before there was a context have had.
     name: ContextName = ContextName.slice
     windows: ContextWindows | None = None
+    epochs: int | None = field(default=None, metadata=AT_LEAST_1_OR_NULL)
+    lr: float | None = field(
+        default=None, metadata=number("a finite number above 0", above=0, below=math.inf)
+    )
+    batch_size: int | None = field(default=None, metadata=AT_LEAST_1_OR_NULL)
 
     @property
     def is_slice(self) -> bool:

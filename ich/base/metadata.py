@@ -26,9 +26,11 @@ class Metadata:
     windows: of the input's channels, in order. cache_size, image_size: a slice is averaged to the
     first, pixels, and resampled to the second. mean, std: subtracted from and divided out of
     channels of 0..1. thresholds: per label the probability with the best F1 on validation, None
-    where validation had one class only. context: `slice`, or `neighbours`: the slices before, at
-    and after are the input's channels, one after the other, each in all windows. recalibration: on
-    whom and how it was recalibrated, a sentence; empty if it was not.
+    where validation had one class only. context: `slice`; `neighbours`: the slices before, at and
+    after are the input's channels, one after the other, each in all windows; or `study`: the file
+    holds a head over the slices of a study, too, which takes, as head says, their `logits`, or
+    `features` too. recalibration: on whom and how it was recalibrated, a sentence; empty if it was
+    not.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Metadata:
     thresholds: dict[str, float | None]
     context: str = "slice"
     recalibration: str = ""
+    head: str = ""
 
     @property
     def slices(self) -> int:
@@ -53,13 +56,19 @@ class Metadata:
         """Of the network's input."""
         return self.slices * len(self.windows)
 
+    @property
+    def is_of_studies(self) -> bool:
+        """Whether there is a head over studies."""
+        return self.context == "study"
+
     def to_json(self) -> str:
         values = {"format": _FORMAT, **asdict(self)}
         # Left out as before there was any: the same weights are the same file.
         if self.context == "slice":
             del values["context"]
-        if not self.recalibration:
-            del values["recalibration"]
+        for name in ("recalibration", "head"):
+            if not values[name]:
+                del values[name]
         return json.dumps(values)
 
     @staticmethod
@@ -90,6 +99,7 @@ class Metadata:
             raise TypeError("a value is of another type")
         if not (
             all(isinstance(s, int) and 1 <= s <= _LARGEST_SIDE for s in sizes)
+            and self.head in (("logits", "features") if self.is_of_studies else ("",))
             and labels
             and not why_unusable(labels)
             and set(self.thresholds) == set(labels)
@@ -99,7 +109,7 @@ class Metadata:
             and len(self.mean) == len(self.std)
             # One per window, or ImageNet's three, whose average another number of windows gets.
             and len(self.mean) in (3, len(self.windows))
-            and self.context in ("slice", *SLICES_SHOWN)
+            and self.context in ("slice", "study", *SLICES_SHOWN)
             # Of images of 0..1; by more, channels would be the same number or none.
             and all(abs(m) <= 1 / _LEAST_STD for m in self.mean)
             and all(_LEAST_STD <= s <= 1 / _LEAST_STD for s in self.std)

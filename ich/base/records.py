@@ -304,6 +304,35 @@ class CohortSummary:
         return steps | values
 
 
+@dataclass(frozen=True)
+class HeadResult:
+    """What the head of `context=study` came to, beside the scores of its run, which are its own.
+
+    slice_scores: of the slice network alone, on the rows that tables come from; smoothed_scores: of
+    its logits averaged over each slice and its two neighbours. inputs: "logits", or "features" for
+    a head over these too, whichever was better on validation. epoch: the best, 0 for the untrained
+    head, which is the average; of so many. params: its own. studies: it was trained on.
+    slice_minutes, feature_minutes, minutes: of each stage.
+    """
+
+    slice_scores: Scores
+    smoothed_scores: Scores
+    inputs: str
+    epoch: int
+    epochs: int
+    params: int
+    studies: int
+    slice_minutes: float
+    feature_minutes: float
+    minutes: float
+
+    @classmethod
+    def from_json(cls, values: object) -> HeadResult | None:
+        """None where there was none, or where what stands there is not one."""
+        taken = _taken(cls, values) if isinstance(values, dict) else {}
+        return cls(**taken) if len(taken) == len(fields(cls)) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
     """What a finished training came to.
@@ -313,7 +342,8 @@ class FitResult:
     params, params_imagenet: trained parameters, and those of the ImageNet network with its head.
     images_per_s: rows trained on per second. resumed: how often the training went on from a
     checkpoint. threads: of torch. precision, layout, graph: as in `ComputeMode`. always_negative:
-    what answering "no bleed" to every scored row would score.
+    what answering "no bleed" to every scored row would score. head: of `context=study`, whose
+    scores these are.
     """
 
     # In the order of the file. By keyword only, so that those with a default, which earlier
@@ -336,6 +366,7 @@ class FitResult:
     graph: bool | None = None
     cohort: CohortSummary
     always_negative: Scores
+    head: HeadResult | None = None
 
     @classmethod
     def from_json(cls, values: Json) -> FitResult:
@@ -348,20 +379,22 @@ class FitResult:
         # The rest are also texts, as the job's name, or the MLflow run in the first version.
         numbers = {k: v for k, v in values.items() if v is None or type(v) in (int, float)}
         scores = {k: v for k, v in numbers.items() if k not in _hints(cls)}  # type: ignore[arg-type]
-        own = {k: v for k, v in values.items() if k != "cohort"} | {
+        own = {k: v for k, v in values.items() if k not in ("cohort", "head")} | {
             "scores": {k: v for k, v in scores.items() if not k.startswith(validation)},
             "val_scores": {
                 k.removeprefix(validation): v for k, v in scores.items() if k.startswith(validation)
             },
         }
-        taken = _taken(cls, own, strict=True) | {"cohort": cohort}
+        head = HeadResult.from_json(values.get("head"))
+        taken = _taken(cls, own, strict=True) | {"cohort": cohort, "head": head}
         needed = {f.name for f in fields(cls) if f.default is MISSING}
         if missing := needed - taken.keys() or {"accuracy", "auc"} - taken["scores"].keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return cls(**taken)
 
     def to_json(self) -> Json:
-        own = {k: v for k, v in asdict(self).items() if k not in ("scores", "val_scores")}
+        left_out = ("scores", "val_scores") if self.head else ("scores", "val_scores", "head")
+        own = {k: v for k, v in asdict(self).items() if k not in left_out}
         # Flat, as other people's scripts read the file; the prefix keeps the two kinds apart.
         validation = {f"val_{k}": v for k, v in self.val_scores.items()}
         return {**self.scores, **validation, **own, "cohort": self.cohort.to_json()}

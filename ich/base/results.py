@@ -82,6 +82,11 @@ class RunPaths:
         return self.root / "predictions.npz"
 
     @property
+    def study(self) -> Path:
+        """The folder of what the head of `context=study` is trained from, until it is."""
+        return self.root / "study"
+
+    @property
     def tracking(self) -> Path:
         """The run's MLflow run, by which a resumed or dead process's is found again."""
         return self.root / "tracking.json"

@@ -334,7 +334,7 @@ class _Row:
             self.note = otherwise
             return
         part = progress.step / progress.steps
-        if progress.phase == "training":
+        if progress.phase in ("training", "head"):
             part *= 1 - _VALIDATION
         else:
             part = 1 - _VALIDATION * (1 - part)
@@ -372,6 +372,14 @@ def _left(seconds: float | None) -> str:
 
 def _epoch_line(config: Config, line: EpochMetrics) -> str:
     metrics = line.metrics
+    if "head/lr" in metrics:
+        epoch = f"{line.step - config.train.epochs}/{config.context.epochs}"
+        heads = [
+            f"over {inputs} validation loss {_number(metrics.get(f'head/{inputs}/val/log_loss'))}, "
+            f"AUC {_number(metrics.get(f'head/{inputs}/val/auc'))}"
+            for inputs in ("logits", "features")
+        ]
+        return f"{config.job} head, epoch {epoch}: {'; '.join(heads)}"
     return (
         f"{config.job} epoch {line.step}/{config.train.epochs}: "
         f"loss {_number(metrics.get('train/loss'))}, "

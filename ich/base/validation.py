@@ -129,9 +129,6 @@ def _check_context(context: ContextConfig, protocol: ProtocolConfig) -> None:
             f"apart: of one study some slices are trained on, some scored, and the rest left out. "
             f"Add protocol=sound, which splits by patient."
         )
-    _require(
-        context.name is not ContextName.study, "context.name", context.name, "slice or neighbours"
-    )
     is_neighbours = context.name is ContextName.neighbours
     _require(
         (context.windows is not None) == is_neighbours,
@@ -139,6 +136,11 @@ def _check_context(context: ContextConfig, protocol: ProtocolConfig) -> None:
         context.windows,
         "first or all with context=neighbours" if is_neighbours else f"null with context={name}",
     )
+    is_study = context.name is ContextName.study
+    for key in ("epochs", "lr", "batch_size"):
+        value = getattr(context, key)
+        allowed = "a number with context=study" if is_study else f"null with context={name}"
+        _require((value is not None) == is_study, f"context.{key}", value, allowed)
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -323,7 +323,7 @@ def order_slices(order: pd.DataFrame, row: Mapping[str, int], context: str) -> S
     order = order[order["image_id"].isin(row.keys())]
     check_order(order, context)
     rows = order["image_id"].map(row).to_numpy(np.int64)
-    sequences = _sequences(order["study"] + "/" + order["series"], order["position"], rows)
+    sequences = sequences_of(order["study"] + "/" + order["series"], order["position"], rows)
     if twins := len(rows) - 1 - int(sequences.place[-1]):
         tell(
             f"{twins:,} of {len(rows):,} slices lie where another of their series does: they are "
@@ -332,8 +332,14 @@ def order_slices(order: pd.DataFrame, row: Mapping[str, int], context: str) -> S
     return sequences
 
 
-def _sequences(series: pd.Series, position: pd.Series, rows: np.ndarray) -> Sequences:
-    """Of N slices, in an order that breaks ties."""
+def sequences_of(series: pd.Series, position: pd.Series, rows: np.ndarray) -> Sequences:
+    """Of N slices, in an order that breaks ties.
+
+    Args:
+        series: whatever tells theirs apart.
+        position: mm along the normal.
+        rows: int64 [N], what each is called.
+    """
     # By first appearance: keys have other values elsewhere, and no order may depend on them.
     number, _ = pd.factorize(series)
     place = position.to_numpy(float)
@@ -376,7 +382,7 @@ def surround(places: pd.DataFrame, is_usable: np.ndarray) -> Surroundings:
     around, at, rest = np.stack([own] * 3, 1), own[known], own[~known]
     if not len(at):
         return Surroundings(around, rest)
-    sequences = _sequences(owner[known], places["position"][known], at)
+    sequences = sequences_of(owner[known], places["position"][known], at)
     around[at] = sequences.neighbours(at)
     return Surroundings(around, np.concatenate([sequences.rows, rest]))
 

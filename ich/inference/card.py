@@ -116,6 +116,13 @@ def _details(member: Member, config: Config, run: RunPaths, exported: str) -> It
             "plane, each in these windows; at an end of its series a slice stands for its "
             "neighbour."
         )
+    if meta.is_of_studies:
+        taken = "their pooled features and logits" if meta.head == "features" else "their logits"
+        yield (
+            f"A head sees {taken} over all slices of a series in their order along the normal of "
+            f"their plane, and gives the probability of each. A slice that is alone, or of which "
+            f"nothing tells where it lies, has that of the slice network."
+        )
     yield exported
     # A given file takes the place of the ImageNet weights.
     start = "a local file's" if cfg.weights else "ImageNet" if cfg.pretrained else "random"

@@ -26,13 +26,20 @@ from ich.base.records import ComputeMode
 from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.inference.graph import NO_AUGMENT, Graph, write_onnx
-from ich.inference.session import ConvertedNetwork, average_flips, of_slices, open_session
+from ich.inference.session import (
+    ConvertedNetwork,
+    average_flips,
+    of_slices,
+    open_session,
+    stack,
+)
 from ich.scoring.metrics import best_thresholds
 from ich.scoring.predictions import Predictions, read_predictions
 from ich.tracking.registry import fetch_run, is_mlflow_name
 from ich.training.devices import configure_cudnn
 from ich.training.mode import CHANNELS_LAST
 from ich.training.model import Classifier, fold_batch_norms, load_trained
+from ich.training.study.head import StudyHead
 from ich.training.transforms import CTWindows, Resample
 
 log = logging.getLogger(__name__)
@@ -72,15 +79,34 @@ class Network:
 
     def logits(self, hu: np.ndarray, tta: str = "none") -> np.ndarray:
         """int16 HU as `planes` takes it -> float32 [B, L]; with `flips` the mean over the four."""
-        return average_flips(self._logits, hu, tta)
+        return self.outputs(hu, tta)[:, : len(self.metadata.labels)]
+
+    @property
+    def head(self) -> StudyHead | None:
+        """What follows over the slices of a study."""
+        study: StudyHead | None = self.model.study
+        return study
+
+    @property
+    def features(self) -> int:
+        """How many pooled features of a slice the head needs, 0 without one."""
+        return self.head.features if self.head else 0
+
+    def outputs(self, hu: np.ndarray, tta: str = "none") -> np.ndarray:
+        """As `logits`; behind these, of a network with a head, the pooled features that it needs:
+        float32 [B, L + F]."""
+        return average_flips(self._outputs, hu, tta)
 
     @torch.inference_mode()
-    def _logits(self, hu: np.ndarray) -> np.ndarray:
+    def _outputs(self, hu: np.ndarray) -> np.ndarray:
         if self.converted is not None:
             return open_session(self.converted.path, available_cores())(hu)
         x = self.windows(self.planes(torch.from_numpy(hu)))
-        logits: np.ndarray = self.model(x).cpu().numpy()
-        return logits
+        if not self.features:
+            outputs = self.model(x)
+        else:
+            outputs = torch.cat(self.model.pooled_and_logits(x)[::-1], 1)
+        return np.asarray(outputs.cpu().numpy())
 
 
 def _convert(
@@ -92,7 +118,8 @@ def _convert(
     try:
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_onnx(Graph(model, metadata), path)
+            features = model.study is not None and model.study.features > 0
+            write_onnx(Graph(model, metadata, features=features), path)
         return ConvertedNetwork(str(path.resolve()), metadata.cache_size, metadata.slices)
     # Speed is all that is lost: the same network predicts with torch.
     except UserError as error:
@@ -193,7 +220,16 @@ class Ensemble:
     def logits(self, hu: dict[int, np.ndarray], tta: str = "none") -> np.ndarray:
         """int16 HU [B, P, S, S] of each side S, P as in `slices` -> float32 [B, M, L], one of each
         member; [B, S, S] will do where P is 1."""
-        return np.stack([m.network.logits(self.seen_by(m, hu), tta) for m in self.members], 1)
+        return self.outputs(hu, tta)[:, :, : len(self.labels)]
+
+    def outputs(self, hu: dict[int, np.ndarray], tta: str = "none") -> np.ndarray:
+        """As `logits`, and behind them what the members' heads need: float32 [B, M, W]."""
+        return stack([m.network.outputs(self.seen_by(m, hu), tta) for m in self.members])
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a member predicts studies, and not slices alone."""
+        return any(m.network.head for m in self.members)
 
     def seen_by(self, member: Member, hu: dict[int, np.ndarray]) -> np.ndarray:
         """What a member sees of the HU that `logits` takes."""

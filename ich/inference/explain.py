@@ -335,4 +335,7 @@ def _index(model: Ensemble, studies: Sequence[_Study]) -> str:
 
 
 def _facts(model: Ensemble, slices: int) -> dict[str, str]:
-    return {"model": model.name, "slices": f"{slices:,}", "thresholds": model.thresholds_text}
+    facts = {"model": model.name, "slices": f"{slices:,}", "thresholds": model.thresholds_text}
+    if model.has_head:
+        facts["maps"] = "of the slice network; probabilities have the study in view"
+    return facts

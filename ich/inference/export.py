@@ -26,8 +26,16 @@ from ich.data.decode import resize_area
 from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE
 from ich.inference.card import model_card
 from ich.inference.ensemble import Ensemble, Network, load_ensemble
-from ich.inference.graph import Graph, has_onnx, quiet, write_onnx
+from ich.inference.graph import (
+    Graph,
+    StudyGraph,
+    batch_dimension,
+    has_onnx,
+    quiet,
+    write_onnx,
+)
 from ich.inference.session import Session
+from ich.inference.study import logits_of_series
 from ich.scoring.metrics import sigmoid
 
 CARD = "model_card.md"
@@ -69,8 +77,8 @@ def run(options: ExportOptions) -> int:
     folder = options.out or Path("exports") / re.sub(r"[^A-Za-z0-9_.,=+-]", "-", model.name)
     difference = export(model, options.format, folder, options.size, options.resamples)
     say = Terminal().say
-    slices = model.members[0].metadata.slices
-    say(f"{folder / EXPORTS[options.format]}: {input_text(options.format, options.size, slices)}")
+    taken = input_text(options.format, options.size, model.members[0].metadata)
+    say(f"{folder / EXPORTS[options.format]}: {taken}")
     say(f"Largest difference from ich's own probabilities: {difference:.2g}")
     say(f"Model card: {folder / CARD}")
     return 0
@@ -93,8 +101,8 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
         UserError: the card cannot be made, a package is missing, or the difference is too large.
     """
     member = model.members[0]
-    slices = member.metadata.slices
-    card = model_card(model, input_text(kind, side, slices), resamples)  # first: it may be refused
+    slices, taken = member.metadata.slices, input_text(kind, side, member.metadata)
+    card = model_card(model, taken, resamples)  # first: it may be refused
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,27 +135,34 @@ def export(model: Ensemble, kind: str, folder: Path, side: int, resamples: int) 
     return difference
 
 
-def input_text(kind: str, side: int, slices: int = 1) -> str:
-    """What an exported file takes and gives, in a sentence. side: of its slices, pixels. slices:
-    that it takes at once."""
+def input_text(kind: str, side: int, metadata: Metadata) -> str:
+    """What an exported file takes and gives, in a sentence. side: of its slices, pixels."""
     if kind == "safetensors":
         return f"The file {EXPORTS[kind]} holds weights and metadata, for ich itself to read."
-    shape, what = f"[batch, {side}, {side}]", "square slices (pad with -1024)"
+    first, what, slices = "batch", "square slices (pad with -1024)", metadata.slices
+    shape = f"[batch, {side}, {side}]"
     if slices > 1:
         shape = f"[batch, {slices}, {side}, {side}]"
         what += ", each with the one before and the one after it in its series (at an end, itself)"
+    if metadata.is_of_studies:
+        first, shape = "slices", f"[slices, {side}, {side}]"
+        what = f"all {what} of one series, at least 2, in their order along their plane's normal"
     return (
         f"The file {EXPORTS[kind]} takes `hu`, int16 {shape}, Hounsfield units of {what}, and "
-        f"gives `probability`, float32 [batch, labels]."
+        f"gives `probability`, float32 [{first}, labels]."
     )
 
 
 def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
     # From slices as scanners give them to probabilities: its user needs no step of ours.
-    graph = Graph(network.model, network.metadata, side, probabilities=True).eval()
+    model, of_weights = network.model, network.metadata
+    graph: Graph | StudyGraph = Graph(model, of_weights, side, probabilities=True)
+    if network.head:
+        graph = StudyGraph(model, of_weights, side)
+    graph.eval()
     metadata = {
-        "ich": network.metadata.to_json(),
-        "input": input_text(kind, side, network.metadata.slices),
+        "ich": of_weights.to_json(),
+        "input": input_text(kind, side, of_weights),
         "intended_use": "research and education only; not a medical device",
     }
     if kind == "onnx":
@@ -158,8 +173,7 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
             )
         write_onnx(graph, path, metadata)
         return
-    example = graph.example(2)
-    batch = torch.export.Dim("batch", min=1, max=4096)
+    example, batch = graph.example(2), batch_dimension(graph)
     with quiet(), torch.no_grad():
         program = torch.export.export(graph, (example,), dynamic_shapes=({0: batch},))
         program.example_inputs = None  # it would be kept as a pickle
@@ -167,11 +181,13 @@ def _write_graph(network: Network, kind: str, path: Path, side: int) -> None:
 
 
 def predict(network: Network, hu: np.ndarray) -> np.ndarray:
-    """What `ich.predict` gives for square slices, int16 HU [..., S, S]: probabilities [B, L]."""
+    """What `ich.predict` gives for square slices, int16 HU [..., S, S]: probabilities [B, L]; with
+    a head over studies, as the slices of one series in their order."""
     # By the decoder, whose average the exported graph has as a matrix: so that is compared as well.
     size, *_, side = network.metadata.cache_size, *hu.shape
     small = np.stack([resize_area(one, size) for one in hu.reshape(-1, side, side)])
-    return sigmoid(network.logits(small.reshape(*hu.shape[:-2], size, size)))
+    small = small.reshape(*hu.shape[:-2], size, size)
+    return sigmoid(logits_of_series(network, small) if network.head else network.logits(small))
 
 
 def _reader(kind: str, path: Path, side: int) -> Predict:

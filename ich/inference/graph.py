@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ class Graph(nn.Module):
         metadata: of its weights.
         side: S, pixels; None is the cache size of the metadata, to which others are averaged first.
         probabilities: give these instead of logits.
+        features: give the pooled features too, behind the logits: float32 [B, L + F].
     """
 
     average: torch.Tensor
@@ -54,9 +56,10 @@ class Graph(nn.Module):
         metadata: Metadata,
         side: int | None = None,
         probabilities: bool = False,
+        features: bool = False,
     ):
         super().__init__()
-        self.model, self.probabilities = model, probabilities
+        self.model, self.probabilities, self.features = model, probabilities, features
         cached, size = metadata.cache_size, metadata.image_size
         self.side = side or cached
         self.averages = self.side != cached
@@ -85,7 +88,11 @@ class Graph(nn.Module):
         else:  # each slice once for each window
             x = x.repeat_interleave(len(self.slope) // self.slices, 1)
         x = x * self.slope + self.shift
-        logits = self.model(torch.maximum(torch.minimum(x, self.high), self.low))
+        x = torch.maximum(torch.minimum(x, self.high), self.low)
+        if self.features:
+            features, logits = self.model.pooled_and_logits(x)
+            return torch.cat([logits, features], 1)
+        logits = self.model(x)
         return torch.sigmoid(logits) if self.probabilities else logits
 
     def example(self, count: int) -> torch.Tensor:
@@ -94,7 +101,39 @@ class Graph(nn.Module):
         return torch.zeros(count, *planes, self.side, self.side, dtype=torch.int16)
 
 
-def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None) -> None:
+class StudyGraph(nn.Module):
+    """int16 HU of the slices of a series in their order, [T, S, S], T at least 2 -> probabilities
+    with the study in view, float32 [T, L].
+
+    Args:
+        model: the network and its head, in eval mode.
+        metadata: of its weights.
+        side: as for `Graph`.
+    """
+
+    probabilities = True
+
+    def __init__(self, model: Classifier, metadata: Metadata, side: int | None = None):
+        super().__init__()
+        assert model.study is not None
+        self.head, has_features = model.study, model.study.features > 0
+        self.slices = Graph(model, metadata, side, features=has_features)
+        self.side, self.labels = self.slices.side, len(metadata.labels)
+
+    def forward(self, hu: torch.Tensor) -> torch.Tensor:
+        outputs = self.slices(hu)[None]
+        place = torch.arange(hu.shape[0], device=hu.device)[None]
+        logits = self.head(outputs[..., self.labels :], outputs[..., : self.labels], place)
+        return torch.sigmoid(logits[0])
+
+    def example(self, count: int) -> torch.Tensor:
+        """Its input for so many slices, int16, all 0."""
+        return self.slices.example(count)
+
+
+def write_onnx(
+    graph: Graph | StudyGraph, path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Writes the graph for batches of any size, from `hu` to `probability` or `logits`.
 
     Args:
@@ -115,7 +154,7 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
                 dynamo=True,
                 input_names=["hu"],
                 output_names=["probability" if graph.probabilities else "logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+                dynamic_shapes=({0: batch_dimension(graph)},),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -129,6 +168,13 @@ def write_onnx(graph: Graph, path: Path, metadata: dict[str, str] | None = None)
     # Two predictions may convert the same network at once.
     with replacing(path) as part:
         program.save(part)
+
+
+def batch_dimension(graph: Graph | StudyGraph) -> Any:
+    """How many slices a graph takes at once, as torch's exporters are told."""
+    if isinstance(graph, StudyGraph):  # a slice that is alone has no study
+        return torch.export.Dim("slices", min=2, max=4096)
+    return torch.export.Dim("batch", min=1, max=4096)
 
 
 @contextmanager

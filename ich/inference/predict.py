@@ -197,6 +197,11 @@ def _messages(
             f"{predicted.lone:,} slices are alone in their series, or do not say where they lie: "
             f"they stood for their neighbours."
         )
+    if model.has_head and (alone := sum(not predicted.in_study[n] for n in predicted.numbers)):
+        yield (
+            f"{alone:,} of {count:,} slices are by themselves: the only one of their series, or "
+            f"nothing tells where they lie. The slice network alone predicted these."
+        )
     if lone := sum(not predicted.study[n] for n in predicted.numbers):
         yield f"{lone:,} slices name no study and are in none of these rows."
     if len(studies) > _SHOWN:

@@ -31,6 +31,7 @@ from ich.inference.session import (
     read_and_predict,
     read_shown,
 )
+from ich.inference.study import apply_head, find_sequences
 
 _SLICES_PER_START = 200  # a process takes about as long to start as this many to decode
 _KILLED = (
@@ -47,6 +48,8 @@ class PredictedFiles:
     logits: float32 [N, M, L], of M members; NaN for a file that was refused. reasons: of those.
     study, series: keys, empty where a file names none. position: float64 [N], mm, NaN if unknown.
     around: int64 [N, P], what the networks saw of each: itself, or with those before and after it.
+    features: of each member what its head over studies needs, float16 [N, F], none without one.
+    in_study: bool [N], whose logits are of a head, with the study in view.
     """
 
     logits: np.ndarray
@@ -55,13 +58,23 @@ class PredictedFiles:
     series: list[str]
     position: np.ndarray
     around: np.ndarray
+    features: list[np.ndarray]
+    in_study: np.ndarray
 
     @staticmethod
-    def of_none(count: int, members: int, labels: int, slices: int = 1) -> PredictedFiles:
+    def of_none(count: int, ensemble: Ensemble) -> PredictedFiles:
         """N files of which nothing is known yet."""
-        logits = np.full((count, members, labels), np.nan, np.float32)
-        position, around = np.full(count, np.nan), np.stack([np.arange(count)] * slices, 1)
-        return PredictedFiles(logits, {}, [""] * count, [""] * count, position, around)
+        shape = count, len(ensemble.members), len(ensemble.labels)
+        return PredictedFiles(
+            logits=np.full(shape, np.nan, np.float32),
+            reasons={},
+            study=[""] * count,
+            series=[""] * count,
+            position=np.full(count, np.nan),
+            around=np.stack([np.arange(count)] * ensemble.slices, 1),
+            features=[np.zeros((count, m.network.features), np.float16) for m in ensemble.members],
+            in_study=np.zeros(count, bool),
+        )
 
     @property
     def numbers(self) -> list[int]:
@@ -78,16 +91,19 @@ class PredictedFiles:
 
     def add(self, batch: list[PredictResult], key: Callable[[str, str], str]) -> None:
         """Notes a batch; `key` replaces its identifiers, which name a person, before they are."""
-        for file, logits in batch:
-            if logits is None:
+        labels = self.logits.shape[2]
+        for file, outputs in batch:
+            if outputs is None:
                 self.reasons[file.number] = file.reason
                 continue
             self.study[file.number] = key("study", file.study)
             self.series[file.number] = key("series", file.series)
             self.position[file.number] = file.position
             # A NaN is above no threshold: the file would count as without a finding.
-            if np.isfinite(logits).all():
-                self.logits[file.number] = logits
+            if np.isfinite(outputs).all():
+                self.logits[file.number] = outputs[:, :labels]
+                for features, output in zip(self.features, outputs, strict=True):
+                    features[file.number] = output[labels:][: features.shape[1]]
             else:
                 self.reasons[file.number] = _NOT_FINITE
 
@@ -102,7 +118,8 @@ def predict_files(
     workers: int | None = None,
     places: pd.DataFrame | None = None,
 ) -> PredictedFiles:
-    """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time.
+    """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time,
+    and for heads over studies the features of every slice, 2 to 4 KB.
 
     A converted network computes where its files are decoded. Batches are made of neighbouring
     files, so that the result does not depend on who is faster.
@@ -115,16 +132,13 @@ def predict_files(
         tta: one of `TTA`.
         batch_size: files in a batch.
         workers: decoding processes, this one included; None is up to one per core.
-        places: where the files lie, as `surround` takes it; None is by their headers. Needed where
-            a network sees slices with those before and after them.
+        places: where the files lie, as `surround` takes it; None is by their headers.
 
     Raises:
         UserError: the GPU's memory does not suffice.
     """
     count = len(inputs)
-    predicted = PredictedFiles.of_none(
-        count, len(ensemble.members), len(ensemble.labels), ensemble.slices
-    )
+    predicted = PredictedFiles.of_none(count, ensemble)
     processes = worker_count(workers, count, _SLICES_PER_START)
     if ensemble.slices > 1 and places is None:
         places = read_places(inputs, key, workers)
@@ -151,6 +165,8 @@ def predict_files(
     finally:
         # This process decoded and predicted among the others, and has sessions of its own.
         open_session.cache_clear()  # who goes on needs the networks no longer
+    if ensemble.has_head:
+        _see_studies(ensemble, predicted, places)
     return predicted
 
 
@@ -163,7 +179,7 @@ def _rounds(
 ) -> Iterator[Iterator[ShownFiles]]:
     """What to predict, in batches. A second time where a neighbour could not be read: as in
     training, the next one is seen in its place."""
-    if places is None:
+    if places is None or ensemble.slices == 1:
         requests = inputs.batches(batch_size, ensemble.sizes)
         yield (ShownFiles([r], [(n,) for n in r.numbers]) for r in requests)
         return
@@ -192,6 +208,23 @@ def _surrounded(
         yield ShownFiles(list(needed), [tuple(row) for row in shown.tolist()])
 
 
+def _see_studies(
+    ensemble: Ensemble, predicted: PredictedFiles, places: pd.DataFrame | None
+) -> None:
+    """Once all files are predicted by themselves, gives members' heads the series they make up."""
+    if places is None:
+        owner = {"study": predicted.study, "series": predicted.series}
+        places = pd.DataFrame(owner | {"position": predicted.position})
+    is_predicted = np.isin(np.arange(len(places)), predicted.numbers)
+    if (sequences := find_sequences(places, is_predicted)) is None:
+        return
+    predicted.in_study[sequences.rows] = True
+    for number, member in enumerate(ensemble.members):
+        if member.network.head:
+            logits = predicted.logits[:, number]  # a view
+            apply_head(member.network.head, predicted.features[number], logits, sequences)
+
+
 def _predict_batches(
     ensemble: Ensemble, batches: Iterator[ShownFiles], processes: int, tta: str
 ) -> Iterator[list[PredictResult]]:
@@ -205,4 +238,4 @@ def _predict_batches(
     else:
         # The networks are in this process, or on its GPU, and the others feed them.
         for shown in run_parallel(read_shown, batches, processes):
-            yield predict_batch(shown, partial(ensemble.logits, tta=tta))
+            yield predict_batch(shown, partial(ensemble.outputs, tta=tta))

@@ -49,12 +49,18 @@ def check_model(model: Ensemble) -> Member:
     """The one network that is recalibrated.
 
     Raises:
-        UserError: there are several.
+        UserError: there are several, or it has a head over studies.
     """
     if len(model.members) > 1:
         raise UserError(
             f"recalibrate is true, and the model is {len(model.members)} networks. One can be "
             f"recalibrated: give one of them, or leave recalibrate out."
+        )
+    if model.has_head:
+        raise UserError(
+            "recalibrate is true, and the model has a head over whole studies, which has no last "
+            "layer that could take a temperature in. Recalibrate the network of context=slice, or "
+            "leave recalibrate out."
         )
     return model.members[0]
 

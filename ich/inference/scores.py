@@ -146,11 +146,11 @@ def wanted_rows(
     """
     # No protocol: what it would repeat or split is no matter to a model that is only scored.
     if config.rows is Rows.all:
-        if model.slices > 1 and config.data.subset < 1:
+        if (model.slices > 1 or model.has_head) and config.data.subset < 1:
             raise UserError(
                 f"data.subset is {config.data.subset:g}, which takes single slices of a study, but "
-                f"{model.name} sees each slice with those before and after it. Give "
-                f"data.subset=1, or rows=test."
+                f"{model.name} sees each slice with others of its study. Give data.subset=1, or "
+                f"rows=test."
             )
         return labelled_images(config, store, report)
     cohort, key = load_cohort(_as_trained(config, model), store, report)
@@ -230,6 +230,12 @@ def score(
     # Over the same labels as here, or the two would not compare.
     validation = model.validation.select_labels(labels) if model.validation else None
     notes = list(_notes(config, model, here, validation, len(images.left_out)))
+    if images.alone:
+        notes.append(
+            f"{images.alone:,} of {len(images.logits):,} images are by themselves: the only one of "
+            f"their series, or nothing tells where they lie. The slice network alone predicted "
+            f"these."
+        )
     notes += [text for member in model.members for text in _overlap(config, member, rows)]
     thresholds = {k: model.thresholds[k] for k in labels}
     return Evaluation(model.name, here, validation, thresholds, notes, images.left_out)
@@ -240,11 +246,13 @@ class PredictedImages:
     """What became of distinct images.
 
     logits: float32, the members' mean: a row per predicted image, by its id, and a column per
-    label. left_out: `image_id` and `reason` of the others, by id.
+    label. left_out: `image_id` and `reason` of the others, by id. alone: how many of the first no
+    head over studies saw in its study.
     """
 
     logits: pd.DataFrame
     left_out: pd.DataFrame
+    alone: int = 0
 
 
 def predict_images(
@@ -263,10 +271,11 @@ def predict_images(
     present = images[images["path"] != ""]
     inputs = Inputs([SourceFiles(store, "", present["path"].tolist())])
     key, places = Pseudonyms.beside(Path(config.data.cache_dir)).key, None
-    if model.slices > 1:
+    if model.slices > 1 or model.has_head:
         # As in training: by data.metadata if it has positions, and refused where nothing tells.
         places = find_order(config.data, present, store, None)
-        check_order(places[places["readable"]], ContextName.neighbours.value)
+        if model.slices > 1:
+            check_order(places[places["readable"]], ContextName.neighbours.value)
     predicted = predict_files(
         model, inputs, key, progress, config.tta, config.batch_size, config.data.workers, places
     )
@@ -279,7 +288,8 @@ def predict_images(
     # Logits, as the thresholds were chosen on their mean.
     ids, mean = present["image_id"].to_numpy(), predicted.logits.mean(1)
     good = predicted.numbers
-    return PredictedImages(pd.DataFrame(mean[good], ids[good], list(model.labels)), left_out)
+    alone = sum(not predicted.in_study[n] for n in good) if model.has_head else 0
+    return PredictedImages(pd.DataFrame(mean[good], ids[good], list(model.labels)), left_out, alone)
 
 
 def _notes(

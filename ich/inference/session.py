@@ -7,7 +7,7 @@ of one network do: on two cores that is 1.2 times as many slices a second (Mobil
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +77,17 @@ def open_session(path: str, threads: int) -> Session:
     return Session(Path(path), threads)
 
 
+def stack(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """What M networks give for B slices, float32 [B, W] each -> [B, M, W] of the widest W; behind
+    what is narrower stand zeros."""
+    stacked = np.zeros(
+        (len(outputs[0]), len(outputs), max(o.shape[1] for o in outputs)), np.float32
+    )
+    for number, output in enumerate(outputs):
+        stacked[:, number, : output.shape[1]] = output
+    return stacked
+
+
 def average_flips(
     network: Callable[[np.ndarray], np.ndarray], hu: np.ndarray, tta: str
 ) -> np.ndarray:
@@ -125,43 +136,42 @@ class PredictRequest(NamedTuple):
     threads: int
     tta: str
 
-    def logits(self, hu: dict[int, np.ndarray]) -> np.ndarray:
-        """int16 HU [B, P, S, S] of each side S -> float32 [B, M, L]."""
-        return np.stack(
+    def outputs(self, hu: dict[int, np.ndarray]) -> np.ndarray:
+        """int16 HU [B, P, S, S] of each side S -> float32 [B, M, W], as `Ensemble.outputs`."""
+        return stack(
             [
                 average_flips(
                     open_session(n.path, self.threads), of_slices(hu[n.side], n.slices), self.tta
                 )
                 for n in self.networks
-            ],
-            axis=1,
+            ]
         )
 
 
 class PredictResult(NamedTuple):
     """One file that was to be predicted.
 
-    file: what was read of it, its slices dropped. logits: float32 [M, L] of M networks, None if it
-    could not be read.
+    file: what was read of it, its slices dropped. outputs: float32 [M, W] of M networks, as
+    `Ensemble.outputs`; None if it could not be read.
     """
 
     file: ReadResult
-    logits: np.ndarray | None
+    outputs: np.ndarray | None
 
 
 def read_and_predict(request: PredictRequest) -> list[PredictResult]:
     """Decodes and predicts in one process: what goes back to the caller is logits, no slices."""
-    return predict_batch(read_shown(request.shown), request.logits)
+    return predict_batch(read_shown(request.shown), request.outputs)
 
 
 def predict_batch(
-    shown: ShownSlices, logits: Callable[[dict[int, np.ndarray]], np.ndarray]
+    shown: ShownSlices, outputs: Callable[[dict[int, np.ndarray]], np.ndarray]
 ) -> list[PredictResult]:
     """Predicts the files of a batch that could be read, as one batch of the networks.
 
     Args:
         shown: what was read, each file in the same sides S.
-        logits: int16 HU [B, P, S, S] of each side S -> float32 [B, M, L].
+        outputs: int16 HU [B, P, S, S] of each side S -> float32 [B, M, W].
     """
     readable, hu = see(shown)
     # Those that could not be read take their place in the result, not in the batch.
@@ -169,7 +179,7 @@ def predict_batch(
     refused = [f for f in shown.files if f.reason and f.number in numbers]
     results = [PredictResult(file, None) for file in refused]
     if readable:
-        for file, of_file in zip(readable, logits(hu), strict=True):
+        for file, of_file in zip(readable, outputs(hu), strict=True):
             # Without its slices, which would else be copied back to the calling process.
             results.append(PredictResult(file._replace(hu={}), of_file))
     return results

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ich.base.config import Config, image_size, input_channels, load_config
+from ich.base.config import Config, ContextName, image_size, input_channels, load_config
 from ich.base.progress import StageCallback
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import format_duration
@@ -28,6 +28,8 @@ from ich.training.timing import time_training_steps
 # A row that is only evaluated costs about a third of one that is trained on: the forward pass
 # without the backward pass, which takes twice as long.
 _EVALUATED_ROW = 1 / 3
+# Seconds of the head of context=study for a slice in an epoch, on two cores (docs/context.md).
+_HEAD_SLICE = 1.1e-4
 _START_SECONDS = 10.0  # of a job before its first step: imports, weights, opening the cache
 # Peak resident memory of a training on the CPU at 96 px, batch 32, was 0.8 GB of Python and torch,
 # and 1.17 to 1.29 times its weights, gradients, moments and kept activations (six networks).
@@ -104,7 +106,7 @@ def _plan_job(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> JobPlan:
         # MLflow keeps a copy of its own.
         disk=weights * (2 if config.tracking.mlflow else 1),
         # Two generations, each with the best weights so far.
-        checkpoints=2 * (weights * (1 + moments) + weights),
+        checkpoints=2 * (weights * (1 + moments) + weights) + _feature_bytes(config, cost, sizes),
         seconds=seconds,
         basis=basis,
     )
@@ -119,9 +121,21 @@ def _seconds_left(job: Job, sizes: Sizes, speeds: SpeedEstimates) -> tuple[float
         return None, basis
     resumes = job.state is not State.new and job.run.has_checkpoint()
     # The journal has a line for each epoch that is complete; steps of the next do not count.
-    epochs = job.config.train.epochs - (len(job.run.read_metrics()) if resumes else 0)
+    done = len(job.run.read_metrics()) if resumes else 0
+    epochs = job.config.train.epochs - min(done, job.config.train.epochs)
     rows = _equivalent_rows(job.config, sizes.rows, epochs)
-    return _START_SECONDS + seconds * rows, basis
+    study = 0.0
+    if heads := job.config.context.epochs:  # of context=study alone
+        left = heads - max(0, done - job.config.train.epochs)
+        study = seconds * _EVALUATED_ROW * sizes.images + _HEAD_SLICE * left * sizes.images
+    return _START_SECONDS + seconds * rows + study, basis
+
+
+def _feature_bytes(config: Config, cost: Cost, sizes: Sizes) -> int:
+    """Of the file from which the head of context=study is trained; memory holds a batch of it."""
+    if config.context.name is not ContextName.study:
+        return 0
+    return 2 * cost.features * sizes.images
 
 
 def _moments(config: Config) -> int:
@@ -190,7 +204,8 @@ def _earlier_runs(output: Path) -> Iterator[tuple[str, tuple[float, str]]]:
             config = load_config(run.config)
             rows = _equivalent_rows(config, fit.cohort.steps, fit.epochs)
             name = run.root.relative_to(output).as_posix()
-            yield _speed_key(config, fit.device), (fit.minutes * 60 / rows, name)
+            minutes = fit.head.slice_minutes if fit.head else fit.minutes
+            yield _speed_key(config, fit.device), (minutes * 60 / rows, name)
         except (KeyError, ArithmeticError, OSError):
             continue  # of another version of ich, or damaged
 
@@ -216,14 +231,17 @@ def describe_plan(plan: Plan, at_once: int = 1) -> tuple[list[str], list[list[st
     headings = ["job", "state", "weights", "trained M", "GMACs", "memory GB", "disk MB", "time"]
     rows = [_table_row(p) for p in plan.jobs]
     todo = [p for p in plan.jobs if p.job.state is not State.done]
-    sentences = [_describe_cohort(sizes) for sizes in plan.cohorts]
+    # Once, where jobs differ in no more than whether they ask for the order of slices.
+    sentences = list(dict.fromkeys(_describe_cohort(sizes) for sizes in plan.cohorts))
     sentences += describe_superseded([p.job for p in plan.jobs])
     if todo:
         most = max(p.checkpoints for p in todo) / 1e6
         kept = sum(p.disk for p in todo) / 1e6
+        has_head = any(p.job.config.context.name is ContextName.study for p in todo)
+        features = ", and with context=study for features of all slices" if has_head else ""
         sentences.append(
             f"Disk: {kept:,.0f} MB stay of the jobs to do, and each needs up to {most:,.0f} MB "
-            f"more for checkpoints while it runs."
+            f"more for checkpoints while it runs{features}."
         )
     sentences.append(_describe_time(plan, todo, at_once))
     if [p for p in todo if p.weights == "to download"]:

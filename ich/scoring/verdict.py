@@ -12,14 +12,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ich.base.config import UserError
-from ich.base.records import Scores
+from ich.base.records import HeadResult, Scores
 from ich.base.results import RunPaths
 from ich.scoring.predictions import read_arrays
 
 # Of a line of the journal: which, when, and how fast. Every other value is the training's own.
 _NOT_COMPARED = ("step", "time", "train/images_per_s")
 # Settings, counts and choices: no rounding turns one into another.
-_EXACT = ("train/lr", "best_epoch", "epochs", "params", "params_imagenet")
+_EXACT = (
+    *("train/lr", "best_epoch", "epochs", "params", "params_imagenet"),
+    *("head/lr", "head_epoch", "head_epochs"),
+)
 # Arrays of numbers given to patients and studies, which mean nothing outside their file.
 _LOCAL_NUMBERS = ("_patient", "_study")
 T = TypeVar("T")
@@ -201,6 +204,17 @@ def _scores(run: RunPaths) -> dict[str, object]:
         "params_imagenet": fit.params_imagenet,
         # The baseline's numbers differ only where the rows do.
         **{f"always_negative {k}": v for k, v in fit.always_negative.items()},
+        **(_head_scores(fit.head) if fit.head else {}),
+    }
+
+
+def _head_scores(head: HeadResult) -> dict[str, object]:
+    return {
+        **{f"slice {k}": v for k, v in head.slice_scores.items()},
+        **{f"smoothed {k}": v for k, v in head.smoothed_scores.items()},
+        "head_inputs": head.inputs,
+        "head_epoch": head.epoch,
+        "head_epochs": head.epochs,
     }
 
 
@@ -243,7 +257,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _rows_of(arrays: dict[str, np.ndarray], name: str) -> tuple[str, np.ndarray, np.ndarray] | None:
     """Split, image ids [N] and labels [L] of logits; None if the file names them otherwise."""
-    split, shape = name.removesuffix("_logits"), arrays[name].shape
+    split, shape = name.partition("_")[0], arrays[name].shape
     ids, labels = arrays.get(f"{split}_image_id"), arrays.get("labels")
     if ids is None or labels is None or (len(ids), len(labels)) != shape:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ich.base.files import append_line, write_text
@@ -34,5 +34,9 @@ class Journal:
         # would be appended.
         kept = [line for line in RunPaths(self._path.parent).read_metrics() if line.step <= step]
         if self._path.exists():
-            # Whole or not at all: a process that is killed here must not cost the epochs before.
-            write_text(self._path, "".join(json.dumps(line.to_json()) + "\n" for line in kept))
+            self.replace(kept)
+
+    def replace(self, lines: Sequence[EpochMetrics]) -> None:
+        """Writes these lines in place of what is there."""
+        # Whole or not at all: a process that is killed here must not cost the epochs before.
+        write_text(self._path, "".join(json.dumps(line.to_json()) + "\n" for line in lines))

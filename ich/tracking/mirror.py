@@ -26,7 +26,8 @@ from ich.base.records import FAILED, FINISHED, KILLED, FitResult, Provenance, Ru
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore
 
-_EVERY_STEP = "train/lr"  # a metric that every line of the journal has, and that is finite
+# One of these every line of the journal has, and it is finite: the second those of the head.
+_EVERY_STEP = ("train/lr", "head/lr")
 _RETRY_SECONDS = 20
 _TAG_LIMIT = 5000  # characters of a value, of MLflow's earliest version that is supported
 # Written into every logged model as the module that loads it: models logged before name it too.
@@ -73,7 +74,7 @@ class RunMirror:
         earlier = self._run.read_tracking()
         run_id = earlier.mlflow_run
         if run_id and store.exists(run_id):
-            self._steps = store.logged_steps(run_id, _EVERY_STEP)
+            self._steps = set().union(*(store.logged_steps(run_id, k) for k in _EVERY_STEP))
             store.reopen(run_id)
         else:
             self._steps = set()
@@ -229,7 +230,14 @@ def summary_metrics(fit: FitResult) -> dict[str, float | None]:
     plain = ("auc_top", "best_epoch", "minutes", "images_per_s", "params")
     best = {**scores, **validation, **{k: getattr(fit, k) for k in plain}}
     leak = {f"data/leak_{k}": v for k, v in fit.cohort.leak.items()}
-    return {**{f"best/{k}": v for k, v in best.items()}, **leak}
+    head: dict[str, float | None] = {}
+    if fit.head:
+        head = {"head/best_epoch": fit.head.epoch, "head/minutes": fit.head.minutes}
+        for kind in ("slice", "smoothed"):
+            of_kind = getattr(fit.head, f"{kind}_scores")
+            of_kind = {k: v for k, v in of_kind.items() if k.startswith(("accuracy", "auc"))}
+            head |= {f"{kind}/{k}": v for k, v in of_kind.items()}
+    return {**{f"best/{k}": v for k, v in best.items()}, **leak, **head}
 
 
 def as_mlflow_model(run: RunPaths, folder: Path) -> Path:

@@ -7,14 +7,13 @@ and the result file are `ich.training.run`'s.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ich.base.config import Config, Monitor
+from ich.base.config import Config, ContextName
 from ich.base.records import ComputeMode, FitResult
 from ich.base.results import RunPaths
 from ich.data.dataset import Dataset, load_dataset
@@ -22,9 +21,17 @@ from ich.scoring.metrics import always_negative, multilabel_metrics
 from ich.tracking.journal import Journal
 from ich.training.devices import device_name, pick_device
 from ich.training.model import count_parameters, load_weights
-from ich.training.saving import CheckpointWriter, resume_training, save_best, save_predictions
+from ich.training.saving import (
+    CheckpointWriter,
+    resume_training,
+    save_best,
+    save_model,
+    save_predictions,
+)
+from ich.training.study.fit import TrainedHead, train_head
+from ich.training.study.reuse import take_slice_run
 from ich.training.timing import select_mode
-from ich.training.trainer import BestEpoch, StepCallback, Trainer, TrainingState
+from ich.training.trainer import BestEpoch, StepCallback, Trainer, TrainingState, is_better
 
 log = logging.getLogger("ich.train")
 
@@ -56,29 +63,31 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
     log.info("%s on %s: %d training rows, %d validation rows", cfg.model.timm, where, *rows)
     _tell_why(mode)
     state, generations = resume_training(run, trainer, dataset, journal)
+    is_study, is_new = cfg.context.name is ContextName.study, (state.epoch, state.step) == (1, 0)
+    taken = take_slice_run(trainer, run, dataset, journal) if is_study and is_new else None
+    state = taken or state
     # As if it had begun earlier: the minutes of a resumed run are those of all its processes.
     started = time.perf_counter() - state.wall_seconds
     writer = CheckpointWriter(run, trainer, dataset, state, generations)
+    if taken:  # once: a resumed run goes on with it, whatever has become of the other
+        writer.save()
     best = train_epochs(run, journal, trainer, dataset, state, writer, on_step)
-    scores, target = best.scores, dataset.val.target
-    if dataset.test is not None:  # looked at once, when nothing is left to choose by it
-        # The model is at its last epoch; test rows are scored with the weights of its best.
-        load_weights(trainer.model, run.best)
-        logits = trainer.evaluate(dataset.test, best.epoch, on_step, "testing")
-        target = dataset.test.target
-        scores = multilabel_metrics(logits, target, labels)
-        save_predictions(run, dataset, {"val": best.logits, "test": logits})
+    slice_seconds = time.perf_counter() - started
+    head = train_head(run, journal, trainer, dataset, on_step) if is_study else None
+    ended = time.perf_counter()
+    target, scores = score(run, trainer, dataset, best, head, on_step)
+    seconds = slice_seconds + (head.all_seconds if head else 0.0) + time.perf_counter() - ended
     params, params_imagenet = count_parameters(cfg.model, len(labels))
     return FitResult(
-        scores=scores,
-        val_scores=best.scores,
+        scores=scores["logits"],
+        val_scores=head.best.scores if head else best.scores,
         best_epoch=best.epoch,
         auc_top=state.auc_top,
         labels=labels,
-        params=params,
+        params=params + (head.params if head else 0),
         params_imagenet=params_imagenet,
         epochs=cfg.train.epochs,
-        minutes=(time.perf_counter() - started) / 60,
+        minutes=seconds / 60,
         # Of training steps alone: validation, checkpoints and start-up have other rates.
         images_per_s=len(dataset.train.row) * cfg.train.epochs / state.train_seconds,
         resumed=state.resumed,
@@ -89,6 +98,7 @@ def fit(cfg: Config, run: RunPaths, journal: Journal, on_step: StepCallback) -> 
         graph=trainer.graphed_step is not None,
         cohort=dataset.summary,
         always_negative=always_negative(target, labels),
+        head=head.result(scores, slice_seconds / 60) if head else None,
     )
 
 
@@ -99,6 +109,45 @@ def _tell_why(mode: ComputeMode) -> None:
         log.info("no graph: %s", mode.reason)
     if mode.compiling:
         log.info("compile: %s", mode.compiling)
+
+
+def score(
+    run: RunPaths,
+    trainer: Trainer,
+    dataset: Dataset,
+    best: BestEpoch,
+    head: TrainedHead | None,
+    on_step: StepCallback,
+) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
+    """Looks at the test set, once, when nothing is left to choose by it; saves all predictions, and
+    with a head the weights of both.
+
+    Returns:
+        The targets of the rows that tables come from, test or else validation, float32 [N, L]; and
+        the metrics there of `logits`, and with a head of `slice_logits` and `smoothed_logits`.
+    """
+    predicted = {"val": {"logits": best.logits}}
+    if dataset.test is not None or head:
+        # The model is at its last epoch; what follows is of the weights of its best.
+        load_weights(trainer.model, run.best)
+    if dataset.test is not None:
+        logits = trainer.evaluate(dataset.test, best.epoch, on_step, "testing")
+        predicted["test"] = {"logits": logits}
+    if head:
+        predicted = {
+            name: head.predict(getattr(dataset, name), of_split["logits"])
+            for name, of_split in predicted.items()
+        }
+        trainer.model.study = head.model
+        save_model(run, trainer.model, dataset, predicted["val"]["logits"], trainer.cfg)
+    if len(predicted) > 1 or head:  # else they are saved already
+        save_predictions(run, dataset, predicted)
+    name, of_split = list(predicted.items())[-1]
+    target: np.ndarray = getattr(dataset, name).target
+    if name == "val" and not head:
+        return target, {"logits": best.scores}
+    metrics = {k: multilabel_metrics(v, target, dataset.labels) for k, v in of_split.items()}
+    return target, metrics
 
 
 def select_and_record_mode(cfg: Config, run: RunPaths, images: int = 0) -> ComputeMode:
@@ -162,12 +211,3 @@ def train_epochs(
         raise
     assert state.best is not None
     return state.best
-
-
-def is_better(scores: dict[str, float], best: dict[str, float], monitor: Monitor) -> bool:
-    """Strictly better, so that the first of equal epochs is kept; anything beats NaN."""
-    new, old = scores[monitor.value], best[monitor.value]
-    # Every comparison with NaN is false: one undefined epoch would be kept for good.
-    if math.isnan(new) or math.isnan(old):
-        return math.isnan(old) and not math.isnan(new)
-    return bool(new < old) if monitor is Monitor.log_loss else bool(new > old)

@@ -29,6 +29,7 @@ from ich.base.config import ModelConfig, UserError
 from ich.base.entry import nearest, one_line
 from ich.base.files import write_bytes
 from ich.base.metadata import METADATA_KEY, Metadata, read_metadata
+from ich.training.study.head import StudyHead
 
 log = logging.getLogger(__name__)
 # Layers that a file of weights may have and `Classifier` does not, by how their names begin.
@@ -36,22 +37,31 @@ _HEAD = ("pre_logits.", "head.", "fc.", "classifier.", "AuxLogits.", "aux_logits
 
 
 class Classifier(nn.Module):
-    """`base` -> global average pool -> `head` (report, section 3.5, "Network modifications")."""
+    """`base` -> global average pool -> `head` (report, section 3.5, "Network modifications").
+
+    study: what follows over the slices of a study, once it is trained; None for slices alone.
+    """
 
     def __init__(self, base: nn.Module, features: int, outputs: int):
         super().__init__()
         self.base = base
         self.head = nn.Linear(features, outputs)
+        self.study: StudyHead | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [B, C, H, W] -> float32 logits [B, outputs], whatever autocast makes of the base.
+        """float [B, C, H, W] -> float32 logits [B, outputs] of slices by themselves."""
+        return self.pooled_and_logits(x)[1]
+
+    def pooled_and_logits(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float [B, C, H, W] -> float32 pooled features [B, F] and logits [B, outputs], whatever
+        autocast makes of the base.
 
         Logits in bfloat16 would have 8 bits, and most slices the same few values: no ROC curve.
         """
         features = self.base.forward_features(x).mean((2, 3), dtype=torch.float32)  # type: ignore[operator]
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             logits: torch.Tensor = self.head(features)
-        return logits
+        return features, logits
 
 
 @dataclass(frozen=True)
@@ -144,12 +154,13 @@ class Cost:
     """What a network takes.
 
     params: trained ones. macs: multiply-adds of one image, forward. activations: bytes kept for
-    the backward pass of one batch, in float32.
+    the backward pass of one batch, in float32. features: numbers of an image after pooling.
     """
 
     params: int
     macs: int
     activations: int
+    features: int
 
 
 def model_cost(cfg: ModelConfig, channels: int, size: int, batch: int, outputs: int = 6) -> Cost:
@@ -183,7 +194,7 @@ def model_cost(cfg: ModelConfig, channels: int, size: int, batch: int, outputs: 
     del out
     activations = sum(t.untyped_storage().nbytes() for k, t in saved.items() if k not in own)
     # The counter has two operations for each multiply-add.
-    return Cost(_count(model), flops.get_total_flops() // 2, activations)
+    return Cost(_count(model), flops.get_total_flops() // 2, activations, net.num_features)
 
 
 def initial_weights_source(cfg: ModelConfig) -> str:
@@ -380,9 +391,8 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
         input_spec(cfg)
         # Without memory: a network by its name alone may have gigabytes.
         with torch.device("meta"):
-            shapes = _classifier(
-                timm.create_model(cfg.timm, num_classes=0, in_chans=channels), outputs
-            ).state_dict()
+            net = timm.create_model(cfg.timm, num_classes=0, in_chans=channels)
+            shapes = _with_study(_classifier(net, outputs), metadata).state_dict()
     # What networks raise that take no such number of channels, or have no features for a head.
     except (UserError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
         raise UserError(
@@ -401,9 +411,16 @@ def load_trained(path: Path) -> tuple[Classifier, Metadata]:
             f"tensors are another network's: {first} is {told[0]} in the file and {told[1]} in "
             f"{metadata.model}. Give the file of that network."
         )
-    model = build_model(cfg, channels, outputs)
+    model = _with_study(build_model(cfg, channels, outputs), metadata)
     model.load_state_dict(load_file(path))
     return model.eval(), metadata
+
+
+def _with_study(model: Classifier, metadata: Metadata) -> Classifier:
+    if metadata.is_of_studies:
+        features = model.head.in_features if metadata.head == "features" else 0
+        model.study = StudyHead(features, len(metadata.labels))
+    return model
 
 
 class _Tracer(fx.Tracer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from ich.base.config import Config, UserError, load_config
+from ich.base.config import Config, ContextName, UserError, load_config
 from ich.base.entry import Status
 from ich.base.memory import keep_memory
 from ich.base.processes import EARLIER_PROCESS_SECONDS, lock_run, watch_supervisor
@@ -81,7 +82,9 @@ def train_run(run: RunPaths, parent: str | None, supervisor: int | None) -> int:
     """
     keep_memory()
     cfg = load_config(run.config)
-    stop = GracefulStop(ProgressFile(run, cfg.train.epochs))
+    # The head's epochs together are one more: they take less than one of the slice network's.
+    epochs = cfg.train.epochs + (cfg.context.name is ContextName.study)
+    stop = GracefulStop(ProgressFile(run, epochs))
     for number in (signal.SIGTERM, signal.SIGUSR2):  # the second comes from Slurm
         signal.signal(number, stop)
     # After the handlers are set, for it sends SIGTERM as soon as the supervisor is gone.
@@ -149,3 +152,4 @@ def _close(cfg: Config, run: RunPaths, result: RunResult) -> None:
     # Only once the result is on disk: until then, a checkpoint is all there is to go on from.
     if result.is_finished:
         Generations(run.root).drop()
+        shutil.rmtree(run.study, ignore_errors=True)

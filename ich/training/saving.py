@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import fields
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ich.base.config import Config, image_size, windows_shown
+from ich.base.config import Config, ContextName, image_size, windows_shown
 from ich.base.files import replacing, write_bytes
 from ich.base.metadata import Metadata
 from ich.base.results import RunPaths
@@ -94,6 +95,7 @@ def resume_training(
             log.warning("no checkpoint can be used: the training starts anew")
         # Nothing of an attempt that is not continued may pass for this one's.
         generations.drop()
+        shutil.rmtree(run.study, ignore_errors=True)
         journal.rewind(0)
         return TrainingState(), generations
     facts, tensors = checkpoint.facts, checkpoint.tensors
@@ -106,8 +108,10 @@ def resume_training(
         state.best = BestEpoch(**facts["best"], logits=tensors["best/logits"].numpy())
         # The best weights of that moment: those of a later epoch would stand beside its scores.
         write_bytes(run.best, tensors["best/weights"].numpy().tobytes())
-        save_predictions(run, dataset, {"val": state.best.logits})
-    journal.rewind(state.epoch - 1)
+        save_predictions(run, dataset, {"val": {"logits": state.best.logits}})
+    # With all epochs done, what follows are those of a head, which rewinds them itself.
+    if state.epoch <= trainer.cfg.train.epochs or trainer.cfg.context.name is not ContextName.study:
+        journal.rewind(state.epoch - 1)
     # Sums in another order, or of other kernels: the training goes on, but not to the same bits.
     now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     for what, value in now.items():
@@ -149,6 +153,15 @@ def save_best(
     run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
 ) -> None:
     """Replaces `best.safetensors` and `predictions.npz` by this epoch's; logits float32 [N, L]."""
+    save_model(run, model, dataset, logits, cfg)
+    save_predictions(run, dataset, {"val": {"logits": logits}})
+
+
+def save_model(
+    run: RunPaths, model: Classifier, dataset: Dataset, logits: np.ndarray, cfg: Config
+) -> None:
+    """Replaces `best.safetensors` by a model, and what it says of itself by how it did on
+    validation; logits float32 [N, L]."""
     spec, target = input_spec(cfg.model), dataset.val.target
     metadata = Metadata(
         model=cfg.model.name,
@@ -162,27 +175,39 @@ def save_best(
         # With the weights, so that whoever predicts needs no other file. Chosen on validation, as
         # the epoch was.
         thresholds=best_thresholds(logits, target, dataset.labels),
-        context=cfg.context.name.value,
+        **_context(model, cfg),
     )
     save_weights(model, run.best, metadata)
-    save_predictions(run, dataset, {"val": logits})
 
 
-def save_predictions(run: RunPaths, dataset: Dataset, logits: dict[str, np.ndarray]) -> None:
-    """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_study`, `_target`,
-    `_logits`.
+def _context(model: Classifier, cfg: Config) -> dict[str, str]:
+    if model.study is not None:
+        return {"context": "study", "head": "features" if model.study.features else "logits"}
+    # Without its head, the network of context=study is one of slices.
+    name = ContextName.slice if cfg.context.name is ContextName.study else cfg.context.name
+    return {"context": name.value}
+
+
+def save_predictions(
+    run: RunPaths,
+    dataset: Dataset,
+    predicted: dict[str, dict[str, np.ndarray]],
+) -> None:
+    """Writes `predictions.npz`: per split `<split>_image_id`, `_patient`, `_study`, `_target`, and
+    what was predicted, `<split>_logits` and, with `context=study`, `_slice_logits` and
+    `_smoothed_logits`.
 
     Patients and studies are numbers that mean nothing outside the file; -1 is unknown.
     """
     arrays: dict[str, Any] = {"labels": np.array(dataset.labels)}
-    for name, values in logits.items():
+    for name, of_split in predicted.items():
         split: Split = getattr(dataset, name)
         arrays |= {
             f"{name}_image_id": split.image_id,
             f"{name}_patient": split.patient,
             f"{name}_study": split.study,
             f"{name}_target": split.target,
-            f"{name}_logits": values,
+            **{f"{name}_{kind}": values for kind, values in of_split.items()},
         }
     with replacing(run.predictions) as part, part.open("wb") as file:
         np.savez_compressed(file, **arrays)  # to a file, since it would append a suffix to a name

@@ -19,6 +19,7 @@ import torch
 from ich.base.config import (
     Config,
     CudaGraph,
+    Monitor,
     UserError,
     image_size,
     input_channels,
@@ -52,6 +53,15 @@ class BestEpoch:
     epoch: int
     scores: dict[str, float]
     logits: np.ndarray
+
+
+def is_better(scores: dict[str, float], best: dict[str, float], monitor: Monitor) -> bool:
+    """Strictly better, so that the first of equal epochs is kept; anything beats NaN."""
+    new, old = scores[monitor.value], best[monitor.value]
+    # Every comparison with NaN is false: one undefined epoch would be kept for good.
+    if math.isnan(new) or math.isnan(old):
+        return math.isnan(old) and not math.isnan(new)
+    return bool(new < old) if monitor is Monitor.log_loss else bool(new > old)
 
 
 def _no_losses() -> torch.Tensor:
