@@ -62,7 +62,7 @@ def prepared(cohort: Cohort, bad: dict[str, str] | None = None, folder: Path = P
     quarantine = pd.DataFrame(list(bad.items()), columns=["image_id", "reason"])
     row = {i: n for n, i in enumerate(ids) if i not in bad}
     cache = Cache(hu, row, quarantine, folder / "hu24-abc")
-    return Prepared(cohort.without(set(bad)), cohort, cache, "0123456789ab")
+    return Prepared(cohort.without(set(bad)), cohort, cache, "0123456789ab", None)
 
 
 def config(
@@ -411,7 +411,7 @@ def test_a_large_cache_is_never_read_as_a_whole(
     done = prepared(cohort)
     hu = Watched(done.cache.hu)
     cache = Cache(hu, done.cache.row, done.cache.quarantine, done.cache.folder)  # type: ignore[arg-type]
-    write_data_report(config(REPORT), Prepared(done.cohort, done.wanted, cache, ""), tmp_path)
+    write_data_report(config(REPORT), Prepared(done.cohort, done.wanted, cache, "", None), tmp_path)
     shown = 3  # a, b and negative
     assert len(hu.read) <= 10 + 4 * shown + shown
     assert hu_counts(cohort, cache, 0)[1] == 10
