@@ -281,7 +281,7 @@ def test_every_setting_of_the_documents_exists() -> None:
         "data|protocol|augment|model|loss|optimizer|scheduler|train|tracking|sweep|report|hydra"
     )
     for path in DOCUMENTS:
-        for key in re.findall(rf"`((?:{groups})\.(?!(?:py|html)`)[\w.]+)[`=]", path.read_text()):
+        for key in re.findall(rf"`((?:{groups})\.(?!(?:py|html|md)`)[\w.]+)[`=]", path.read_text()):
             assert any(f"{k}.".startswith(f"{key}.") for k in known), f"{path.name}: {key}"
 
 

@@ -498,7 +498,7 @@ def test_a_secret_of_this_machine_gets_into_no_page(
         path.write_text(text.replace("phantom", "${oc.env:ICH_SECRET}"))
     compare(sweep, resamples=0)
     pages = [p for p in sweep.root.rglob("*") if p.suffix in (".html", ".md", ".csv", ".tex")]
-    assert len(pages) == 6
+    assert len(pages) == 7
     for path in pages:
         assert "a-secret" not in path.read_text()
 

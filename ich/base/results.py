@@ -307,6 +307,11 @@ class SweepPaths:
         return self.root / "report.md"
 
     @property
+    def checklist(self) -> Path:
+        """What guidelines ask of a paper, answered from the record."""
+        return self.root / "checklist.html"
+
+    @property
     def figures(self) -> Path:
         return self.root / "figures"
 

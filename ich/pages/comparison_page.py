@@ -262,4 +262,5 @@ def _origin(comparison: Comparison) -> list[Block]:
                 )
                 for key in record.cohorts
             ]
-    return blocks
+    what = "Reporting checklist: what TRIPOD+AI and CLAIM 2024 ask, answered from the record"
+    return [*blocks, Link(what, "checklist.html")]

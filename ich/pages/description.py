@@ -25,7 +25,7 @@ def describe(comparison: Comparison) -> list[str]:
     results = [r.fit for r in comparison.finished]
 
     def setting(key: str) -> str:
-        return _either(select_value(c, key) for c in configs)
+        return either(select_value(c, key) for c in configs)
 
     # Runs of one cohort have equal summaries; a sweep over the cohort has a line for each.
     cohorts: list[CohortSummary] = []
@@ -40,12 +40,13 @@ def describe(comparison: Comparison) -> list[str]:
     # What the runs do not share reads `a or b`.
     lines.append(
         f"{setting('train.epochs')} epochs, batch {setting('train.batch_size')}, "
-        f"{_either(_optimizer(c) for c in configs)}, {_either(_pixels(c) for c in configs)}, "
-        f"{_either(_start(c) for c in configs)}, seed {setting('seed')}. Every metric is that of "
-        f"the epoch with the best validation {setting('train.monitor')}. "
-        f"{_either(_computed(r) for r in results)}."
+        f"{either(optimizer_text(c) for c in configs)}, "
+        f"{either(pixels_text(c) for c in configs)}, "
+        f"{either(initial_weights(c) for c in configs)}, seed {setting('seed')}. Every metric is "
+        f"that of the epoch with the best validation {setting('train.monitor')}. "
+        f"{either(_computed(r) for r in results)}."
     )
-    lines += _describe_intervals(comparison)
+    lines += describe_intervals(comparison)
     # Of several sweeps some may be on the RSNA set: it reads "rsna or phantom" then.
     if "rsna" not in setting("data.source"):
         lines.append(
@@ -55,7 +56,8 @@ def describe(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _describe_intervals(comparison: Comparison) -> list[str]:
+def describe_intervals(comparison: Comparison) -> list[str]:
+    """What intervals are of, and what they do not cover."""
     if not comparison.resamples or not comparison.settings:
         why = "" if comparison.settings else " (no run has predictions that can be read)"
         return [f"Intervals were not computed{why}: small differences mean nothing."]
@@ -111,7 +113,7 @@ def _describe_unit(predictions: Predictions) -> str:
     return f"{count:,} patients{too_few}"
 
 
-def _either(values: Iterable[Any]) -> str:
+def either(values: Iterable[Any]) -> str:
     """The value that all share, or all the values there are."""
     return " or ".join(dict.fromkeys(str(v) for v in values))
 
@@ -157,18 +159,21 @@ def _computed(fit: FitResult) -> str:
     return ", ".join(text for text in (fit.device, fit.precision) if text)
 
 
-def _optimizer(cfg: Any) -> str:
+def optimizer_text(cfg: Any) -> str:
+    """The optimizer's name and learning rate."""
     name = str(select_value(cfg, "optimizer._target_")).rsplit(".", 1)[-1]
     lr = select_value(cfg, "optimizer.lr")
     return f"{name} {lr:g}" if isinstance(lr, int | float) else name
 
 
-def _pixels(cfg: Any) -> str:
+def pixels_text(cfg: Any) -> str:
+    """The side of a network's input."""
     size = select_value(cfg, "data.image_size")
     return f"{size} px" if size else "each model's own image size"
 
 
-def _start(cfg: Any) -> str:
+def initial_weights(cfg: Any) -> str:
+    """What a training began with."""
     if select_value(cfg, "model.weights"):
         return "weights from a local file"
     if select_value(cfg, "model.pretrained"):

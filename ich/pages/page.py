@@ -15,7 +15,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -243,12 +243,13 @@ _TEMPLATES.globals["source"] = _source
 _TEMPLATES.filters |= {"kind": _kind, "sha256": _sha256, "data_uri": _data_uri, "quote": quote}
 
 
-def render(name: str, **values: object) -> str:
-    """A text by a template that is no HTML, whose filter `plain` keeps what users named from being
-    read as Markdown."""
+def render(name: str, filters: Mapping[str, Callable[[str], str]], **values: object) -> str:
+    """A text by a template that is no HTML. Nothing is escaped but by its filters: these, and
+    `plain`, for Markdown."""
     texts = _TEMPLATES.overlay(autoescape=False)
-    texts.filters = _TEMPLATES.filters | {"plain": _plain}
-    return texts.get_template(name).render(values)
+    texts.filters = {**_TEMPLATES.filters, "plain": _plain, **filters}
+    # Jinja leaves the last line break out.
+    return texts.get_template(name).render(values).rstrip() + "\n"
 
 
 def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from rich.measure import Measurement
 from rich.table import Table
@@ -33,12 +32,10 @@ from ich.pages.columns import (
 )
 from ich.pages.comparison_page import write_page
 from ich.pages.description import describe, describe_verdicts
-from ich.pages.writing.report import write_report
+from ich.pages.writing.checklist import write_checklist
+from ich.pages.writing.report import write_latex, write_report
 from ich.scoring.comparison import (
-    BASELINE,
-    RANKING_METRIC,
     Comparison,
-    SettingResult,
     load_comparison,
 )
 from ich.scoring.ensembles import GREEDY, MEAN
@@ -61,14 +58,14 @@ def compare(
     margin: float | None = None,
     subgroups: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `report.md`, figures and
-    `report.html`, and prints the table.
+    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `report.md`, figures,
+    `report.html` and `checklist.html`, and prints the table.
 
     Args:
         sweeps: their folders.
         out: where to; the sweep's own folder if there is one sweep.
         resamples: of the bootstrap; 0 for no intervals.
-        page: also figures and `report.html`, after the tables.
+        page: also figures, `report.html` and `checklist.html`, after the tables.
         margin: of AUC, within which settings are equal; None for that of the sweeps' launches.
         subgroups: columns of labels or metadata; None for those of the launches.
 
@@ -98,7 +95,7 @@ def compare(
         write_text(folder.subgroups, csv_text(subgroups_table(found)))
     else:  # of an earlier report
         folder.subgroups.unlink(missing_ok=True)
-    write_text(folder.latex, _latex(comparison, heading))
+    write_latex(comparison, folder, heading)
     if len(sweeps) == 1:
         _record_ensemble(sweeps[0], comparison)
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
@@ -107,6 +104,7 @@ def compare(
     if page:
         with Terminal().preparing("drawing report.html"):
             write_page(comparison, folder, heading, list(subgroup_blocks(found, reasons)))
+            write_checklist(comparison, folder)
     _print_files(folder, page)
     return table
 
@@ -133,7 +131,8 @@ def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
     shelf = free_shelf(folder.root, "report")
     shelf.mkdir(parents=True)
     tables = (folder.csv, folder.metrics, folder.subgroups, folder.latex)
-    for path in (*tables, folder.markdown, folder.text, folder.page, folder.figures):
+    pages = (folder.text, folder.page, folder.checklist)
+    for path in (*tables, folder.markdown, *pages, folder.figures):
         if path.exists():
             path.rename(shelf / path.name)
     print_line(
@@ -203,7 +202,7 @@ def _status(row: pd.Series) -> str:
     return printable(" ".join(text.split()))  # a line break of an error's would end the row
 
 
-# --- Markdown and LaTeX --------------------------------------------------------------------------
+# --- Markdown --------------------------------------------------------------------------
 
 
 def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, page: bool) -> str:
@@ -238,46 +237,6 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
     launches = [(r.started, public_command(r.command)) for r in comparison.records]
     lines += [f"Launched {started} with `{command}`." for started, command in launches]
     return "\n".join(lines) + "\n"
-
-
-def _latex(comparison: Comparison, heading: list[str]) -> str:
-    """A booktabs table like the report's Table 2, one row per setting."""
-    lines = [
-        # As comments, so that the table takes along what it is of.
-        *(f"% {text}" for text in heading),
-        "% needs \\usepackage{booktabs}",
-        "\\begin{tabular}{lrrr}",
-        "\\toprule",
-        "Model & Top-1 Acc. & AUC score (95\\,\\% interval) & \\#Params \\\\",
-        "\\midrule",
-    ]
-    for rows in comparison.evaluation_sets:
-        lines += [_latex_row(setting) for setting in rows.settings]
-        baseline = rows.baseline()
-        lines += [
-            "\\midrule",
-            f"{BASELINE} & {baseline['accuracy']:.4f} & {baseline[RANKING_METRIC]:.4f} & \\\\",
-        ]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
-
-
-def _latex_row(setting: SettingResult) -> str:
-    interval, score = setting.interval(RANKING_METRIC), f"{setting.mean(RANKING_METRIC):.4f}"
-    if setting.is_best:
-        score = f"\\textbf{{{score}}}"
-    if not np.isnan(interval.low):
-        score += f" ({interval.low:.3f}--{interval.high:.3f})"
-    if setting.differs_from_best is False:
-        score += "$^{\\approx}$"
-    millions = setting.runs[0].fit.params / 1e6
-    cells = (_escape(setting.name), f"{setting.mean('accuracy'):.4f}", score, f"{millions:.1f} M")
-    return " & ".join(cells) + " \\\\"
-
-
-def _escape(text: str) -> str:
-    for character in "_%&#$":
-        text = text.replace(character, f"\\{character}")
-    return text
 
 
 # --- Terminal ------------------------------------------------------------------------------------

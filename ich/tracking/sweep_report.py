@@ -30,7 +30,8 @@ def copy_report(store: MlflowStore, run_id: str, sweep: SweepPaths) -> None:
     record = sweep.read_record()
     data_reports = [sweep.data(key) for key in record.cohorts]
     tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.subgroups)
-    for path in (*tables, sweep.page, sweep.text, sweep.record, sweep.figures, *data_reports):
+    texts = (sweep.page, sweep.text, sweep.checklist)
+    for path in (*tables, *texts, sweep.record, sweep.figures, *data_reports):
         if path.exists():
             store.log_artifact(run_id, path)
     # Once more where they are seen first; links of the page lead on from its other copy alone.

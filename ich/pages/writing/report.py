@@ -1,4 +1,4 @@
-"""The comparison in words, `report.md`: the verdict, the picture and a table of its settings."""
+"""The comparison in words: `report.md` with the verdict, a table and the methods; and in LaTeX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from ich.base.files import write_text
 from ich.base.results import SweepPaths
 from ich.pages.description import describe_verdicts, interval_text
 from ich.pages.page import render
-from ich.scoring.comparison import RANKING_METRIC, Comparison, EvaluationSet, SettingResult
+from ich.pages.writing.answers import methods
+from ich.scoring.comparison import (
+    BASELINE,
+    RANKING_METRIC,
+    Comparison,
+    EvaluationSet,
+    SettingResult,
+)
 from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
 
 COLUMNS = (
@@ -27,19 +34,18 @@ def write_report(comparison: Comparison, paths: SweepPaths, has_page: bool) -> N
         paths: the folder of the sweep, or of the report on several.
         has_page: whether figures and `report.html` are made too.
     """
-    rows = [
-        setting_cells(setting)
-        for compared in comparison.evaluation_sets
-        for setting in sorted(compared.settings, key=lambda s: -s.mean(RANKING_METRIC))
-    ]
+    rows = [setting_cells(s) for compared in comparison.evaluation_sets for s in _ranked(compared)]
     text = render(
         "report.md.j2",
+        {},
         title=comparison.name,
         verdicts=list(verdicts(comparison)),
         has_page=has_page and bool(rows),
         columns=COLUMNS,
         rows=rows,
         legend=describe_verdicts(comparison.margin),
+        methods=methods(comparison),
+        unfinished=[run.name for run in comparison.runs if not run.is_finished],
     )
     write_text(paths.text, text)
 
@@ -91,3 +97,44 @@ def setting_cells(setting: SettingResult) -> Sequence[str]:
         f"{setting.runs[0].fit.params / 1e6:.1f}",
         f"{minutes:.1f}",
     )
+
+
+# --- LaTeX ---------------------------------------------------------------------------------------
+
+# Of TeX's special characters (The TeXbook, chapter 7) what prints each.
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "_%&#${}"},
+}
+
+
+def tex(text: str) -> str:
+    """A text as LaTeX prints it, whatever its characters mean there."""
+    return "".join(_SPECIAL.get(c, c) for c in text)
+
+
+def write_latex(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]) -> None:
+    """Writes `comparison.tex`: a booktabs table, a row per setting, and what answering "no bleed"
+    to everything scores.
+
+    Args:
+        comparison: the runs.
+        paths: the folder of the sweep, or of the report on several.
+        heading: of `describe`; goes along as comments.
+    """
+    groups = []
+    for compared in comparison.evaluation_sets:
+        scores = compared.baseline()
+        numbers = {"AUC": f"{scores[RANKING_METRIC]:.3f}", "accuracy": f"{scores['accuracy']:.3f}"}
+        baseline = [BASELINE, *(numbers.get(column, "") for column in COLUMNS[1:])]
+        rows = [setting_cells(s) for s in _ranked(compared)]
+        groups.append({"settings": rows, "baseline": baseline})
+    lines = [" ".join(text.split()) for text in heading]
+    values = {"heading": lines, "columns": COLUMNS, "groups": groups}
+    write_text(paths.latex, render("comparison.tex.j2", {"tex": tex}, **values))
+
+
+def _ranked(rows: EvaluationSet) -> Sequence[SettingResult]:
+    return sorted(rows.settings, key=lambda s: -s.mean(RANKING_METRIC))
