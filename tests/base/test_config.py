@@ -41,6 +41,7 @@ GROUPS = [
     "protocol",
     "windows",
     "augment",
+    "context",
     "loss",
     "optimizer",
     "scheduler",
@@ -54,7 +55,9 @@ MODELS = sorted(f.stem for f in (CONF_DIR / "model").glob("*.yaml"))
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_builds(composed: Compose, group: str, option: str) -> None:
-    config = composed(f"{group}={option}")
+    # What needs whole studies goes with the protocol that keeps them.
+    sound = ["protocol=sound"] if group == "context" else []
+    config = composed(f"{group}={option}", *sound)
     validate(config)
     model = torch.nn.Linear(2, len(LABELS))
     optimizer = build_optimizer(config.optimizer, model)
