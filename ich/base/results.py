@@ -298,6 +298,11 @@ class SweepPaths:
         return self.root / "subgroups.csv"
 
     @property
+    def context(self) -> Path:
+        """Every metric of every network by what it sees; absent if all see a slice alone."""
+        return self.root / "context.csv"
+
+    @property
     def page(self) -> Path:
         return self.root / "report.html"
 

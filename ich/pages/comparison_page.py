@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,10 @@ from ich.scoring.uncertainty import Interval
 
 
 def write_page(
-    comparison: Comparison, paths: SweepPaths, heading: Sequence[str], subgroups: list[Block]
+    comparison: Comparison,
+    paths: SweepPaths,
+    heading: Sequence[str],
+    answers: Mapping[str, list[Block]],
 ) -> None:
     """Writes `report.html`, and its figures as PNG and SVG under `figures/`.
 
@@ -44,7 +47,7 @@ def write_page(
         comparison: the runs.
         paths: the folder of the sweep, or of the report on several.
         heading: of `describe`.
-        subgroups: what is said of them.
+        answers: what is said of subgroups and the like, by heading.
     """
     forest = draw_forest(build_table(comparison), paths.figures)
     pictures = figures.draw_all(comparison, paths.figures)
@@ -59,7 +62,7 @@ def write_page(
             ("Ranking", ranking(comparison)),
             ("What can be told apart", list(told_apart(comparison, paths.figures))),
             ("How many patients it would take", list(patients_needed(comparison))),
-            ("In subgroups", subgroups),
+            *answers.items(),
             ("What makes the difference", _effects(comparison)),
             ("Every metric", list(_metrics(comparison))),
             ("Against the report", against_the_report(comparison)),

@@ -16,6 +16,7 @@ from ich.base.files import csv_text, write_text
 from ich.base.progress import stage
 from ich.base.results import SweepPaths, free_shelf
 from ich.base.terminal import Terminal, console, print_line, styled
+from ich.pages.answers.context import context_blocks, context_table
 from ich.pages.answers.subgroups import (
     find_subgroups,
     recorded_subgroups,
@@ -38,6 +39,7 @@ from ich.scoring.comparison import (
     Comparison,
     load_comparison,
 )
+from ich.scoring.context import worth_of_context
 from ich.scoring.ensembles import GREEDY, MEAN
 from ich.scoring.equivalence import BEST
 
@@ -85,16 +87,15 @@ def compare(
         table = build_table(comparison)
         names = recorded_subgroups(comparison.records) if subgroups is None else subgroups
         found, reasons = find_subgroups(comparison, names)
+        worth = worth_of_context(comparison)
     folder.root.mkdir(parents=True, exist_ok=True)
     _keep_intervals(folder, comparison)
     heading = describe(comparison)
     # Files, then the terminal, and last the page, which is the likeliest to fail.
     write_text(folder.csv, csv_text(table))
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
-    if found:
-        write_text(folder.subgroups, csv_text(subgroups_table(found)))
-    else:  # of an earlier report
-        folder.subgroups.unlink(missing_ok=True)
+    _write_or_drop(folder.subgroups, subgroups_table(found))
+    _write_or_drop(folder.context, context_table(worth))
     write_latex(comparison, folder, heading)
     if len(sweeps) == 1:
         _record_ensemble(sweeps[0], comparison)
@@ -103,10 +104,21 @@ def compare(
     _print(comparison, heading, table)
     if page:
         with Terminal().preparing("drawing report.html"):
-            write_page(comparison, folder, heading, list(subgroup_blocks(found, reasons)))
+            answers = {
+                "In subgroups": list(subgroup_blocks(found, reasons)),
+                "What context is worth": list(context_blocks(worth, folder.figures)),
+            }
+            write_page(comparison, folder, heading, answers)
             write_checklist(comparison, folder)
     _print_files(folder, page)
     return table
+
+
+def _write_or_drop(path: Path, table: pd.DataFrame) -> None:
+    if len(table):
+        write_text(path, csv_text(table))
+    else:  # of an earlier report
+        path.unlink(missing_ok=True)
 
 
 def _record_ensemble(sweep: SweepPaths, comparison: Comparison) -> None:
@@ -130,7 +142,7 @@ def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
         return
     shelf = free_shelf(folder.root, "report")
     shelf.mkdir(parents=True)
-    tables = (folder.csv, folder.metrics, folder.subgroups, folder.latex)
+    tables = (folder.csv, folder.metrics, folder.subgroups, folder.context, folder.latex)
     pages = (folder.text, folder.page, folder.checklist)
     for path in (*tables, folder.markdown, *pages, folder.figures):
         if path.exists():

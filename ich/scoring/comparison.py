@@ -336,12 +336,12 @@ def _resample(
         # Metrics per study are missing for a run of an earlier version, which kept no studies.
         common = [m for m in per_seed[0] if all(m in values for values in per_seed)]
         setting.replicates = {
-            m: _mean_over_seeds(np.stack([values[m] for values in per_seed]), drawn) for m in common
+            m: mean_over_seeds(np.stack([values[m] for values in per_seed]), drawn) for m in common
         }
         setting.patient_replicates = np.mean([v[RANKING_METRIC] for v in per_seed], axis=0)
 
 
-def _mean_over_seeds(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def mean_over_seeds(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Means over the seeds drawn for each resample.
 
     n drawn out of n vary too little, by (n - 1) / n: their distance from the mean of all is

@@ -40,7 +40,7 @@ def _effects_of(factor: str, settings: Sequence[SettingResult], metric: str) -> 
     levels: dict[str, dict[str, SettingResult]] = {}
     # Two settings of one `rest` differ in this factor and in nothing else.
     for setting in settings:
-        level, rest = _split_setting(setting, factor)
+        level, rest = split_setting(setting, factor)
         if level:
             levels.setdefault(level, {})[rest] = setting
     if len(levels) < 2:
@@ -60,7 +60,7 @@ def _effects_of(factor: str, settings: Sequence[SettingResult], metric: str) -> 
         yield Effect(factor, level, first, len(pairs), float(np.mean(means)), interval)
 
 
-def _split_setting(setting: SettingResult, factor: str) -> tuple[str, str]:
+def split_setting(setting: SettingResult, factor: str) -> tuple[str, str]:
     """A setting's level of a factor (empty if it has none), and the setting without it."""
     model, *parts = setting.name.split(",")
     if factor == "model":

@@ -129,6 +129,31 @@ def read_predictions(run: RunPaths, split: str | None = None) -> Predictions | N
     return None
 
 
+def read_stages(run: RunPaths, predictions: Predictions) -> dict[str, Predictions]:
+    """What a run with a head over studies predicted without it: `slice`, of its slice network, and
+    `smoothed`, of that averaged over a slice and its neighbours; empty of any other run.
+
+    Args:
+        run: its folder.
+        predictions: of its scored rows.
+    """
+    try:
+        arrays = read_arrays(run.predictions)
+    except (FileNotFoundError, DamagedError):
+        return {}
+    split, scored = _scored_split(arrays), predictions.scored
+    logits = {stage: arrays.get(f"{split}_{stage}_logits") for stage in ("slice", "smoothed")}
+    return {
+        stage: replace(predictions, scored=replace(scored, logits=values))
+        for stage, values in logits.items()
+        if values is not None and values.shape == scored.logits.shape and values.dtype.kind == "f"
+    }
+
+
+def _scored_split(arrays: Mapping[str, np.ndarray]) -> str:
+    return "test" if "test_logits" in arrays else "val"
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a `predictions.npz`; none is unpickled.
 
@@ -149,7 +174,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _from_arrays(arrays: Mapping[str, np.ndarray], split: str | None) -> Predictions:
-    split = split or ("test" if "test_logits" in arrays else "val")
+    split = split or _scored_split(arrays)
     image_id, labels = arrays[f"{split}_image_id"], arrays["labels"]
     # Found here, a damaged file is a run without predictions; found later, a page that fails.
     if (image_id.ndim, labels.ndim) != (1, 1):
