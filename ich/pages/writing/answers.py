@@ -8,6 +8,7 @@ import numpy as np
 
 from ich.base.config import select_value
 from ich.base.records import CohortSummary, Hardware
+from ich.pages.answers.subgroups import recorded_subgroups
 from ich.pages.description import (
     cohort_text,
     describe_intervals,
@@ -20,6 +21,7 @@ from ich.pages.description import (
     scoring_text,
 )
 from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult
+from ich.scoring.ensembles import GREEDY
 
 _SOURCES = {
     "phantom": "a synthetic phantom of head CT, made by ich, which shows no patient",
@@ -223,6 +225,8 @@ def _of_results(comparison: Comparison) -> dict[str, str]:
         "performance": _performance(comparison.settings),
         "diagnostic": " ".join(map(_diagnostic, best)),
         "calibration": " ".join(map(_calibration, best)),
+        "ensembling": _ensembling(comparison),
+        "subgroups": _subgroups(comparison),
         "failures": f"The most confident mistakes of the best run are shown in report.html.{failed}"
         if best
         else failed.strip(),
@@ -238,6 +242,26 @@ def _performance(settings: list[SettingResult]) -> str:
         parts.append(f"{setting.name} {setting.mean(RANKING_METRIC):.3f}{between}")
     more = f" And {len(ranked) - _LISTED} more, in comparison.csv." if ranked[_LISTED:] else ""
     return f"AUC: {'; '.join(parts)}.{more}" if parts else ""
+
+
+def _ensembling(comparison: Comparison) -> str:
+    parts = []
+    for ensemble in (e for rows in comparison.evaluation_sets for e in rows.ensembles):
+        interval = interval_text(ensemble.interval(RANKING_METRIC))
+        between = f" ({interval})" if interval else ""
+        value = ensemble.predictions.metrics[RANKING_METRIC]
+        chosen = ", chosen on validation" if ensemble.name == GREEDY else ""
+        parts.append(
+            f"{ensemble.name}, of {len(ensemble.members)} networks{chosen}: {value:.3f}{between}"
+        )
+    return f"By the mean of logits, AUC: {'; '.join(parts)}." if parts else ""
+
+
+def _subgroups(comparison: Comparison) -> str:
+    names = recorded_subgroups(comparison.records)
+    if not (names and comparison.settings):
+        return ""
+    return f"By {', '.join(names)}, the best setting has every metric in subgroups.csv."
 
 
 def _diagnostic(best: SettingResult) -> str:

@@ -98,7 +98,14 @@ def test_the_checklists_are_whole_and_every_answer_has_a_source(sweep: SweepPath
     assert list(main) == list(range(1, 28))
     assert [number for number, _, _ in CLAIM_2024] == [str(n) for n in range(1, 45)]
     # What is made up has no rates and no provenance.
-    known = answers(load_comparison([sweep], 50)).keys() | {"events", "software"}
+    record = sweep.read_record()
+    for config in record.configs.values():
+        config["report"]["subgroups"] = ["PatientSex"]
+    sweep.write_record(record)
+    said = answers(load_comparison([sweep], 50))
+    assert re.search(r"AUC: mean of all, of 3 networks: 0\.\d{3} \(0", said["ensembling"])
+    assert "By PatientSex, the best setting" in said["subgroups"]
+    known = said.keys() | {"events", "software"}
     for _, _, keys in (*TRIPOD_AI, *CLAIM_2024):
         assert set(keys.removesuffix("+").split()) <= known
 
