@@ -691,7 +691,7 @@ def test_out_of_gpu_memory_says_what_to_change(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
-    monkeypatch.setattr(ensembles.Network, "logits", full)
+    monkeypatch.setattr(ensembles.Network, "outputs", full)
     assert predict("--model", runs[0], slices_of(phantom)[0], "-o", "out.csv") == 2
     said = capsys.readouterr().err
     assert "out of GPU memory at 32 slices at a time: CUDA out of memory. Tried to" in said

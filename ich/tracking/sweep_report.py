@@ -48,10 +48,11 @@ def copy_report(store: MlflowStore, run_id: str, sweep: SweepPaths) -> None:
         data, protocol = (select_value(config, k) for k in ("data.source", "protocol.name"))
         if origin.cohort and isinstance(data, str):
             store.log_cohort(run_id, data, str(protocol), origin.cohort)
-    # A number that has not changed would stand twice in its history.
+    # Of a later launch, what has changed follows what was: a step of its own for each.
     present = store.metrics(run_id)
     metrics = {k: v for k, v in setting_metrics(sweep).items() if present.get(k) != v}
-    store.log_metrics(run_id, metrics, 0, time.time())
+    steps = [s for k in metrics if k in present for s in store.logged_steps(run_id, k)]
+    store.log_metrics(run_id, metrics, 1 + max(steps, default=-1), time.time())
 
 
 def sweep_note(sweep: SweepPaths, run_id: str) -> str:

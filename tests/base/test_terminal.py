@@ -59,6 +59,7 @@ def test_a_jobs_lines_show_its_folder_and_its_error_whole(composed: Callable[...
 def test_everything_is_printed_through_the_function_that_makes_it_harmless() -> None:
     """`print` is for what holds nothing of a file: help, completions, a report of ours."""
     own = {"cli.py", "completion.py", "bench.py", "entry.py", "timing.py", "parts.py"}
+    own |= {"mps.py", "side_by_side.py"}  # JSON, to the process that started them
     safe = {"styled", "_fitting_table"}
     package = Path(__file__).parents[2] / "ich"
     for path in (p for p in package.rglob("*.py") if p.name != "terminal.py"):

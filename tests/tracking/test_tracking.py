@@ -271,7 +271,10 @@ def test_a_sweep_shows_its_verdict_where_its_data_and_its_code_are_from(
         **{"a 1 b/accuracy": 0.7, "a 1 b/accuracy_low": 0.65, "a 1 b/accuracy_high": 0.75},
         **{"c/auc": 0.5, "c/auc_low": 0.4, "c/auc_high": 0.6, "c/accuracy": 0.9},
     }
-    assert len(history(config, parent(sweep), "c/auc")) == 1
+    sweep.csv.write_text(sweep.csv.read_text().replace("c,c,1,0.5,", "c,c,1,0.55,"))
+    close_in_this_process(sweep, "FINISHED")  # after a later launch
+    assert history(config, parent(sweep), "c/auc") == [(0, 0.5), (1, 0.55)]
+    assert history(config, parent(sweep), "c/auc_low") == [(0, 0.4)]
     kept = [f.path for f in client.list_artifacts(parent(sweep))]
     assert kept[0] == "0-verdict"
     assert {"report.md", "report.html"} <= set(kept)
