@@ -54,6 +54,7 @@ CONFIGS: dict[str, tuple[str, type]] = {
 
 
 # What is said of a command line or a YAML file; other errors of Hydra's own may be ours too.
+_MEANT = 3  # settings that a misspelt one may stand for, at most
 _TOLD = (HydraException, OmegaConfBaseException, YAMLError)
 
 
@@ -349,11 +350,16 @@ def _explain_unknown(key: str, command: str, words: Sequence[str]) -> str:
 
 
 def _nearest_setting(key: str, groups: Iterable[str], keys: Sequence[str]) -> str:
-    """lr is near optimizer.lr, else modle near model, else epohs near train.epochs."""
-    ends = {name.rpartition(".")[2]: name for name in reversed(keys)}
-    found = [ends[key]] if key in ends else get_close_matches(key, [*groups, *keys], 1)
-    found = found or [ends[end] for end in get_close_matches(key, ends, 1)]
-    return f" Did you mean {found[0]}?" if found else ""
+    """lr is near whatever ends so, else modle near model, else epohs near all epochs."""
+    ends = [name.rpartition(".")[2] for name in keys]
+
+    def ending(word: str) -> list[str]:
+        return [name for name, end in zip(keys, ends, strict=True) if end == word][:_MEANT]
+
+    found = ending(key) or get_close_matches(key, [*groups, *keys], 1)
+    if not found and (near := get_close_matches(key, ends, 1)):
+        found = ending(near[0])
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _names(command: str, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
