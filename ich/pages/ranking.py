@@ -149,7 +149,7 @@ def _ensemble_row(
 ) -> Row:
     """Below the settings, which it is made of."""
     predictions, cells = ensemble.predictions, []
-    metrics = predictions.metrics | {f"study_{k}": v for k, v in predictions.study_metrics.items()}
+    metrics = predictions.every_metric
     for column in columns:
         if column.key == _MINUS_BEST:
             value = metrics[RANKING_METRIC] - bests.get(RANKING_METRIC, np.nan)

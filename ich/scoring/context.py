@@ -103,7 +103,7 @@ def _means(
     interval, for which patients and pairs are drawn."""
     if not pairs:
         return {}, {}
-    values = [_minus(_metrics(a), _metrics(b) if b else None) for a, b in pairs]
+    values = [_minus(a.every_metric, b.every_metric if b else None) for a, b in pairs]
     means = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
     if not drawn:
         return means, {}
@@ -114,11 +114,6 @@ def _means(
     stacked = {k: np.stack([v[k] for v in each]) for k in each[0]}
     intervals = {k: Interval.of(mean_over_seeds(v, chosen)) for k, v in stacked.items()}
     return means, {k: i for k, i in intervals.items() if k in means}
-
-
-def _metrics(predictions: Predictions) -> dict[str, float]:
-    per_study = {f"study_{k}": v for k, v in predictions.study_metrics.items()}
-    return predictions.metrics | per_study
 
 
 def _minus(one: dict, other: dict | None) -> dict:  # type: ignore[type-arg]

@@ -103,6 +103,11 @@ class Predictions:
         studies = self.scored_studies
         return all_metrics(studies.logits, studies.target, studies.labels) if studies else {}
 
+    @property
+    def every_metric(self) -> dict[str, float]:
+        """Both: per slice, and as `study_<metric>` per study."""
+        return self.metrics | {f"study_{k}": v for k, v in self.study_metrics.items()}
+
     @cached_property
     def thresholds(self) -> dict[str, float]:
         """Per label the probability with the best F1 on validation; none without both classes."""

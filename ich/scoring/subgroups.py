@@ -65,7 +65,7 @@ def subgroup_results(
 
 
 def _mean_metrics(runs: Sequence[Predictions]) -> dict[str, float]:
-    each = [{**p.metrics, **{f"study_{k}": v for k, v in p.study_metrics.items()}} for p in runs]
+    each = [p.every_metric for p in runs]
     return {k: float(np.mean([m[k] for m in each])) for k in each[0]} if each else {}
 
 
