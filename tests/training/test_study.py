@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -260,6 +261,17 @@ def test_splits_are_studies_whose_copies_are_repeated_whole() -> None:
     for torn in (rows[1:2], rows[4:], np.array([700])):
         with pytest.raises(UserError, match="context=study needs whole studies, but one of this"):
             Studies.of(split_of(torn), sequences)
+
+
+def test_a_study_of_two_series_is_repeated_with_both() -> None:
+    # Of two slices each; the first two are of one study, nobody knows whose the last two are.
+    sequences = Sequences(np.arange(10), np.arange(0, 11, 2), np.arange(10))
+    study = np.array([5, 5, 5, 5, 3, 3, -1, -1, -1, -1])
+    split = split_of(np.array([*range(10), 2, 2, 8]))
+    split = replace(split, study=study[split.row])
+    studies = Studies.of(split, sequences)
+    assert studies.numbers.tolist() == [0, 1, 2, 3, 4]
+    assert studies.copies.tolist() == [3, 3, 1, 1, 2]
 
 
 def split_of(row: np.ndarray) -> Split:

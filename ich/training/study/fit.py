@@ -40,8 +40,8 @@ class Studies(NamedTuple):
     """A split as sequences of slices.
 
     numbers: int64 [S], of its sequences. copies: int64 [S], how often each is trained on: as often
-    as oversampling repeats one of its slices. at: int64 [N], where each row of the split stands in
-    the order of all sequences.
+    as oversampling repeats one slice of its study, whichever series that lies in. at: int64 [N],
+    where each row of the split stands in the order of all sequences.
     """
 
     numbers: np.ndarray
@@ -62,6 +62,13 @@ class Studies(NamedTuple):
         times = np.bincount(at, minlength=len(order))
         copies = np.maximum.reduceat(times, sequences.start[:-1])
         numbers = np.flatnonzero(copies)
+        # A series whose study nothing names is a study by itself.
+        study = np.full(len(order), -1)
+        study[at] = split.study
+        study = study[sequences.start[numbers]]
+        own = np.where(study < 0, study.max() + 1 + np.arange(len(study)), study)
+        of_study = np.zeros(own.max() + 1, np.int64)
+        np.maximum.at(of_study, own, copies[numbers])
         lengths = np.diff(sequences.start)[numbers]
         whole = int((times > 0).sum()) == int(lengths.sum())
         if not (whole and (sequences.rows[at] == split.row).all()):
@@ -69,7 +76,7 @@ class Studies(NamedTuple):
                 "context=study needs whole studies, but one of this cohort is torn apart. Prepare "
                 "the data again with ich prepare and the same settings."
             )
-        return Studies(numbers, copies[numbers], at)
+        return Studies(numbers, of_study[own], at)
 
 
 class _Batch(NamedTuple):
