@@ -47,75 +47,42 @@ class State(Enum):
     new = "new"
 
 
+class _Named:
+    """A file or a folder by its name, which is the same in each run or sweep."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, place: RunPaths | SweepPaths, _: type) -> Path:
+        return place.root / self._name
+
+
 @dataclass(frozen=True)
 class RunPaths:
     """A run's folder, `multirun_reports/<name>/<job>/`."""
 
     root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def result(self) -> Path:
-        return self.root / "result.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "job.log"
-
-    @property
-    def progress(self) -> Path:
-        return self.root / "progress.json"
-
-    @property
-    def best(self) -> Path:
-        return self.root / "best.safetensors"
-
-    @property
-    def predictions(self) -> Path:
-        return self.root / "predictions.npz"
-
-    @property
-    def study(self) -> Path:
-        """The folder of what the head of `context=study` is trained from, until it is."""
-        return self.root / "study"
-
-    @property
-    def tracking(self) -> Path:
-        """The run's MLflow run, by which a resumed or dead process's is found again."""
-        return self.root / "tracking.json"
-
-    @property
-    def origin(self) -> Path:
-        """What the run was made from, beside its config: cohort, weights, code, versions."""
-        return self.root / "origin.json"
-
-    @property
-    def provenance(self) -> Path:
-        """Code, packages and hardware as the run began; a later launch of its sweep may have
-        others, and leaves a finished run as it is."""
-        return self.root / "provenance.json"
-
-    @property
-    def diff(self) -> Path:
-        """What the code had changed since its commit as the run began; absent for nothing."""
-        return self.root / "launch.diff"
-
-    @property
-    def comparison(self) -> Path:
-        """How a rerun, in whose folder it lies, compares with the run it repeats."""
-        return self.root / "rerun.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains here."""
-        return self.root / ".lock"
+    config = _Named("config.yaml")
+    result = _Named("result.json")
+    metrics = _Named("metrics.jsonl")
+    log = _Named("job.log")
+    progress = _Named("progress.json")
+    best = _Named("best.safetensors")
+    predictions = _Named("predictions.npz")
+    # The folder of what the head of `context=study` is trained from, until it is.
+    study = _Named("study")
+    # The run's MLflow run, by which a resumed or dead process's is found again.
+    tracking = _Named("tracking.json")
+    # What the run was made from, beside its config: cohort, weights, code, versions.
+    origin = _Named("origin.json")
+    # Code, packages and hardware as the run began; a later launch of its sweep may have others, and
+    # leaves a finished run as it is.
+    provenance = _Named("provenance.json")
+    # What the code had changed since its commit as the run began; absent for nothing.
+    diff = _Named("launch.diff")
+    # How a rerun, in whose folder it lies, compares with the run it repeats.
+    comparison = _Named("rerun.json")
+    lock = _Named(".lock")  # held by the process that trains here
 
     def read_result(self) -> RunResult:
         """The run's outcome; a run that never wrote one is `not started`."""
@@ -270,60 +237,27 @@ class SweepPaths:
 
     root: Path
 
-    @property
-    def record(self) -> Path:
-        """What the latest launch was: its jobs in order, its command, its MLflow parent run."""
-        return self.root / "sweep.json"
-
-    @property
-    def csv(self) -> Path:
-        return self.root / "comparison.csv"
-
-    @property
-    def markdown(self) -> Path:
-        return self.root / "comparison.md"
-
-    @property
-    def latex(self) -> Path:
-        return self.root / "comparison.tex"
-
-    @property
-    def metrics(self) -> Path:
-        """Every metric of every setting, one per line."""
-        return self.root / "metrics.csv"
-
-    @property
-    def subgroups(self) -> Path:
-        """Every metric of the best setting in every subgroup; absent if none was asked for."""
-        return self.root / "subgroups.csv"
-
-    @property
-    def context(self) -> Path:
-        """Every metric of every network by what it sees; absent if all see a slice alone."""
-        return self.root / "context.csv"
-
-    @property
-    def page(self) -> Path:
-        return self.root / "report.html"
-
-    @property
-    def text(self) -> Path:
-        """The verdict, a table and the methods in words, to write a paper with."""
-        return self.root / "report.md"
-
-    @property
-    def checklist(self) -> Path:
-        """What guidelines ask of a paper, answered from the record."""
-        return self.root / "checklist.html"
-
-    @property
-    def figures(self) -> Path:
-        return self.root / "figures"
-
-    @property
-    def ensemble(self) -> Path:
-        """The jobs whose mean the report chose on validation; absent if it chose none."""
-        return self.root / "ensemble.json"
+    # What the latest launch was: its jobs in order, its command, its MLflow parent run.
+    record = _Named("sweep.json")
+    csv = _Named("comparison.csv")
+    markdown = _Named("comparison.md")
+    latex = _Named("comparison.tex")
+    metrics = _Named("metrics.csv")  # every metric of every setting, one per line
+    # Every metric of the best setting in every subgroup; absent if none was asked for.
+    subgroups = _Named("subgroups.csv")
+    # Every metric of every network by what it sees; absent if all see a slice alone.
+    context = _Named("context.csv")
+    page = _Named("report.html")
+    # The verdict, a table and the methods in words, to write a paper with.
+    text = _Named("report.md")
+    checklist = _Named("checklist.html")  # what guidelines ask of a paper, answered from the record
+    figures = _Named("figures")
+    # The jobs whose mean the report chose on validation; absent if it chose none.
+    ensemble = _Named("ensemble.json")
+    reruns = _Named("reruns")  # the folder of what `ich rerun` repeated, one folder per run
+    # Says which failure stopped the latest launch; absent if none did.
+    stopped = _Named("stopped.json")
+    diff = _Named("launch.diff")  # what the code of the latest launch had changed since its commit
 
     def write_ensemble(self, jobs: Sequence[str]) -> None:
         write_json(self.ensemble, {"jobs": list(jobs)})
@@ -348,18 +282,8 @@ class SweepPaths:
     def run(self, job: str) -> RunPaths:
         return RunPaths(self.root / job)
 
-    @property
-    def reruns(self) -> Path:
-        """The folder of what `ich rerun` repeated, one folder per run."""
-        return self.root / "reruns"
-
     def rerun(self, job: str) -> RunPaths:
         return RunPaths(self.reruns / job)
-
-    @property
-    def stopped(self) -> Path:
-        """Says which failure stopped the latest launch; absent if none did."""
-        return self.root / "stopped.json"
 
     def stop_after(self, job: str) -> None:
         """Keeps the launch's other jobs from starting, since this one failed."""
@@ -374,11 +298,6 @@ class SweepPaths:
     def is_interrupted(self) -> bool:
         """Whether the latest launch was interrupted, so that its jobs are to end."""
         return "interrupted" in _read_json(self.stopped)
-
-    @property
-    def diff(self) -> Path:
-        """What the code of the latest launch had changed since its commit."""
-        return self.root / "launch.diff"
 
     def read_results(self) -> list[RunResult]:
         """The outcome of each job of the latest launch, in its order."""
