@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,16 +95,16 @@ def folder(tmp_path: Path, phantom: Path, database: Path) -> Iterator[Folder]:
     folder.kill()
 
 
-@pytest.fixture
-def composed(tmp_path: Path) -> Callable[..., Config]:
-    """Composes conf/ with overrides, as the sweep does, with its folders under tmp_path."""
+@pytest.fixture(scope="session")
+def compose_in() -> Callable[..., Config]:
+    """Composes conf/ with overrides, as the sweep does, with its folders under a given one."""
 
-    def make(*overrides: str) -> Config:
+    def make(folder: Path, *overrides: str) -> Config:
         register_schemas()
         register_resolvers()
         own = [
-            f"data.cache_dir={tmp_path / 'cache'}",
-            f"sweep.output={tmp_path / 'out'}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"sweep.output={folder / 'out'}",
             "name=test",
             "job=job",
         ]
@@ -112,3 +113,9 @@ def composed(tmp_path: Path) -> Callable[..., Config]:
         return to_dataclass(OmegaConf.create(OmegaConf.to_container(cfg)))
 
     return make
+
+
+@pytest.fixture
+def composed(compose_in: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """The same, under tmp_path."""
+    return partial(compose_in, tmp_path)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,35 @@ class Killed(BaseException):
     """Like SIGKILL: nothing in the training knows it, so nothing is saved because of it."""
 
 
+OWN = ("tracking=none", "train.threads=1", "model=mobilenet_v2", *SMALL, "train.batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def trained(
+    compose_in: Compose, phantom: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, RunPaths, FitResult]:
+    """An undisturbed run, as which others are to end: its config, its folder, its result."""
+    folder = tmp_path_factory.mktemp("whole")
+    of = (f'data.root="{phantom}"', "scheduler=cosine", "optimizer.lr=3e-3")
+    config, run = compose_in(folder, *OWN, *of), RunPaths(folder / "run")
+    load_dataset(config)
+    return config, run, run_until(config, run, None)
+
+
 @pytest.fixture
-def config(composed: Compose, phantom: Path) -> Config:
-    own = ("tracking=none", "scheduler=cosine", "optimizer.lr=3e-3", "train.threads=1")
-    of = ("model=mobilenet_v2", f'data.root="{phantom}"')
-    cfg = composed(*of, *SMALL, "train.batch_size=4", *own)
-    load_dataset(cfg)
-    return cfg
+def config(trained: tuple[Config, RunPaths, FitResult]) -> Config:
+    return deepcopy(trained[0])
+
+
+@pytest.fixture
+def whole(trained: tuple[Config, RunPaths, FitResult]) -> RunPaths:
+    return trained[1]
+
+
+@pytest.fixture
+def copied(whole: RunPaths, tmp_path: Path) -> RunPaths:
+    """As the undisturbed run is, with the checkpoints of its last two epochs."""
+    return RunPaths(shutil.copytree(whole.root, tmp_path / "copied"))
 
 
 def run_until(config: Config, run: RunPaths, stop: Callable[[str, int], None] | None) -> FitResult:
@@ -84,11 +107,10 @@ def assert_same(run: RunPaths, other: RunPaths) -> None:
 
 @pytest.mark.faults
 def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_run(
-    config: Config, tmp_path: Path
+    trained: tuple[Config, RunPaths, FitResult], config: Config, tmp_path: Path
 ) -> None:
     """FAULTS 32. One training, ended twenty times: asked to stop, or killed without a word."""
-    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
-    straight = run_until(config, whole, None)
+    (_, whole, straight), broken = trained, RunPaths(tmp_path / "broken")
     draw = random.Random(0)
     kills, phases = 0, set()
     config.train.checkpoint_minutes = 1e-9  # after every step
@@ -119,11 +141,10 @@ def test_killed_at_twenty_random_steps_the_weights_are_those_of_an_undisturbed_r
 
 @pytest.mark.faults
 def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
-    config: Config, tmp_path: Path
+    config: Config, whole: RunPaths, tmp_path: Path
 ) -> None:
     """Without a save in between, the epoch begins again, and its best weights with it."""
-    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
-    run_until(config, whole, None)
+    broken = RunPaths(tmp_path / "broken")
     config.train.checkpoint_minutes = 1e9
     seen = 0
 
@@ -147,9 +168,7 @@ def test_a_kill_between_two_checkpoints_repeats_the_steps_since(
 def test_a_training_on_neighbours_goes_on_bit_for_bit(
     composed: Compose, phantom: Path, tmp_path: Path
 ) -> None:
-    own = ("tracking=none", "train.threads=1", "protocol=sound", "context=neighbours")
-    of = ("model=mobilenet_v2", f'data.root="{phantom}"')
-    config = composed(*of, *SMALL, "train.batch_size=4", *own)
+    config = composed(*OWN, f'data.root="{phantom}"', "protocol=sound", "context=neighbours")
     load_dataset(config)
     whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
     run_until(config, whole, None)
@@ -170,46 +189,41 @@ def test_a_training_on_neighbours_goes_on_bit_for_bit(
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
-    config: Config, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    config: Config,
+    whole: RunPaths,
+    copied: RunPaths,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """FAULTS 33."""
-    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
-    run_until(config, whole, None)
-    run_until(config, broken, None)
-    newest = max(broken.root.glob("checkpoint-*.ich"), key=lambda p: p.stat().st_mtime_ns)
+    newest = max(copied.root.glob("checkpoint-*.ich"), key=lambda p: p.stat().st_mtime_ns)
     data = bytearray(newest.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
     newest.write_bytes(data[: {"cut": len(data) // 2, "flip": len(data), "empty": 0}[damage]])
-    before = Generations(broken.root).read()
+    before = Generations(copied.root).read()
     assert before is not None
     assert before.facts["progress"]["epoch"] == 3  # two epochs done
     assert newest.name in caplog.text
     assert "cannot be used: it is" in caplog.text
-    run_until(config, broken, None)
-    assert_same(whole, broken)
+    assert run_until(config, copied, None).resumed == 1
+    assert_same(whole, copied)
 
 
 @pytest.mark.faults
 def test_with_both_generations_damaged_the_training_starts_anew(
-    config: Config, tmp_path: Path
+    config: Config, whole: RunPaths, copied: RunPaths
 ) -> None:
-    whole, broken = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "broken")
-    run_until(config, whole, None)
-    run_until(config, broken, None)
-    for path in broken.root.glob("checkpoint-*.ich"):
+    for path in copied.root.glob("checkpoint-*.ich"):
         path.write_bytes(b"x")
-    result = run_until(config, broken, None)
-    assert result.resumed == 0
-    assert_same(whole, broken)
+    assert run_until(config, copied, None).resumed == 0
+    assert_same(whole, copied)
 
 
-def test_another_cohorts_checkpoint_is_not_gone_on_from(config: Config, tmp_path: Path) -> None:
-    run = RunPaths(tmp_path / "run")
-    run_until(config, run, None)
+def test_another_cohorts_checkpoint_is_not_gone_on_from(config: Config, copied: RunPaths) -> None:
     config.protocol.seed += 1
     load_dataset(config)
-    assert run_until(config, run, None).resumed == 0
+    assert run_until(config, copied, None).resumed == 0
 
 
 def test_a_checkpoint_that_carries_code_is_not_executed(tmp_path: Path) -> None:
@@ -285,12 +299,13 @@ CHANGES = [more, fewer, no_best, other_network, no_schedule]
 
 
 def test_a_checkpoint_of_another_version_is_named_and_not_gone_on_from(
-    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: tuple[Config, RunPaths, FitResult],
+    config: Config,
+    copied: RunPaths,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its fields ended each further start in a TypeError."""
-    whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
-    result = run_until(config, whole, None)
-    shutil.copytree(whole.root, run.root)
+    run, (*_, result) = copied, trained
     good = Generations(run.root).read()
     assert good is not None
     dataset = load_dataset(config)
@@ -315,11 +330,11 @@ def test_a_checkpoint_of_another_version_is_named_and_not_gone_on_from(
 
 @pytest.mark.faults
 def test_a_job_process_that_is_ended_and_killed_goes_on_each_time(
-    config: Config, tmp_path: Path
+    trained: tuple[Config, RunPaths, FitResult], config: Config, tmp_path: Path
 ) -> None:
     """FAULTS 4 and 8: with real signals, and the supervisor at last."""
     config.train.checkpoint_minutes = 0
-    whole, run = RunPaths(tmp_path / "whole"), RunPaths(tmp_path / "run")
+    (_, whole, straight), run = trained, RunPaths(tmp_path / "run")
     run.root.mkdir()
     run.config.write_text(to_yaml(config))
     origin = Origin(cohort=cohort_keys({"": config})[""], weights="w", code="x")
@@ -331,9 +346,8 @@ def test_a_job_process_that_is_ended_and_killed_goes_on_each_time(
     assert result.fit is not None, run.log.read_text()
     assert result.fit.resumed == 2
     assert not list(run.root.glob("checkpoint-*"))
-    again = run_until(config, whole, None)
     assert run.best.read_bytes() == whole.best.read_bytes()
-    assert again.scores["auc"] == result.fit.scores["auc"]
+    assert straight.scores["auc"] == result.fit.scores["auc"]
 
 
 def end_by(how: signal.Signals, run: RunPaths) -> int:
