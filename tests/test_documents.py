@@ -40,6 +40,7 @@ from ich.base.entry import Status
 from ich.cli import COMMANDS, HYDRA
 from ich.data.dicom import read_hu
 from ich.launch.composing import register_resolvers
+from ich.pages.answers.pairs import pairs_table
 from ich.pages.columns import COLUMNS, metrics_table
 from ich.scoring.comparison import Comparison
 from ich.scoring.evaluation import DECISIONS
@@ -252,6 +253,7 @@ def test_every_column_and_metric_is_defined_in_the_docs() -> None:
     assert in_code(listed("results.md", "columns")) == {c.name for c in COLUMNS} | {"auc_<label>"}
     empty = Comparison("", [], [], 0, [])
     assert in_code(listed("results.md", "columns of metrics.csv")) == {*metrics_table(empty)}
+    assert in_code(listed("results.md", "columns of pairs.csv")) == {*pairs_table(empty)}
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(20, 2)), rng.integers(0, 2, (20, 2))
     metrics = listed("results.md", "metrics")

@@ -243,6 +243,8 @@ class SweepPaths:
     markdown = _Named("comparison.md")
     latex = _Named("comparison.tex")
     metrics = _Named("metrics.csv")  # every metric of every setting, one per line
+    # Every two settings against each other; absent if there are none with intervals.
+    pairs = _Named("pairs.csv")
     # Every metric of the best setting in every subgroup; absent if none was asked for.
     subgroups = _Named("subgroups.csv")
     # Every metric of every network by what it sees; absent if all see a slice alone.

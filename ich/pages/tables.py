@@ -17,6 +17,7 @@ from ich.base.progress import stage
 from ich.base.results import SweepPaths, free_shelf
 from ich.base.terminal import Terminal, console, print_line, styled
 from ich.pages.answers.context import context_blocks, context_table
+from ich.pages.answers.pairs import pairs_table
 from ich.pages.answers.subgroups import (
     find_subgroups,
     recorded_subgroups,
@@ -60,8 +61,8 @@ def compare(
     margin: float | None = None,
     subgroups: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `report.md`, figures,
-    `report.html` and `checklist.html`, and prints the table.
+    """Writes `comparison.csv`, `.md` and `.tex`, `metrics.csv`, `pairs.csv`, `report.md`,
+    figures, `report.html` and `checklist.html`, and prints the table.
 
     Args:
         sweeps: their folders.
@@ -94,11 +95,11 @@ def compare(
     # Files, then the terminal, and last the page, which is the likeliest to fail.
     write_text(folder.csv, csv_text(table))
     write_text(folder.metrics, csv_text(metrics_table(comparison)))
+    _write_or_drop(folder.pairs, pairs_table(comparison))
     _write_or_drop(folder.subgroups, subgroups_table(found))
     _write_or_drop(folder.context, context_table(worth))
     write_latex(comparison, folder, heading)
-    if len(sweeps) == 1:
-        _record_ensemble(sweeps[0], comparison)
+    _record_ensemble(sweeps, comparison)
     write_text(folder.markdown, _markdown(comparison, heading, table, page))
     write_report(comparison, folder, page)
     _print(comparison, heading, table)
@@ -121,8 +122,11 @@ def _write_or_drop(path: Path, table: pd.DataFrame) -> None:
         path.unlink(missing_ok=True)
 
 
-def _record_ensemble(sweep: SweepPaths, comparison: Comparison) -> None:
-    """Notes which networks were chosen, for `ich predict --model SWEEP`."""
+def _record_ensemble(sweeps: Sequence[SweepPaths], comparison: Comparison) -> None:
+    """Notes which networks of one sweep were chosen, for `ich predict --model SWEEP`."""
+    if len(sweeps) > 1:
+        return
+    (sweep,) = sweeps
     found = [e for rows in comparison.evaluation_sets for e in rows.ensembles if e.name == GREEDY]
     if len(found) == 1:
         sweep.write_ensemble(found[0].members)
@@ -142,8 +146,8 @@ def _keep_intervals(folder: SweepPaths, comparison: Comparison) -> None:
         return
     shelf = free_shelf(folder.root, "report")
     shelf.mkdir(parents=True)
-    tables = (folder.csv, folder.metrics, folder.subgroups, folder.context, folder.latex)
-    pages = (folder.text, folder.page, folder.checklist)
+    tables = (folder.csv, folder.metrics, folder.pairs, folder.subgroups, folder.context)
+    pages = (folder.latex, folder.text, folder.page, folder.checklist)
     for path in (*tables, folder.markdown, *pages, folder.figures):
         if path.exists():
             path.rename(shelf / path.name)

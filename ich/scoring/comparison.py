@@ -26,7 +26,8 @@ from ich.base.results import RunPaths, SweepPaths
 from ich.base.workers import available_cores
 from ich.scoring.ensembles import EnsembleResult, ensemble_results
 from ich.scoring.equivalence import AgainstBest, against_best
-from ich.scoring.power import SampleSize, sample_size
+from ich.scoring.pairs import Pair, compare_pairs
+from ich.scoring.power import SampleSize
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_predictions
 from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED, Interval, draw_counts
 
@@ -137,11 +138,13 @@ class EvaluationSet:
     """Settings that were scored on the same rows, in the order of their runs.
 
     fingerprint: of these rows, `Predictions.fingerprint`. ensembles: of all their runs together.
+    pairs: of settings that have an interval.
     """
 
     fingerprint: str
     settings: list[SettingResult]
     ensembles: list[EnsembleResult] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -289,7 +292,8 @@ def _evaluation_sets(
         if resamples and settings[0].predictions.scored.group_count >= MIN_GROUPS:
             _resample(settings, resamples, progress)
         _mark_best(settings, margin)
-        sets.append(EvaluationSet(fingerprint, settings, _ensembles(settings, resamples)))
+        ensembles, pairs = _ensembles(settings, resamples), _pairs(settings, margin)
+        sets.append(EvaluationSet(fingerprint, settings, ensembles, pairs))
     return sets
 
 
@@ -377,25 +381,26 @@ def _mark_best(settings: Sequence[SettingResult], margin: float) -> None:
         setting.difference_from_best = {
             m: Interval.of(setting.replicates[m] - best.replicates[m]) for m in COMPARED_METRICS
         }
-    with ThreadPoolExecutor(available_cores()) as threads:
-        sized = [s for s in others if s.against_best]
-        for setting, size in zip(
-            sized, threads.map(lambda s: _sample_size(s, best), sized), strict=True
-        ):
-            setting.sample_size = size
 
 
-def _sample_size(setting: SettingResult, best: SettingResult) -> SampleSize:
-    """What telling it from the best takes."""
-    assert setting.patient_replicates is not None
-    assert best.patient_replicates is not None
-    one, other = (
-        [r.predictions.scored for r in s.runs if r.predictions is not None] for s in (setting, best)
+def _pairs(settings: Sequence[SettingResult], margin: float) -> list[Pair]:
+    """All pairs of those that have an interval; each but the best learns what telling it from that
+    takes."""
+    ranked = sorted(
+        (s for s in settings if s.against_best and s.patient_replicates is not None),
+        key=lambda s: (not s.is_best, -s.mean(RANKING_METRIC)),
     )
-    return sample_size(
-        one,
-        other,
-        setting.mean(RANKING_METRIC) - best.mean(RANKING_METRIC),
-        setting.replicates[RANKING_METRIC] - best.replicates[RANKING_METRIC],
-        setting.patient_replicates - best.patient_replicates,
+    if len(ranked) < 2:
+        return []
+    pairs = compare_pairs(
+        [s.name for s in ranked],
+        [s.mean(RANKING_METRIC) for s in ranked],
+        np.stack([s.replicates[RANKING_METRIC] for s in ranked]),
+        np.stack([np.asarray(s.patient_replicates) for s in ranked]),
+        [[r.predictions.scored for r in s.runs if r.predictions is not None] for s in ranked],
+        margin,
     )
+    # The first of them are those with the best.
+    for setting, pair in zip(ranked[1:], pairs, strict=False):
+        setting.sample_size = pair.size
+    return pairs

@@ -17,7 +17,7 @@ from ich.scoring.uncertainty import UNDEFINED, Interval
 BEST, EQUAL, DIFFERENT, UNKNOWN = "best", "equal", "different", "not known"
 # Of each test. Two one-sided ones of equivalence at 5 % are one interval of 90 % (Schuirmann 1987,
 # doi 10.1007/BF01068419).
-_ALPHA = 0.05
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,21 @@ class AgainstBest:
         """BEST, EQUAL, DIFFERENT or UNKNOWN."""
         if np.isnan(self.p):
             return BEST
-        # First: a difference that is surely within the margin does not matter, however surely there
-        # is one.
-        if -self.margin <= self.interval.low and self.interval.high <= self.margin:
-            return EQUAL
-        return DIFFERENT if self.p_holm < _ALPHA else UNKNOWN
+        return verdict(self.interval, self.p_holm, self.margin)
+
+
+def verdict(interval: Interval, p_holm: float, margin: float) -> str:
+    """EQUAL, DIFFERENT or UNKNOWN.
+
+    Args:
+        interval: of a difference, 90 %. p_holm: of no difference, corrected. margin: within which
+            there is none that matters.
+    """
+    # First: a difference that is surely within the margin does not matter, however surely there
+    # is one.
+    if -margin <= interval.low and interval.high <= margin:
+        return EQUAL
+    return DIFFERENT if p_holm < ALPHA else UNKNOWN
 
 
 def against_best(
@@ -71,7 +81,7 @@ def against_best(
     corrected, chances, at = holm(p), rank_chances(resampled), usable.index(best)
     for i, n in enumerate(usable):
         difference = resampled[i] - resampled[at]
-        interval = UNDEFINED if i == at else Interval.of(difference, tail=_ALPHA)
+        interval = UNDEFINED if i == at else Interval.of(difference, tail=ALPHA)
         result[n] = AgainstBest(margin, interval, p[i, at], corrected[i, at], chances[i])
     return result
 

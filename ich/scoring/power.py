@@ -8,13 +8,16 @@ of its width that comes of few seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from scipy.special import ndtr
 
+from ich.base.workers import available_cores
 from ich.scoring.uncertainty import MIN_GROUPS, ScoredRows, bootstrap_auc, draw_counts
 
 POWER = 0.80
@@ -24,13 +27,14 @@ _DISTANCE = _LIMIT + _NORMAL.inv_cdf(POWER)  # of zero, in standard errors
 # Of the patients at hand, up to how many times as many are resampled. In far larger ones the
 # patients that happen to be missing here would count as if there were none like them.
 _LARGEST = 4
+_SIZES = 6  # between these two that are resampled: each 26 % larger than the one before
 _RESAMPLES = 1000
 _NODES = 40  # of a quadrature: more change no digit that is shown
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """What telling one setting from the best takes.
+    """What telling two settings apart takes.
 
     patients: at least, None if no number would do. positives: of them, in the proportion of those
     at hand. is_resampled: by resamples of that many, else by the square root of their number.
@@ -43,61 +47,104 @@ class SampleSize:
     smallest: float
 
 
-def sample_size(
-    one: Sequence[ScoredRows],
-    other: Sequence[ScoredRows],
-    difference: float,
+def sample_sizes(
+    rows: Sequence[Sequence[ScoredRows]],
+    means: Sequence[float],
     replicates: np.ndarray,
     of_patients: np.ndarray,
-) -> SampleSize:
-    """What telling two settings apart takes, if their difference is the one seen.
+    pairs: Sequence[tuple[int, int]],
+) -> list[SampleSize]:
+    """What telling two settings apart takes, if their difference is the one seen, of each pair.
 
     The difference's variance is that of patients, which falls as their number grows, and that of
     seeds, which does not. By the former's square root law first; where that asks for more patients
-    than there are, up to _LARGEST times as many, so many are resampled, and the result is mended by
-    how often their interval leaves out zero.
+    than there are, up to _LARGEST times as many, about so many are resampled, and the result is
+    mended by how often their interval leaves out zero.
 
     Args:
-        one, other: rows of each seed of two settings, the same rows throughout.
-        difference: of their mean AUCs.
-        replicates: of the difference, of patients and seeds, [R]. of_patients: of patients alone.
+        rows: of each of S settings its seeds, the same rows throughout. means: their AUCs.
+        replicates: AUC in each resample of patients and seeds, [S, R]. of_patients: of patients
+            alone, [S, R].
+        pairs: numbers of settings.
     """
-    groups = one[0].group_count
-    variance = float(np.nanvar(of_patients, ddof=1))
-    of_seeds = max(0.0, float(np.nanvar(replicates, ddof=1)) - variance)
-    patients = _needed(difference, variance * groups, of_seeds)
-    is_resampled = groups < patients <= _LARGEST * groups
-    if is_resampled:
-        size = math.ceil(patients)
-        power = _resampled_power(one, other, size, of_seeds)
-        # The variance of one patient with which so many have this power.
+    first = rows[0][0]
+    groups, found = first.group_count, {}
+    at_size: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for one, other in pairs:
+        of_pair = of_patients[one] - of_patients[other]
+        variance = float(np.nanvar(of_pair, ddof=1))
+        both = float(np.nanvar(replicates[one] - replicates[other], ddof=1))
+        pair = _Pair(abs(means[one] - means[other]), variance, max(0.0, both - variance))
+        found[one, other] = pair
+        patients = pair.patients(variance * groups)
+        if groups < patients <= _LARGEST * groups:
+            at_size[_size_near(patients, groups)].append((one, other))
+    mended = {}
+    for size, of_size in at_size.items():
+        for numbers, per_patient in _resampled(rows, size, {n: found[n] for n in of_size}):
+            mended[numbers] = per_patient
+    result = []
+    for numbers in pairs:
+        pair = found[numbers]
+        patients = pair.patients(mended.get(numbers, pair.variance * groups))
+        smallest = _DISTANCE * math.sqrt(pair.variance + pair.of_seeds)
+        if not math.isfinite(patients):
+            result.append(SampleSize(None, None, False, smallest))
+            continue
+        count = max(MIN_GROUPS, math.ceil(patients))
+        positives = math.ceil(count * first.positive_count / groups)
+        result.append(SampleSize(count, positives, numbers in mended, smallest))
+    return result
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """difference: of two settings, 0 or more. variance: of it, of the patients at hand; of_seeds:
+    what the draws of seeds add."""
+
+    difference: float
+    variance: float
+    of_seeds: float
+
+    def patients(self, per_patient: float) -> float:
+        """How many it takes, from the variance of the difference of one patient."""
+        left = (self.difference / _DISTANCE) ** 2 - self.of_seeds
+        return per_patient / left if left > 0 else math.inf
+
+
+def _size_near(patients: float, groups: int) -> int:
+    """The nearest of a few sizes between 1 and _LARGEST times as many as there are: pairs share
+    their resamples."""
+    step = round(_SIZES * math.log(patients / groups, _LARGEST))
+    times: float = _LARGEST ** (max(1, step) / _SIZES)
+    return math.ceil(groups * times)
+
+
+def _resampled(
+    rows: Sequence[Sequence[ScoredRows]], size: int, pairs: Mapping[tuple[int, int], _Pair]
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """Pairs, and of each the variance of one patient with which so many have the power that they
+    have in resamples; without those that have none."""
+    counts = draw_counts(rows[0][0].group_count, _RESAMPLES, size=size)
+    numbers = sorted({n for pair in pairs for n in pair})
+    runs = [(n, scored) for n in numbers for scored in rows[n]]
+    with ThreadPoolExecutor(available_cores()) as threads:
+        areas = list(threads.map(lambda run: bootstrap_auc(run[1], counts), runs))
+    mean = {
+        n: np.mean([a for (m, _), a in zip(runs, areas, strict=True) if m == n], axis=0)
+        for n in numbers
+    }
+    luck = np.random.default_rng(0).normal(size=_RESAMPLES)
+    for (one, other), pair in pairs.items():
+        differences = mean[one] - mean[other]
+        error = math.sqrt(float(np.nanvar(differences, ddof=1)) + pair.of_seeds)
+        drawn = differences + math.sqrt(pair.of_seeds) * luck
+        power = float(np.mean(np.abs(drawn) > _LIMIT * error))
         distance = _LIMIT + _NORMAL.inv_cdf(min(max(power, 0.01), 0.99))
-        mended = size * ((difference / distance) ** 2 - of_seeds) if distance > 0 else 0.0
-        patients = _needed(difference, mended, of_seeds) if mended > 0 else patients
-    smallest = _DISTANCE * math.sqrt(variance + of_seeds)
-    if not math.isfinite(patients):
-        return SampleSize(None, None, False, smallest)
-    count = max(MIN_GROUPS, math.ceil(patients))
-    positives = math.ceil(count * one[0].positive_count / groups)
-    return SampleSize(count, positives, is_resampled, smallest)
-
-
-def _needed(difference: float, per_patient: float, of_seeds: float) -> float:
-    """Patients, from the variance of a difference of one patient, and that of seeds."""
-    left = (difference / _DISTANCE) ** 2 - of_seeds
-    return per_patient / left if left > 0 else math.inf
-
-
-def _resampled_power(
-    one: Sequence[ScoredRows], other: Sequence[ScoredRows], size: int, of_seeds: float
-) -> float:
-    """In which share of resamples of so many patients two settings are told apart."""
-    counts = draw_counts(one[0].group_count, _RESAMPLES, size=size)
-    first, second = (np.mean([bootstrap_auc(r, counts) for r in rows], 0) for rows in (one, other))
-    seeds = np.random.default_rng(0).normal(0, math.sqrt(of_seeds), _RESAMPLES)
-    differences = first - second
-    error = math.sqrt(float(np.nanvar(differences, ddof=1)) + of_seeds)
-    return float(np.mean(np.abs(differences + seeds) > _LIMIT * error))
+        if distance > 0:
+            per_patient = size * ((pair.difference / distance) ** 2 - pair.of_seeds)
+            if per_patient > 0:
+                yield (one, other), per_patient
 
 
 def assumed_patients(

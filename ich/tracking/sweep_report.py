@@ -29,9 +29,10 @@ def copy_report(store: MlflowStore, run_id: str, sweep: SweepPaths) -> None:
     """Copies tables, figures and pages; the verdict becomes the run's description."""
     record = sweep.read_record()
     data_reports = [sweep.data(key) for key in record.cohorts]
-    tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics, sweep.subgroups, sweep.context)
+    tables = (sweep.csv, sweep.markdown, sweep.latex, sweep.metrics)
+    further = (sweep.pairs, sweep.subgroups, sweep.context)
     texts = (sweep.page, sweep.text, sweep.checklist)
-    for path in (*tables, *texts, sweep.record, sweep.figures, *data_reports):
+    for path in (*tables, *further, *texts, sweep.record, sweep.figures, *data_reports):
         if path.exists():
             store.log_artifact(run_id, path)
     # Once more where they are seen first; links of the page lead on from its other copy alone.

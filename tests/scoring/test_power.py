@@ -7,16 +7,17 @@ import pytest
 from made_up import binormal
 
 from ich.scoring.metrics import auc
-from ich.scoring.power import SampleSize, assumed_patients, sample_size
+from ich.scoring.power import SampleSize, assumed_patients, sample_sizes
 from ich.scoring.uncertainty import Interval, ScoredRows, bootstrap_auc, draw_counts
 
 
 def sized(one: ScoredRows, other: ScoredRows, noise: float = 0.0) -> SampleSize:
     counts = draw_counts(one.group_count, 400)
-    of_patients = bootstrap_auc(one, counts) - bootstrap_auc(other, counts)
+    of_patients = np.stack([bootstrap_auc(r, counts) for r in (one, other)])
     means = [auc(r.logits[:, 0], r.target[:, 0]) for r in (one, other)]
-    replicates = of_patients + np.random.default_rng(0).normal(0, noise, 400)
-    return sample_size([one], [other], means[0] - means[1], replicates, of_patients)
+    replicates = of_patients + [[0], [1]] * np.random.default_rng(0).normal(0, noise, 400)
+    (size,) = sample_sizes([[one], [other]], means, replicates, of_patients, [(0, 1)])
+    return size
 
 
 def told_apart(aucs: list[float], patients: int, cohorts: int) -> float:

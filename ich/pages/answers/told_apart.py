@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ich.pages.answers.pairs import pair_blocks
+from ich.pages.answers.words import probability, some_names
 from ich.pages.description import describe_verdicts, interval_text
 from ich.pages.figures import Plot, save_plot, subplots
 from ich.pages.page import Block, Bullets, Picture, Table
@@ -23,8 +25,8 @@ _LONGEST = 60  # letters of a name
 
 
 def told_apart(comparison: Comparison, folder: Path) -> Iterator[Block]:
-    """The conclusions, a table of every setting against the best, and the chance of each rank, of
-    each set of rows; the figure goes to `folder` too."""
+    """The conclusions, every setting against the best and against every other, and the chance of
+    each rank, of each set of rows; the figure goes to `folder` too."""
     several = len(comparison.evaluation_sets) > 1
     for number, rows in enumerate(comparison.evaluation_sets):
         where = f"On the rows of {rows.name}: " if several else ""
@@ -33,6 +35,7 @@ def told_apart(comparison: Comparison, folder: Path) -> Iterator[Block]:
         compared = [s for s in rows.settings if s.against_best]
         if len(compared) > 1:
             yield _against_best(compared, where)
+            yield from pair_blocks(rows, where)
             # Named after the table's, in a report that has several.
             yield _draw_ranks(
                 compared, f"ranks-{number + 1}" if several else "ranks", where, folder
@@ -61,15 +64,15 @@ def _conclusions(rows: EvaluationSet, where: str, margin: float) -> Iterator[str
         if names := [
             g.name for g in others if g.against_best and g.against_best.verdict == verdict
         ]:
-            yield f"{text}: {', '.join(names)}."
+            yield f"{text}: {some_names(names)}."
     yield f"{describe_verdicts(margin)} The best was picked for its score, which flatters it."
     same = [g.name for g in others if g.differs_from_best is False]
     worse = [g.name for g in others if g.differs_from_best]
     alone = "By each comparison alone, of which one in twenty errs at 95 %"
     if same:
-        yield f"{alone}, not distinguishable from it (\u2248): {', '.join(same)}."
+        yield f"{alone}, not distinguishable from it (\u2248): {some_names(same)}."
     if worse:
-        yield f"{alone}, lower: {', '.join(worse)}."
+        yield f"{alone}, lower: {some_names(worse)}."
 
 
 def _together(ensemble: EnsembleResult, rows: EvaluationSet) -> str:
@@ -97,8 +100,8 @@ def _against_best(settings: Sequence[SettingResult], where: str) -> Table:
                 "setting": setting.name,
                 "verdict": against.verdict,
                 "90 % interval": interval_text(against.interval, "+.4f"),
-                "p": _probability(against.p),
-                "p, corrected": _probability(against.p_holm),
+                "p": probability(against.p),
+                "p, corrected": probability(against.p_holm),
                 "chance of being the best": f"{against.chance_best:.1%}",
             }
         )
@@ -108,10 +111,6 @@ def _against_best(settings: Sequence[SettingResult], where: str) -> Table:
         f"it is the best itself."
     )
     return Table(caption, pd.DataFrame(lines))
-
-
-def _probability(p: float) -> str:
-    return "" if np.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 # --- How sure the order is -----------------------------------------------------------------------

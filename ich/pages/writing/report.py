@@ -8,6 +8,7 @@ import numpy as np
 
 from ich.base.files import write_text
 from ich.base.results import SweepPaths
+from ich.pages.answers.words import some_names
 from ich.pages.description import describe_verdicts, interval_text
 from ich.pages.page import render
 from ich.pages.writing.answers import methods
@@ -80,7 +81,7 @@ def _verdict(rows: EvaluationSet, margin: float) -> str:
     ):
         names = [s.name for s in others if s.against_best and s.against_best.verdict == word]
         if names:
-            parts.append(f"{meaning}: {', '.join(names)}")
+            parts.append(f"{meaning}: {some_names(names)}")
     return f"{'; '.join([text, *parts])}."
 
 

@@ -1,0 +1,21 @@
+"""Numbers and lists as the answers write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_NAMED = 5  # of many, as many as a sentence bears
+
+
+def probability(p: float) -> str:
+    """With four decimals; empty where there is none."""
+    return "" if np.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def some_names(names: Sequence[str]) -> str:
+    """`a, b` of few; of more, how many and the first five."""
+    if len(names) <= _NAMED:
+        return ", ".join(names)
+    return f"{len(names)} settings ({', '.join(names[:_NAMED])} and {len(names) - _NAMED} more)"
