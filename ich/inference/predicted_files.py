@@ -31,7 +31,7 @@ from ich.inference.session import (
     read_and_predict,
     read_shown,
 )
-from ich.inference.study import apply_head, find_sequences
+from ich.inference.study import StudyHeads
 
 _SLICES_PER_START = 200  # a process takes about as long to start as this many to decode
 _KILLED = (
@@ -48,7 +48,6 @@ class PredictedFiles:
     logits: float32 [N, M, L], of M members; NaN for a file that was refused. reasons: of those.
     study, series: keys, empty where a file names none. position: float64 [N], mm, NaN if unknown.
     around: int64 [N, P], what the networks saw of each: itself, or with those before and after it.
-    features: of each member what its head over studies needs, float16 [N, F], none without one.
     in_study: bool [N], whose logits are of a head, with the study in view.
     """
 
@@ -58,7 +57,6 @@ class PredictedFiles:
     series: list[str]
     position: np.ndarray
     around: np.ndarray
-    features: list[np.ndarray]
     in_study: np.ndarray
 
     @staticmethod
@@ -72,7 +70,6 @@ class PredictedFiles:
             series=[""] * count,
             position=np.full(count, np.nan),
             around=np.stack([np.arange(count)] * ensemble.slices, 1),
-            features=[np.zeros((count, m.network.features), np.float16) for m in ensemble.members],
             in_study=np.zeros(count, bool),
         )
 
@@ -102,8 +99,6 @@ class PredictedFiles:
             # A NaN is above no threshold: the file would count as without a finding.
             if np.isfinite(outputs).all():
                 self.logits[file.number] = outputs[:, :labels]
-                for features, output in zip(self.features, outputs, strict=True):
-                    features[file.number] = output[labels:][: features.shape[1]]
             else:
                 self.reasons[file.number] = _NOT_FINITE
 
@@ -119,7 +114,8 @@ def predict_files(
     places: pd.DataFrame | None = None,
 ) -> PredictedFiles:
     """Decodes files by all cores and predicts them, batch by batch; holds a few batches at a time,
-    and for heads over studies the features of every slice, 2 to 4 KB.
+    and for heads the features, 2 to 4 KB a slice, of series that are being read: where a network
+    sees more than a slice, headers are read first, and the files of a series follow one another.
 
     A converted network computes where its files are decoded. Batches are made of neighbouring
     files, so that the result does not depend on who is faster.
@@ -140,34 +136,50 @@ def predict_files(
     count = len(inputs)
     predicted = PredictedFiles.of_none(count, ensemble)
     processes = worker_count(workers, count, _SLICES_PER_START)
-    if ensemble.slices > 1 and places is None:
+    if places is None and (ensemble.slices > 1 or ensemble.has_head):
         places = read_places(inputs, key, workers)
-    unread, done = set(range(count)), 0
+    heads = _heads(ensemble, predicted, places)
+    unread = set(range(count))
     if count:
-        progress(done, count)
+        progress(0, count)
     try:
-        for batches in _rounds(ensemble, inputs, predicted, places, batch_size):
+        for batches in _rounds(ensemble, inputs, predicted, places, heads, batch_size):
             for batch in _predict_batches(ensemble, batches, processes, tta):
                 predicted.add(batch, key)
+                if heads:
+                    heads.add(batch)
                 # By number, for batches come back in any order.
                 unread.difference_update(result.file.number for result in batch)
-                done = min(count, done + len(batch))
-                progress(done, count)
+                progress(count - len(unread), count)
     except BrokenProcessPool:
         # What came back stands. Which file of the others killed the process is not known here.
         predicted.reasons.update(dict.fromkeys(unread, _KILLED))
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory at {batch_size} slices at a time: {str(error).splitlines()[0]} "
-            f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on "
-            f"the CPU (--device cpu, device=cpu)."
-        ) from None
+        raise UserError(_out_of_memory(error, batch_size)) from None
     finally:
         # This process decoded and predicted among the others, and has sessions of its own.
         open_session.cache_clear()  # who goes on needs the networks no longer
-    if ensemble.has_head:
-        _see_studies(ensemble, predicted, places)
+    if heads:
+        heads.finish()
     return predicted
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, batch_size: int) -> str:
+    return (
+        f"out of GPU memory at {batch_size} slices at a time: {str(error).splitlines()[0]} "
+        f"Lower the batch size (--batch-size, or batch_size for ich.evaluate), or compute on the "
+        f"CPU (--device cpu, device=cpu)."
+    )
+
+
+def _heads(
+    ensemble: Ensemble, predicted: PredictedFiles, places: pd.DataFrame | None
+) -> StudyHeads | None:
+    if not ensemble.has_head:
+        return None
+    assert places is not None
+    members = [m.network.head for m in ensemble.members]
+    return StudyHeads(members, places, predicted.logits, predicted.in_study)
 
 
 def _rounds(
@@ -175,21 +187,27 @@ def _rounds(
     inputs: Inputs,
     predicted: PredictedFiles,
     places: pd.DataFrame | None,
+    heads: StudyHeads | None,
     batch_size: int,
 ) -> Iterator[Iterator[ShownFiles]]:
     """What to predict, in batches. A second time where a neighbour could not be read: as in
     training, the next one is seen in its place."""
-    if places is None or ensemble.slices == 1:
+    if places is None:
         requests = inputs.batches(batch_size, ensemble.sizes)
         yield (ShownFiles([r], [(n,) for n in r.numbers]) for r in requests)
         return
     around, sequence = surround(places, np.ones(len(places), bool))
+    if ensemble.slices == 1:
+        yield _surrounded(inputs, predicted.around, sequence, ensemble.sizes, batch_size)
+        return
     predicted.around[:] = around
     yield _surrounded(inputs, around, sequence, ensemble.sizes, batch_size)
     is_usable = np.isin(np.arange(len(places)), predicted.numbers)
     mended, sequence = surround(places, is_usable)
     changed = is_usable & (mended != around).any(1)
     predicted.around[:] = mended
+    if heads:
+        changed = heads.again(changed, is_usable)
     if changed.any():
         yield _surrounded(inputs, mended, sequence[changed[sequence]], ensemble.sizes, batch_size)
 
@@ -206,23 +224,6 @@ def _surrounded(
         shown = around[numbers[start : start + batch_size]]
         needed = inputs.requests(np.unique(shown).tolist(), sizes)
         yield ShownFiles(list(needed), [tuple(row) for row in shown.tolist()])
-
-
-def _see_studies(
-    ensemble: Ensemble, predicted: PredictedFiles, places: pd.DataFrame | None
-) -> None:
-    """Once all files are predicted by themselves, gives members' heads the series they make up."""
-    if places is None:
-        owner = {"study": predicted.study, "series": predicted.series}
-        places = pd.DataFrame(owner | {"position": predicted.position})
-    is_predicted = np.isin(np.arange(len(places)), predicted.numbers)
-    if (sequences := find_sequences(places, is_predicted)) is None:
-        return
-    predicted.in_study[sequences.rows] = True
-    for number, member in enumerate(ensemble.members):
-        if member.network.head:
-            logits = predicted.logits[:, number]  # a view
-            apply_head(member.network.head, predicted.features[number], logits, sequences)
 
 
 def _predict_batches(
