@@ -64,17 +64,8 @@ def bench_tests(settings: Settings, folder: Path) -> Iterator[PartResult]:
     if not tests.exists():
         raise FileNotFoundError("there are no tests: they are in a checkout alone")
     files = [tests / name for name in _GPU_TESTS]
-    own = [
-        "-q",
-        "-m",
-        "not faults",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "default",
-        "--basetemp",
-        folder / "pytest",
-    ]
+    own: list[object] = ["-q", "-m", "not faults", "-p", "no:cacheprovider", "-W", "default"]
+    own += ["--basetemp", folder / "pytest"]
     if importlib.util.find_spec("xdist"):
         own += ["-n", min(4, available_cores())]
     status, said = _run(settings, "pytest", *own, *files)
