@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -38,11 +38,15 @@ class Folder:
         self.sweep = SweepPaths(root / "multirun_reports" / "s")
 
     def start(
-        self, seeds: int, *overrides: str, sabotage: Mapping[int, tuple[str, float]] = {}
+        self,
+        seeds: int | Sequence[int],
+        *overrides: str,
+        sabotage: Mapping[int, tuple[str, float]] = {},
     ) -> subprocess.Popen[str]:
+        seeds = range(seeds) if isinstance(seeds, int) else seeds
         env = saboteur({self.job(seed): fault for seed, fault in sabotage.items()})
         env["ICH_TEST"] = str(self.root)  # by which its processes are found
-        swept = ("name=s", "model=mobilenet_v2", "seed=" + ",".join(map(str, range(seeds))))
+        swept = ("name=s", "model=mobilenet_v2", "seed=" + ",".join(map(str, seeds)))
         own = (*swept, self.data, *SMALL, *self.launcher, *overrides)
         return start_module("sweep", "-m", *own, cwd=self.root, env=env)
 
