@@ -251,7 +251,8 @@ def test_what_cannot_be_compiled_says_why_and_is_not(
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_training_goes_on_to_the_bit(small: Callable[..., Config]) -> None:
     """Also where its epochs have a smaller last batch, after which other code could run."""
-    config = small("train.batch_size=8")
+    # One of timm's for tests: to compile MobileNetV2 takes a minute.
+    config = small("train.batch_size=8", "model.timm=test_efficientnet.r160_in1k")
     mode = ComputeMode("fp32", "channels_last", compiled=True)
     random = random_dataset(config, 3)
     columns = {k: v[:19] for k, v in vars(random.train).items() if v is not None}
