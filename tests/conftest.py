@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from sweeps import SMALL, Folder
 
 from ich.base.config import CONF_DIR, Config, register_schemas, to_dataclass
+from ich.base.files import lock
 from ich.data.phantom.files import write_phantom
 from ich.data.phantom.spec import PhantomSpec
 from ich.launch.composing import register_resolvers
@@ -32,6 +33,8 @@ from ich.launch.composing import register_resolvers
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ICH_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
 
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 # Files that take longest, by `make check` on two cores: a worker that meets one of them last works
 # on alone.
@@ -45,10 +48,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Gives a folder by its name; the first of the workers that asks for it makes what is in it.
+
+    So nothing there is changed afterwards.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place, made = base / name, base / f".{name}.made"
+        with lock(base / f".{name}.lock"):
+            if not made.exists():
+                place.mkdir(exist_ok=True)
+                make(place)
+                made.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom(made_once: MadeOnce) -> Path:
     """Eight patients at 64 x 64, in the RSNA layout; the path has a space and a quote in it."""
-    out = tmp_path_factory.mktemp("data set") / "it's a phantom"
-    return write_phantom(out, PhantomSpec(patients=8, seed=1, size=64), workers=1)
+    name, spec = "it's a phantom", PhantomSpec(patients=8, seed=1, size=64)
+    return made_once("data set", lambda out: write_phantom(out / name, spec, workers=1)) / name
 
 
 @pytest.fixture(scope="session")
@@ -66,23 +91,27 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def database(made_once: MadeOnce) -> Path:
     """An empty MLflow database, to be copied: MLflow takes seconds to make the tables of one."""
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+
+    def make(out: Path) -> None:
+        MlflowClient(f"sqlite:///{out / 'mlflow.db'}").search_experiments()
+
+    return made_once("database", make) / "mlflow.db"
 
 
 @pytest.fixture(scope="session")
-def trained(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(phantom: Path, made_once: MadeOnce) -> Path:
     """A project folder with a finished sweep of two seeds, `multirun_reports/s`, and its MLflow
     database. Two epochs at 32 pixels, slices decoded at 48."""
-    root = tmp_path_factory.mktemp("trained")
-    swept = ("-m", "name=s", "model=mobilenet_v2", "seed=0,1", f'data.root="{phantom}"')
-    own = ("data.cache_size=48", "train.epochs=2", "data.subset=1.0")
-    done = run_module("sweep", *swept, *SMALL, *own, cwd=root)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return root
+
+    def make(out: Path) -> None:
+        swept = ("-m", "name=s", "model=mobilenet_v2", "seed=0,1", f'data.root="{phantom}"')
+        own = ("data.cache_size=48", "train.epochs=2", "data.subset=1.0")
+        done = run_module("sweep", *swept, *SMALL, *own, cwd=out)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return made_once("trained", make)
 
 
 @pytest.fixture
