@@ -1,27 +1,23 @@
 """The hook by which Hydra finds our launchers: it takes launchers of this namespace only."""
 
-from ich.launch.clusters import RayLauncher as _RayLauncher
-from ich.launch.clusters import SlurmLauncher as _SlurmLauncher
-from ich.launch.launcher import CheckedLauncher as _CheckedLauncher
-from ich.launch.launcher import LocalLauncher as _LocalLauncher
-from ich.launch.launcher import PlanLauncher as _PlanLauncher
+from ich.launch import clusters, launcher
 
 
-class LocalLauncher(_LocalLauncher):
+class LocalLauncher(launcher.LocalLauncher):
     """See `ich.launch.launcher.LocalLauncher`."""
 
 
-class RayLauncher(_RayLauncher):
+class RayLauncher(clusters.RayLauncher):
     """See `ich.launch.clusters.RayLauncher`."""
 
 
-class SlurmLauncher(_SlurmLauncher):
+class SlurmLauncher(clusters.SlurmLauncher):
     """See `ich.launch.clusters.SlurmLauncher`."""
 
 
-class CheckedLauncher(_CheckedLauncher):
+class CheckedLauncher(launcher.CheckedLauncher):
     """See `ich.launch.launcher.CheckedLauncher`."""
 
 
-class PlanLauncher(_PlanLauncher):
+class PlanLauncher(launcher.PlanLauncher):
     """See `ich.launch.launcher.PlanLauncher`."""

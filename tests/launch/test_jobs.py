@@ -32,7 +32,7 @@ from ich.base.records import (
 )
 from ich.base.results import RunPaths, State, SweepPaths
 from ich.base.terminal import Board
-from ich.launch.jobs import Slot, describe_exit, run_in_slots, run_job
+from ich.launch.jobs import Slot, run_in_slots, run_job
 from ich.launch.steps import train
 
 ORIGIN = Origin(cohort="c", weights="random", code="x")
@@ -115,12 +115,6 @@ def test_however_a_child_ends_there_is_a_result(
     assert not run.progress.exists()
 
 
-def test_every_exit_has_words() -> None:
-    assert describe_exit(1) == "exited with code 1 without a result"
-    assert describe_exit(-signal.SIGKILL) == "ended by SIGKILL (out of memory?)"
-    assert describe_exit(-40) == "ended by signal 40"
-
-
 def test_a_child_that_hangs_is_ended_at_its_time_limit(config: Config, run: RunPaths) -> None:
     """The limit is the reason, also where the child still wrote that it was told to end."""
     config.sweep.time_limit = 0.01
@@ -151,11 +145,8 @@ def test_a_child_that_does_not_end_when_told_is_killed_with_all_it_started(
 
 
 def test_what_a_child_leaves_behind_ends_with_it(config: Config, run: RunPaths) -> None:
-    worker = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])"
-    ended = run_job(
-        config, run, ORIGIN, None, quiet, place("ready(os.getpid())", worker, "finish()")
-    )
-    assert ended.is_finished
+    leaves = place("ready(os.getpid())", WORKER, "finish()")
+    assert run_job(config, run, ORIGIN, None, quiet, leaves).is_finished
     wait_for(lambda: not alive(process_of(run)), 10)
 
 
