@@ -21,6 +21,7 @@ from ich.scoring.comparison import (
     Run,
     SettingResult,
 )
+from ich.scoring.ensembles import EnsembleResult
 from ich.scoring.equivalence import AgainstBest
 from ich.scoring.findings import REPORT_TABLE_2
 from ich.scoring.metrics import ANY
@@ -363,14 +364,21 @@ def best_cells(table: pd.DataFrame) -> set[tuple[int, str]]:
 
 
 def metrics_table(comparison: Comparison) -> pd.DataFrame:
-    """Every metric of every setting: `setting, seeds, rows, level, metric, value, sd, low, high`.
+    """Every metric of every setting and ensemble: `setting, seeds, rows, level, metric, value, sd,
+    low, high`.
 
     `rows` tells which were scored on the same rows, `level` is slice or study, `value` the mean
-    over seeds and `sd` its standard deviation; `low` and `high` are the 95 % interval.
+    over seeds and `sd` its standard deviation; `low` and `high` are the 95 % interval. An ensemble
+    has no seeds.
     """
     names = ["setting", "seeds", "rows", "level", "metric", "value", "sd", "low", "high"]
-    lines = [line for s in comparison.settings for line in _metric_lines(s)]
-    return pd.DataFrame(lines, columns=names)
+    lines: list[tuple[object, ...]] = []
+    for rows in comparison.evaluation_sets:
+        for setting in rows.settings:
+            lines += _metric_lines(setting)
+        for ensemble in rows.ensembles:
+            lines += _ensemble_lines(ensemble, rows.fingerprint)
+    return pd.DataFrame(lines, columns=names).astype({"seeds": "Int64"})
 
 
 def _metric_lines(setting: SettingResult) -> Iterator[tuple[object, ...]]:
@@ -383,3 +391,11 @@ def _metric_lines(setting: SettingResult) -> Iterator[tuple[object, ...]]:
     for metric in predictions.study_metrics:
         interval, mean = setting.interval(f"study_{metric}"), setting.mean(metric, study=True)
         yield *about, "study", metric, mean, float("nan"), interval.low, interval.high
+
+
+def _ensemble_lines(ensemble: EnsembleResult, rows: str) -> Iterator[tuple[object, ...]]:
+    for key, value in ensemble.predictions.every_metric.items():
+        level = "study" if key.startswith("study_") else "slice"
+        interval = ensemble.interval(key)
+        about = (ensemble.name, None, rows, level, key.removeprefix("study_"))
+        yield *about, value, float("nan"), interval.low, interval.high

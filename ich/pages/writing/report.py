@@ -19,6 +19,7 @@ from ich.scoring.comparison import (
     EvaluationSet,
     SettingResult,
 )
+from ich.scoring.ensembles import EnsembleResult
 from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
 
 COLUMNS = (
@@ -35,7 +36,10 @@ def write_report(comparison: Comparison, paths: SweepPaths, has_page: bool) -> N
         paths: the folder of the sweep, or of the report on several.
         has_page: whether figures and `report.html` are made too.
     """
-    rows = [setting_cells(s) for compared in comparison.evaluation_sets for s in _ranked(compared)]
+    rows = []
+    for compared in comparison.evaluation_sets:
+        rows += [setting_cells(s) for s in _ranked(compared)]
+        rows += [ensemble_cells(e, compared) for e in compared.ensembles]
     text = render(
         "report.md.j2",
         {},
@@ -100,8 +104,25 @@ def setting_cells(setting: SettingResult) -> Sequence[str]:
     )
 
 
+def ensemble_cells(ensemble: EnsembleResult, rows: EvaluationSet) -> Sequence[str]:
+    """An ensemble's row, under `COLUMNS`; its costs are those of all its members."""
+    metrics = ensemble.predictions.metrics
+    fits = [r.fit for s in rows.settings for r in s.runs if r.name in ensemble.members]
+    return (
+        f"{ensemble.name} ({len(ensemble.members)})",
+        "",
+        f"{metrics[RANKING_METRIC]:.3f}",
+        interval_text(ensemble.interval(RANKING_METRIC)),
+        "",
+        f"{metrics['accuracy']:.3f}",
+        f"{sum(fit.params for fit in fits) / 1e6:.1f}",
+        f"{sum(fit.minutes for fit in fits):.1f}",
+    )
+
+
 # --- LaTeX ---------------------------------------------------------------------------------------
 
+_OF_A_PAGE = 40  # rows; a longer table goes on on the next one
 # Of TeX's special characters (The TeXbook, chapter 7) what prints each.
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -117,8 +138,8 @@ def tex(text: str) -> str:
 
 
 def write_latex(comparison: Comparison, paths: SweepPaths, heading: Sequence[str]) -> None:
-    """Writes `comparison.tex`: a booktabs table, a row per setting, and what answering "no bleed"
-    to everything scores.
+    """Writes `comparison.tex`: a booktabs table, a row per setting and ensemble, and what answering
+    "no bleed" to everything scores.
 
     Args:
         comparison: the runs.
@@ -131,9 +152,13 @@ def write_latex(comparison: Comparison, paths: SweepPaths, heading: Sequence[str
         numbers = {"AUC": f"{scores[RANKING_METRIC]:.3f}", "accuracy": f"{scores['accuracy']:.3f}"}
         baseline = [BASELINE, *(numbers.get(column, "") for column in COLUMNS[1:])]
         rows = [setting_cells(s) for s in _ranked(compared)]
-        groups.append({"settings": rows, "baseline": baseline})
+        together = [ensemble_cells(e, compared) for e in compared.ensembles]
+        groups.append({"settings": rows, "others": [*together, baseline]})
     lines = [" ".join(text.split()) for text in heading]
-    values = {"heading": lines, "columns": COLUMNS, "groups": groups}
+    count = sum(len(rows) for group in groups for rows in group.values())
+    table = "tabular" if count <= _OF_A_PAGE else "longtable"
+    values = {"heading": lines, "columns": COLUMNS, "groups": groups, "table": table}
+    values["packages"] = r"\usepackage{booktabs" + (",longtable}" if table == "longtable" else "}")
     write_text(paths.latex, render("comparison.tex.j2", {"tex": tex}, **values))
 
 

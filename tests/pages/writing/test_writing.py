@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from made_up import write_sweep
 
@@ -35,7 +36,7 @@ def test_the_report_begins_with_the_verdict_and_names_what_failed(sweep: SweepPa
     assert "(figures/forest.png)" in head
     rows = [line for line in rest.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
-        *("| xception,loss=focal", "| resnet50", "| vgg16"),
+        *("| xception,loss=focal", "| resnet50", "| vgg16", "| mean of all (3)"),
     ]
     assert "Jobs without a score: inception_v3." in rest
     assert "2,000" not in rest
@@ -84,8 +85,15 @@ def test_the_latex_table_has_a_cell_for_each_column(sweep: SweepPaths) -> None:
     rows = [line for line in lines if line.endswith("\\\\")]
     assert {line.count(" & ") for line in rows} == {len(COLUMNS) - 1}
     assert [line.split(" & ")[0] for line in rows] == [
-        *("setting", "xception,loss=focal", "resnet50", "vgg16", "always negative"),
+        *("setting", "xception,loss=focal", "resnet50", "vgg16", "mean of all (3)"),
+        "always negative",
     ]
+    table = pd.read_csv(sweep.csv).set_index("model")
+    metrics = pd.read_csv(sweep.metrics).set_index(["setting", "level", "metric"])
+    value = metrics["value"]["mean of all", "slice", "auc"]
+    assert value == table["auc"]["mean of all"]
+    assert f"& {value:.3f} &" in rows[4]
+    assert ("mean of all", "study", "auc") in metrics.index
     for rule in ("toprule", "bottomrule"):
         assert lines.count(f"\\{rule}") == 1
     assert lines.count("\\midrule") == 2
