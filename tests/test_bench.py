@@ -22,7 +22,13 @@ from ich.bench import main
 from ich.benchmarks import trainings
 from ich.benchmarks.commands import bench_tests
 from ich.benchmarks.jobs import bench_slots
-from ich.benchmarks.measure import InTurn, PartResult, compare_rates, geometric_mean
+from ich.benchmarks.measure import (
+    InTurn,
+    PartResult,
+    compare_rates,
+    compose_job,
+    geometric_mean,
+)
 from ich.benchmarks.parts import PartError, in_own_process, measure_parts
 from ich.benchmarks.published import beside_published, projection
 from ich.benchmarks.report import ReportWriter
@@ -109,6 +115,10 @@ def test_a_part_saves_its_ratios(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("ich.benchmarks.jobs._COHORTS", (40, 80))
+    if part == "busy":  # four trainings, two of them beside a process that never rests
+        monkeypatch.setattr(
+            "ich.benchmarks.jobs.compose_job", lambda *own: compose_job(*own, "data.subset=0.2")
+        )
     monkeypatch.setattr("ich.benchmarks.predictions.RESAMPLES", 50)
     monkeypatch.setattr(trainings, "REPORT", {"train": 70, "val": 40, "epochs": 10})
     (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
