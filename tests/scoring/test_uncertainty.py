@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from ich.data.phantom.spec import LABELS
-from ich.scoring.metrics import all_metrics
-from ich.scoring.uncertainty import Interval, ScoredRows, bootstrap, draw_counts, group_rows
+from ich.scoring.metrics import all_metrics, auc
+from ich.scoring.uncertainty import (
+    Interval,
+    ScoredRows,
+    bootstrap,
+    bootstrap_auc,
+    draw_counts,
+    group_rows,
+)
 
 
 def scored(rows: int = 120, groups: int = 15, ties: bool = True, noise: float = 1.0) -> ScoredRows:
@@ -100,3 +107,32 @@ def test_rows_of_unknown_patients_are_drawn_by_image() -> None:
     assert what == "patients"
     assert group[0] == group[1] != group[2]
     assert sorted(set(group)) == [0, 1, 2]
+
+
+def clustered(rng: np.random.Generator, patients: int, slices: int = 8) -> ScoredRows:
+    """Slices of a patient are alike: in what they show, and in how far a network errs on them."""
+    bleeds = rng.random((patients, 1)) < 0.5
+    target = (bleeds & (rng.random((patients, slices)) < 0.6)).astype(float)
+    of_patient, own = rng.normal(size=(patients, 1)), rng.normal(size=(patients, slices))
+    logits = 1.5 * target + 0.8 * of_patient + 0.6 * own
+    group = np.repeat(np.arange(patients), slices)
+    return ScoredRows(("x",), target.reshape(-1, 1), logits.reshape(-1, 1), group)
+
+
+@pytest.mark.faults
+def test_the_interval_over_patients_holds_the_truth_as_it_says_and_one_over_slices_does_not() -> (
+    None
+):
+    """95 % of 1,000, within two and a half standard errors of a share of so many."""
+    rng, inside = np.random.default_rng(11), np.zeros(2, int)
+    large = clustered(rng, 100_000)
+    truth = auc(large.logits[:, 0], large.target[:, 0])
+    for _ in range(1000):
+        rows = clustered(rng, 150)
+        alone = ScoredRows(rows.labels, rows.target, rows.logits, np.arange(len(rows.group)))
+        for i, drawn in enumerate((rows, alone)):
+            counts = draw_counts(drawn.group_count, 300, int(rng.integers(1 << 30)))
+            interval = Interval.of(bootstrap_auc(drawn, counts))
+            inside[i] += interval.low <= truth <= interval.high
+    assert 933 <= inside[0] <= 967
+    assert inside[1] < 850
