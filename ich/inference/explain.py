@@ -29,6 +29,7 @@ from ich.inference.ensemble import Ensemble
 from ich.inference.gradcam import ensemble_cams, overlay
 from ich.inference.predicted_files import PredictedFiles
 from ich.inference.session import ShownFiles, ShownSlices, read_shown, see
+from ich.inference.study import slices_that_moved
 from ich.pages.page import Cell, Curve, Frame, Link, Ranking, Row, Section, Stack, Text, to_html
 from ich.pages.slices import apply_windows
 from ich.scoring.metrics import sigmoid
@@ -44,6 +45,11 @@ _WARNING = (
     "picture. It is as coarse as the network's last feature maps, and it is no outline of a bleed. "
     "Research and education only; this is no diagnosis."
 )
+_MOVED = (
+    " Below them, of each label that was found: which slices moved the head to its highest logit, "
+    "by how much that falls when a slice is replaced by the mean of its series; scaled to the most."
+)
+_LEAST_MOVED = 1e-3  # of a logit
 
 
 def check_folder(folder: Path) -> None:
@@ -147,13 +153,15 @@ def explain(
     write_text(folder / _INDEX, _index(model, studies))
     pages = []
     for study in studies:
-        frames = []
-        for frame in _frames(model, inputs, predicted, names, study, stems, folder):
+        frames: list[Frame] = []
+        outputs: dict[int, np.ndarray] = {}
+        for frame in _frames(model, inputs, predicted, names, study, stems, folder, outputs):
             frames.append(frame)
             done += 1
             progress(done, total)
         page = folder / f"{study.key}.html"
-        write_text(page, _page(model, study, frames))
+        moved = _moved(model, predicted, study, outputs)
+        write_text(page, _page(model, study, frames, moved))
         pages.append(page)
     return pages
 
@@ -213,7 +221,9 @@ def _frames(
     study: _Study,
     stems: Sequence[str],
     folder: Path,
+    outputs: dict[int, np.ndarray],
 ) -> Iterator[Frame]:
+    """Frame by frame; what heads need of a slice, float32 [M, W], goes to `outputs`."""
     sizes = (*model.sizes, _SHOWN_SIZE)
     for start in range(0, len(study.members), _AT_ONCE):
         part = study.members[start : start + _AT_ONCE]
@@ -221,6 +231,10 @@ def _frames(
         requests = list(inputs.requests(np.unique(around).tolist(), sizes))
         shown = read_shown(ShownFiles(requests, [tuple(row) for row in around.tolist()]))
         slices = {r.number: r for r in shown.files}
+        if model.has_head:
+            readable, hu = see(shown)
+            of_slices = model.outputs(hu) if readable else ()
+            outputs |= {r.number: o for r, o in zip(readable, of_slices, strict=True)}
         # Each label costs a map of every slice: only those that one of these slices has.
         positive = study.positive[start : start + _AT_ONCE].any(0)
         maps = _maps(model, shown, np.flatnonzero(positive).tolist())
@@ -275,6 +289,37 @@ def _frame(
     return Frame(title, pictures, labels)
 
 
+def _moved(
+    model: Ensemble, predicted: PredictedFiles, study: _Study, outputs: dict[int, np.ndarray]
+) -> np.ndarray:
+    """How much each slice moved the heads' highest answer in its series, float64 [N, L]: the mean
+    of the members with a head, without what spoke against a finding, by the study's most. NaN for a
+    slice that no head saw."""
+    labels = len(model.labels)
+    moved = np.full((len(study.members), labels), np.nan)
+    series: dict[str, list[int]] = {}
+    for n, number in enumerate(study.members):  # in their order
+        if predicted.in_study[number] and number in outputs:
+            series.setdefault(predicted.series[number], []).append(n)
+    for members in series.values():
+        given = np.stack([outputs[study.members[n]] for n in members])
+        position = predicted.position[[study.members[n] for n in members]]
+        place = np.unique(position, return_inverse=True)[1]
+        moved[members] = np.mean(
+            [
+                slices_that_moved(
+                    head, own[:, labels : labels + head.features], own[:, :labels], place
+                )
+                for m, own in enumerate(given.transpose(1, 0, 2))
+                if (head := model.members[m].network.head)
+            ],
+            axis=0,
+        )
+    # A fraction of a thousandth is no reason, and would be drawn as tall as one.
+    most = np.nanmax(moved, axis=0, initial=_LEAST_MOVED)
+    return np.asarray(np.maximum(moved, 0) / most)
+
+
 def _encoded(picture: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(picture).save(out, "jpeg", quality=_JPEG_QUALITY)
@@ -293,14 +338,19 @@ def _file_stems(labels: Sequence[str]) -> list[str]:
     return stems
 
 
-def _page(model: Ensemble, study: _Study, frames: list[Frame]) -> str:
+def _page(model: Ensemble, study: _Study, frames: list[Frame], moved: np.ndarray) -> str:
     margin = study.probability - _thresholds(model)
     stack = Stack(
         "Scroll with the wheel, the arrow keys or the slider; a curve leads to its slice. Dotted: "
-        "thresholds.",
+        "thresholds." + (_MOVED if model.has_head else ""),
         [
             Curve(k, study.probability[:, i].tolist(), model.thresholds[k])
             for i, k in enumerate(model.labels)
+        ]
+        + [
+            Curve(f"moved {k}", moved[:, i].tolist(), 1.0)
+            for i, k in enumerate(model.labels)
+            if study.positive[:, i].any() and not np.isnan(moved[:, i]).all()
         ],
         frames,
         # Opens at the slice that exceeds a threshold by most; NaN would count as the highest.

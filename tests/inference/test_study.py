@@ -10,7 +10,7 @@ import torch
 from ich.data.decode import ReadResult
 from ich.data.order import surround
 from ich.inference.session import PredictResult
-from ich.inference.study import StudyHeads
+from ich.inference.study import StudyHeads, slices_that_moved
 from ich.training.study.head import StudyHead
 
 LABELS, FEATURES = 3, 8
@@ -141,3 +141,25 @@ def test_what_came_back_of_a_series_is_seen_together_and_again_as_a_whole() -> N
     heads.add([result(n, outputs[n][None]) for n in (3, 0, 2)])
     expected, _ = by_a_loop(head, places, outputs, {1})
     np.testing.assert_allclose(logits[[0, 2, 3], 0], expected[[0, 2, 3]], atol=1e-4)
+
+
+def test_what_moved_a_head_is_what_it_falls_by_without_a_slice() -> None:
+    head, rng = made_up_head(FEATURES), np.random.default_rng(2)
+    features = rng.normal(size=(11, FEATURES)).astype(np.float32)
+    logits, place = rng.normal(size=(11, LABELS)).astype(np.float32), np.arange(11)
+    moved = slices_that_moved(head, features, logits, place)
+    assert moved.shape == (11, LABELS)
+
+    def answer(features: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        given = (torch.from_numpy(x)[None] for x in (features, logits, place))
+        with torch.no_grad():
+            return head(*given)[0].numpy()
+
+    before = answer(features, logits)
+    for n in range(11):
+        one, other = features.copy(), logits.copy()
+        one[n], other[n] = features.mean(0), logits.mean(0)
+        after = answer(one, other)
+        for k in range(LABELS):
+            top = before[:, k].argmax()
+            assert moved[n, k] == pytest.approx(before[top, k] - after[top, k], abs=1e-4)

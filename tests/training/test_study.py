@@ -191,7 +191,11 @@ def test_files_in_any_order_are_predicted_as_their_studies(
     paths = {path.stem: str(path) for path in files if path.stem in logits}
     random.Random(0).shuffle(files := list(paths.values()))
     common = ("--model", str(run.root), "--workers", "1", "--cache-dir", str(tmp_path))
-    assert predict_main([*files, *common, "-o", str(tmp_path / "all.csv")]) == 0
+    shown = ("--explain", str(tmp_path / "pages"), "--threshold", "any=0")
+    assert predict_main([*files, *common, "-o", str(tmp_path / "all.csv"), *shown]) == 0
+    pages = [p.read_text() for p in (tmp_path / "pages").glob("*.html") if p.stem != "index"]
+    assert pages
+    assert all("<span>moved any</span>" in page for page in pages)
     together = pd.read_csv(tmp_path / "all.csv")
     one = next(iter(paths))
     assert predict_main([paths[one], *common, "-o", str(tmp_path / "one.csv")]) == 0
