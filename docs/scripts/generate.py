@@ -6,6 +6,7 @@ committed.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from flow import draw_flow
 
 DOCS = Path(__file__).resolve().parents[1]
 REPORTS = DOCS.parent / "multirun_reports" / "benchmarks"
+EXAMPLES = DOCS.parent / "multirun_reports" / "examples"
 # Between the two lines of a pair stands what `_BLOCKS` makes of its name.
 _MARKED = re.compile(r"(<!-- made: (\w+)( [\w -]+)? -->\n).*?(<!-- end -->)", re.S)
 
@@ -164,7 +166,7 @@ _SHOWN = ("job", "accuracy", "AUC", "95 % interval", "sd of seeds", "AUC any", "
 
 def example_table(parts: Sequence[str]) -> str:
     """The table of a committed sweep, and the commit it was made by."""
-    folder = DOCS.parent / "multirun_reports" / "examples" / parts[0]
+    folder = EXAMPLES / parts[0]
     lines = (folder / "comparison.md").read_text().splitlines()
     cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     shown = [cells[0].index(name) for name in (*_SHOWN, "trained M", "minutes")]
@@ -172,18 +174,66 @@ def example_table(parts: Sequence[str]) -> str:
     rows = [[*row, *[""] * len(cells[0])] for row in cells]
     rule = ["---"] + ["---:"] * (len(shown) - 1)
     table = [rule if row[0] == "---" else [row[i].strip() for i in shown] for row in rows]
+    return _with_commit("\n".join(f"| {' | '.join(line)} |" for line in table), folder)
+
+
+def _with_commit(table: str, folder: Path) -> str:
     commit = json.loads((folder / "sweep.json").read_text())["provenance"]["git"]["commit"]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    return f"{text}\n\n*Made by commit `{commit[:7]}`, an earlier one than this page's.*"
+    return f"{table}\n\n*Made by commit `{commit[:7]}`, an earlier one than this page's.*"
+
+
+_CONTEXT = {"auc_any": "AUC any", "auc_macro": "AUC macro", "log_loss_weighted": "log loss"}
+
+
+def context_table(parts: Sequence[str]) -> str:
+    """What each network of a committed sweep sees, and what that is worth, per slice or study."""
+    name, level = parts
+    folder = EXAMPLES / name
+    with (folder / "context.csv").open(newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["level"] == level and r["metric"] in _CONTEXT]
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["network"], row["way"]), {})[row["metric"]] = row
+    lines = [[*key, *(_worth(values[k]) for k in _CONTEXT)] for key, values in found.items()]
+    table = _table(["network", "sees", *_CONTEXT.values()], lines, 2)
+    return _with_commit(table, folder)
+
+
+def _worth(row: dict[str, str]) -> str:
+    value, low, high = (float(row[k]) for k in ("value", "low", "high"))
+    if not row["difference"]:
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+    keys = ("difference", "difference_low", "difference_high")
+    difference, low, high = (float(row[k]) for k in keys)
+    return f"{value:.3f}; {difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def stages_table(parts: Sequence[str]) -> str:
+    """Seconds of each stage of a committed sweep's jobs, the mean over their seeds."""
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((EXAMPLES / parts[0]).glob("*/result.json")):
+        result = json.loads(path.read_text())
+        jobs.setdefault(path.parent.name.rpartition(",")[0], []).append(result)
+    lines = []
+    for job, results in jobs.items():
+        heads = [r["head"] for r in results if r.get("head")]
+        keys = ("slice_minutes", "feature_minutes", "minutes") if heads else ("minutes",)
+        seconds = [60 * sum(r[k] for r in heads or results) / len(results) for k in keys]
+        cells = [*map(_number, seconds), "", ""][:3]
+        lines.append([job, *cells, ", ".join(h["inputs"] for h in heads)])
+    headings = ["job", "network's training, s", "features, s", "heads, s", "the kept heads take"]
+    return _table(headings, lines)
 
 
 _BLOCKS = {
+    "context": context_table,
     "example": example_table,
     "rates": rates_table,
     "networks": networks_table,
     "summary": summary_table,
     "notes": notes,
     "reports": reports_table,
+    "stages": stages_table,
 }
 
 
