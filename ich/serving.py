@@ -1,7 +1,9 @@
 """What `mlflow models serve` loads: weights and metadata, by this module's `_load_pyfunc`.
 
 A request's row is one slice: `dicom`, a file in base64, or `hu`, its Hounsfield units as rows of
-pixels. A row that is no CT slice gets a reason, and the other rows their probabilities. No answer
+pixels. Where the model sees a slice with others of its series, these are the rows of the same
+request: of DICOM files by their headers, of `hu` those with the same `series`, in the rows' order.
+A row that is no CT slice gets a reason, and the other rows their probabilities. No answer
 holds a path or a traceback, which MLflow would put into that of whatever is raised here.
 """
 
@@ -20,11 +22,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ich.base.config import UserError
-from ich.data.decode import resize_area, square
+from ich.data.decode import ReadResult, resize_area, square
 from ich.data.dicom import HU_MAX, HU_MIN, MAX_SIDE, DicomError, read_slice
+from ich.data.order import surround
 from ich.data.store import MAX_BYTES
 from ich.inference.ensemble import load_ensemble
+from ich.inference.session import PredictResult
+from ich.inference.study import StudyHeads
 from ich.scoring.metrics import sigmoid
 
 _AT_ONCE = 32  # slices
@@ -38,42 +42,73 @@ class Server:
 
     def __init__(self, weights: Path):
         self._model = load_ensemble([str(weights)], torch.device("cpu"))
-        if self._model.slices > 1:
-            raise UserError(
-                "this model sees each slice with those before and after it in its series, but a "
-                "row of a request is one slice, whose neighbours may be in none. Predict whole "
-                "series with ich predict, or export it (ich export), which takes three slices."
-            )
-        if self._model.has_head:
-            raise UserError(
-                "this model has a head over whole studies, but a row of a request is one slice, "
-                "whose study may be in none. Predict whole series with ich predict, or export it "
-                "(ich export), which takes a series; or serve the network of context=slice."
-            )
 
     def predict(self, model_input: Any, params: Any = None) -> pd.DataFrame:
         """One row per slice: a probability per label, `positive` (the labels that reach their
-        thresholds, separated by `;`) and, instead of both, `reason`.
+        thresholds, separated by `;`) and, instead of both, `reason`. Of a model that sees a slice
+        with others, `alone` too: whether none of its series came with it.
 
         Args:
             model_input: a DataFrame; whatever else MLflow makes of a request is answered too.
         """
         del params  # MLflow's; there are none
         rows = _records(model_input)
-        model, size = self._model, self._model.sizes[0]
-        probability = np.full((len(rows), len(model.labels)), np.nan)
-        reasons = [""] * len(rows)
-        for numbers, slices in _batches(map(_slice, rows), reasons, size):
-            try:
-                probability[numbers] = sigmoid(model.logits({size: slices})[:, 0])
-            except Exception as error:
-                log.exception("slices could not be predicted")
-                for number in numbers:
-                    reasons[number] = f"it could not be predicted ({type(error).__name__})"
+        model = self._model
+        logits = np.full((len(rows), 1, len(model.labels)), np.nan, np.float32)
+        reasons, lone = [""] * len(rows), None
+        if model.slices > 1 or model.has_head:
+            lone = self._predict_series(rows, logits, reasons)
+        else:
+            for numbers, slices in _batches(map(_slice, rows), reasons, model.sizes[0]):
+                self._outputs(numbers, slices, logits, reasons)
+        probability = sigmoid(logits[:, 0])
         table = pd.DataFrame(probability, columns=list(model.labels)).astype(object)
         table = table.where(table.notna(), None)  # JSON has no NaN
         table["positive"] = [model.positives(p) for p in probability]
-        return table.assign(reason=reasons)
+        table["reason"] = reasons
+        return table if lone is None else table.assign(alone=lone)
+
+    def _predict_series(
+        self, rows: list[dict[Any, Any]], logits: np.ndarray, reasons: list[str]
+    ) -> list[bool]:
+        """Fills in logits, with the series of the request in view; tells which rows were seen by
+        themselves."""
+        model, size, count = self._model, self._model.sizes[0], len(rows)
+        read, places = zip(*map(_placed, rows, range(count)), strict=True) if rows else ((), ())
+        table = pd.DataFrame(places, columns=["study", "series", "position"])
+        table = table.astype({"position": float})
+        hu = np.zeros((count, size, size), np.int16)
+        for numbers, slices in _batches(iter(read), reasons, size):
+            hu[numbers] = slices
+        usable = np.array([not reason for reason in reasons], bool)
+        around, _ = surround(table, usable)
+        in_study = np.zeros(count, bool)
+        heads = StudyHeads([model.members[0].network.head], table, logits, in_study)
+        ready = np.flatnonzero(usable)
+        for start in range(0, count and len(ready), _AT_ONCE):
+            numbers = ready[start : start + _AT_ONCE].tolist()
+            seen = hu[around[numbers]] if model.slices > 1 else hu[numbers]
+            outputs = self._outputs(numbers, seen, logits, reasons)
+            if model.has_head and outputs is not None:
+                files = [ReadResult(n, {}, "") for n in numbers]
+                heads.add([PredictResult(f, o) for f, o in zip(files, outputs, strict=True)])
+        heads.finish()
+        alone = ~in_study if model.has_head else (around == around[:, :1]).all(1)
+        return [bool(value) for value in alone]
+
+    def _outputs(
+        self, numbers: list[int], slices: np.ndarray, logits: np.ndarray, reasons: list[str]
+    ) -> np.ndarray | None:
+        """What the model gives for some rows; their logits, or why there are none, are noted."""
+        try:
+            outputs = self._model.outputs({self._model.sizes[0]: slices})
+        except Exception as error:
+            log.exception("slices could not be predicted")
+            for number in numbers:
+                reasons[number] = f"it could not be predicted ({type(error).__name__})"
+            return None
+        logits[numbers] = outputs[:, :, : len(self._model.labels)]
+        return outputs
 
 
 def _records(given: Any) -> list[dict[Any, Any]]:
@@ -98,6 +133,17 @@ def _slice(row: dict[Any, Any]) -> np.ndarray | str:
     except Exception as error:  # a reason for this row, and the others their probabilities
         log.exception("a row could not be read")
         return f"it cannot be read ({type(error).__name__})"
+
+
+def _placed(row: dict[Any, Any], number: int) -> tuple[np.ndarray | str, tuple[str, str, float]]:
+    """As `_slice`; and a row's study, series and position, empty and NaN if unknown."""
+    hu, series, unknown = _slice(row), row.get("series"), ("", "", float("nan"))
+    if isinstance(hu, str):
+        return hu, unknown
+    if not _is_missing(row.get("dicom")):
+        found = read_slice(_bytes(row["dicom"]))
+        return hu, (found.study, found.series, found.position)
+    return hu, unknown if _is_missing(series) else ("", str(series), float(number))
 
 
 def _is_missing(value: Any) -> bool:

@@ -154,7 +154,7 @@ def test_a_fault_of_ours_is_a_reason_without_its_text(
     monkeypatch.setattr("ich.serving.read_slice", broken)
     assert set(server.predict(rows)["reason"]) == {"it cannot be read (RuntimeError)"}
     monkeypatch.undo()
-    monkeypatch.setattr(type(server._model), "logits", broken)
+    monkeypatch.setattr(type(server._model), "outputs", broken)
     found = server.predict(rows)
     assert set(found["reason"]) == {"it could not be predicted (RuntimeError)"}
     assert found["any"].tolist() == [None] * len(files)

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from ich.base.config import Config, UserError, flatten
 from ich.base.entry import one_line, public_command
-from ich.base.metadata import read_metadata
+from ich.base.metadata import Metadata, read_metadata
 from ich.base.records import FAILED, FINISHED, KILLED, FitResult, Provenance, RunResult
 from ich.base.results import RunPaths, SweepPaths
 from ich.tracking.store import MODEL_FOLDER, WEIGHTS_IN_RUN, MlflowStore
@@ -266,7 +265,7 @@ def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
             folder,
             loader_module=_LOADER,
             data_path=str(run.best),
-            signature=_signature(metadata.labels),
+            signature=_signature(metadata),
             # Not ich itself: on a package index, that name may be anybody's.
             pip_requirements=[f"{name}=={version(name)}" for name in _SERVED_WITH],
             metadata={"ich": metadata.to_json()},
@@ -274,15 +273,19 @@ def as_mlflow_model(run: RunPaths, folder: Path) -> Path:
     return folder
 
 
-def _signature(labels: Sequence[str]) -> Any:
-    """A row is one slice: a DICOM file in base64, or HU as rows of pixels."""
+def _signature(metadata: Metadata) -> Any:
+    """A row is one slice: a DICOM file in base64, or HU as rows of pixels; where it is seen with
+    others, what its series is called."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import AnyType
 
+    with_others = metadata.context != "slice"
+    names = ("dicom", "hu", "series") if with_others else ("dicom", "hu")
     # Of any type: what is none of both has a reason of ours in its row. MLflow would refuse the
     # whole request, and rows of both kinds together.
-    inputs = [ColSpec(AnyType(), name, required=False) for name in ("dicom", "hu")]
-    probabilities = [ColSpec(DataType.double, k, required=False) for k in labels]
+    inputs = [ColSpec(AnyType(), name, required=False) for name in names]
+    probabilities = [ColSpec(DataType.double, k, required=False) for k in metadata.labels]
     texts = [ColSpec(DataType.string, k) for k in ("positive", "reason")]
-    return ModelSignature(Schema(inputs), Schema([*probabilities, *texts]))
+    alone = [ColSpec(DataType.boolean, "alone")] if with_others else []
+    return ModelSignature(Schema(inputs), Schema([*probabilities, *texts, *alone]))

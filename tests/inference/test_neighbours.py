@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from commands import run_module
 from dicom_files import STORED, dataset, encoded
 from sweeps import TINY
 
-from ich.base.config import ModelConfig, UserError, WindowConfig
+from ich.base.config import ModelConfig, WindowConfig
 from ich.base.metadata import Metadata
 from ich.base.results import SweepPaths
 from ich.data.decode import resize_area, square
@@ -199,9 +200,29 @@ def test_the_output_says_which_slices_stood_for_their_neighbours(
     assert "1 slices are alone in their series" in said
 
 
-def test_a_row_of_a_request_is_one_slice_and_refused(weights: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="a row of a request is one slice.* ich predict"):
-        Server(weights["first"])
+def test_a_request_s_rows_are_seen_with_their_series(
+    weights: dict[str, Path], files: list[Path]
+) -> None:
+    """As predicted; a row of `hu` without a series is by itself, and one that is no slice nobody's
+    neighbour."""
+    model, server = load_ensemble([str(weights["first"])], CPU), Server(weights["first"])
+    expected = sigmoid(by_a_loop(model, files)[:, 0])
+    rows = [{"dicom": base64.b64encode(f.read_bytes()).decode()} for f in files]
+    found = server.predict(pd.DataFrame(rows))
+    values = found[list(LABELS)].to_numpy(float)
+    np.testing.assert_allclose(values, expected, atol=1e-4)
+    read = found["reason"] == ""
+    assert found.loc[read, "alone"].sum() == 2
+    assert (~read).sum() == 1
+    hu = np.random.default_rng(0).integers(-100, 150, (4, 48, 48), np.int16)
+    given = [{"hu": h.tolist(), "series": "s"} for h in hu[:3]] + [{"hu": hu[3].tolist()}]
+    found = server.predict(pd.DataFrame(given))
+    around = np.stack([hu[[0, 0, 1]], hu[[0, 1, 2]], hu[[1, 2, 2]], hu[[3, 3, 3]]])
+    expected = sigmoid(model.members[0].network.logits(around))
+    np.testing.assert_allclose(found[list(LABELS)].to_numpy(float), expected, atol=1e-4)
+    assert found["alone"].tolist() == [False, False, False, True]
+    assert server.predict(None)["reason"].str.startswith("neither dicom").all()
+    assert len(server.predict(pd.DataFrame({"hu": []}))) == 0
 
 
 @pytest.mark.faults

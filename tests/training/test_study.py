@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from ich.inference.ensemble import load_ensemble
 from ich.inference.export import predict
 from ich.predict import main as predict_main
 from ich.scoring.metrics import sigmoid
+from ich.serving import Server
 from ich.tracking.journal import Journal
 from ich.training.fit import Terminated, fit
 from ich.training.model import load_trained
@@ -204,6 +206,11 @@ def test_files_in_any_order_are_predicted_as_their_studies(
     for table, expected in ((together, logits), (alone, slices)):
         found = sigmoid(np.array([expected[Path(f).stem] for f in table["file"]]))
         np.testing.assert_allclose(table[list(dataset.labels)], found, atol=2e-3)
+    encoded = [base64.b64encode(Path(f).read_bytes()).decode() for f in together["file"]]
+    served = Server(run.best).predict(pd.DataFrame({"dicom": encoded}))
+    names = list(dataset.labels)
+    np.testing.assert_allclose(served[names].to_numpy(float), together[names], atol=1e-4)
+    assert not served["alone"].any()
     rows = ("rows=test", "protocol=sound", "data.subset=1.0", "resamples=0", "name=e")
     data = (f'data.root="{config.data.root}"', f"data.cache_dir='{config.data.cache_dir}'")
     places = (f"models='{run.root}'", f"output='{tmp_path}'", "data.max_quarantine=0.01")
