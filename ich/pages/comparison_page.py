@@ -17,19 +17,18 @@ from ich.pages.against_report import against_the_report
 from ich.pages.answers.patients import patients_needed
 from ich.pages.answers.told_apart import told_apart
 from ich.pages.columns import build_table
-from ich.pages.description import (
-    METRIC_NAMES,
-    interval_text,
-)
+from ich.pages.description import METRIC_NAMES, cautions, interval_text
 from ich.pages.forest import draw_forest
 from ich.pages.hardest_cases import draw_hardest
-from ich.pages.page import Block, Bullets, Link, Section, Table, Text, to_html
+from ich.pages.page import Block, Bullets, Heading, Link, Section, Table, Text, Verdict, to_html
 from ich.pages.ranking import ranking
+from ich.pages.writing.report import verdicts
 from ich.scoring.comparison import (
     BASELINE,
     COMPARED_METRICS,
     Comparison,
     EvaluationSet,
+    ranked,
 )
 from ich.scoring.effects import compute_effects
 from ich.scoring.uncertainty import Interval
@@ -49,37 +48,39 @@ def write_page(
         heading: of `describe`.
         answers: what is said of subgroups and the like, by heading.
     """
-    forest = draw_forest(build_table(comparison), paths.figures)
-    pictures = figures.draw_all(comparison, paths.figures)
+    draw_forest(build_table(comparison), paths.figures)
     # The heading is written for Markdown, whose backticks would show here.
     compared = [text.replace("`", "") for text in heading]
-    sections: list[Section] = [
-        ("What was compared", [Bullets(compared)]),
-        ("At a glance", [forest] if forest else []),
-    ]
+    lead: list[Block] = [Verdict(" ".join(verdicts(comparison)), cautions(comparison))]
+    compare: dict[str, list[Block]] = {"Not finished": _unfinished(comparison)}
     if comparison.settings:
-        sections += [
-            ("Ranking", ranking(comparison)),
-            ("What can be told apart", list(told_apart(comparison, paths.figures))),
-            ("How many patients it would take", list(patients_needed(comparison))),
-            *answers.items(),
-            ("What makes the difference", _effects(comparison)),
-            ("Every metric", list(_metrics(comparison))),
-            ("Against the report", against_the_report(comparison)),
-        ]
-    sections += [
-        ("Figures", list(pictures)),
-        ("Hardest cases", _hardest_cases(comparison, paths)),
-        ("Not finished", _unfinished(comparison)),
-    ]
+        lead += ranking(comparison)
+        compare |= {
+            "What can be told apart": list(told_apart(comparison, paths.figures)),
+            "How many patients it would take": list(patients_needed(comparison)),
+            **answers,
+            "What makes the difference": _effects(comparison),
+            "Every metric": list(_metrics(comparison)),
+            "Against the report": against_the_report(comparison),
+        }
+    why = figures.draw_all(comparison, paths.figures)
+    why |= {"Hardest cases": _hardest_cases(comparison, paths)}
+    how: dict[str, list[Block]] = {
+        "What was compared": [Bullets(compared)],
+        "Configuration": _configuration(comparison),
+        "Provenance": _origin(comparison),
+    }
     # A sweep over models alone has no effects of settings, one that failed no figures, and so on.
-    sections = [(heading, blocks) for heading, blocks in sections if blocks]
-    sections += [("Configuration", _configuration(comparison)), ("Provenance", _origin(comparison))]
+    sections: list[Section] = [
+        (part, [b for name, blocks in topics.items() if blocks for b in (Heading(name), *blocks)])
+        for part, topics in {"Compare": compare, "Why": why, "How": how}.items()
+    ]
     facts = {
         "runs": f"{len(comparison.finished)} finished of {len(comparison.runs)}",
         "launched": ", ".join(r.started for r in comparison.records),
     }
-    write_text(paths.page, to_html(f"Comparison: {comparison.name}", facts, sections))
+    page = to_html(f"Comparison: {comparison.name}", facts, [s for s in sections if s[1]], lead)
+    write_text(paths.page, page)
 
 
 # --- What makes the difference ------------------------------------------------------------------
@@ -176,7 +177,7 @@ def _metric_table(
 ) -> pd.DataFrame:
     lines = [
         {"setting": g.name, **{v: _number(g.mean(k, study)) for k, v in names.items()}}
-        for g in rows.settings
+        for g in ranked(rows.settings)
     ]
     last = {v: _number(baseline.get(k, np.nan)) for k, v in names.items()}
     return pd.DataFrame([*lines, {"setting": BASELINE, **last}])

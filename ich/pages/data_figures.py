@@ -12,6 +12,7 @@ import numpy as np
 from ich.base.config import WindowConfig
 from ich.data.dicom import HU_MAX, HU_MIN
 from ich.data.protocol import TEST, TRAIN, VAL
+from ich.pages.figures import ON_PALE
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = {"before": "#8c8c8c", TRAIN: "#0072b2", VAL: "#e69f00", TEST: "#009e73"}
@@ -77,7 +78,7 @@ def draw_cooccurrence(labels: Sequence[str], counts: np.ndarray) -> Any:
     image = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     for (row, column), n in np.ndenumerate(counts):
         text = f"{_compact(n)}\n{share[row, column]:.0%}" if n else "0"
-        colour = "white" if share[row, column] > 0.6 else "black"
+        colour = "white" if share[row, column] > 0.6 else ON_PALE
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), names)

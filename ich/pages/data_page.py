@@ -242,6 +242,7 @@ def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[
             named,
             [slices.apply_windows(cache.hu[cache.row[i]], windows) for _, i in examples],
             windows,
+            is_photograph=True,
         )
         blocks.append(picture)
     if missing := [k for k in (*cohort.labels, slices.NEGATIVE) if k not in dict(examples)]:

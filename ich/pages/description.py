@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,11 @@ def describe(comparison: Comparison) -> list[str]:
     def setting(key: str) -> str:
         return either(select_value(c, key) for c in configs)
 
-    # Runs of one cohort have equal summaries; a sweep over the cohort has a line for each.
-    cohorts: list[CohortSummary] = []
-    for fit in results:
-        if fit.cohort not in cohorts:
-            cohorts.append(fit.cohort)
+    # A sweep over the cohort has a line for each.
     lines = [
         f"Protocol `{c.protocol}` on `{setting('data.source')}`: {cohort_text(c)}. "
         f"{scoring_text(c)}"
-        for c in cohorts
+        for c in _cohorts(comparison)
     ]
     # What the runs do not share reads `a or b`.
     lines.append(
@@ -179,6 +175,57 @@ def initial_weights(cfg: Any) -> str:
     if select_value(cfg, "model.pretrained"):
         return "ImageNet weights"
     return "random initialization (no pretrained weights)"
+
+
+def cautions(comparison: Comparison) -> list[str]:
+    """What must stand beside a verdict: sentences that its reader shall not miss."""
+    lines = [_leak_caution(cohort) for cohort in _cohorts(comparison)]
+    if comparison.settings and all(len(s.runs) == 1 for s in comparison.settings):
+        lines.append("One seed per setting: another seed may give another order.")
+    sources = {select_value(r.config, "data.source") for r in comparison.finished if r.config}
+    if sources == {"phantom"}:
+        lines.append("Synthetic slices: these show that everything works, and nothing of patients.")
+    if missing := len(comparison.runs) - len(comparison.finished):
+        lines.append(f"{missing} of {len(comparison.runs)} jobs have no score.")
+    return [line for line in dict.fromkeys(lines) if line]
+
+
+def _leak_caution(cohort: CohortSummary) -> str:
+    """How far the scores of a cohort flatter; empty where they do not."""
+    shares = [share for share in cohort.leak.values() if share is not None]
+    if shares and max(shares) > 0:
+        return (
+            f"Scores flatter: {max(shares):.0%} of the scored rows show a patient who was also "
+            f"trained on."
+        )
+    if cohort.scored == "val":
+        return "Scores flatter: epochs were chosen on the rows that are scored."
+    if cohort.leak.get("patient", 0) is None:
+        return "Patients are unknown: whether one was both trained on and scored, nobody can tell."
+    return ""
+
+
+def _cohorts(comparison: Comparison) -> list[CohortSummary]:
+    """Of the finished runs: those of one cohort have equal summaries."""
+    cohorts: list[CohortSummary] = []
+    for run in comparison.finished:
+        if run.fit.cohort not in cohorts:
+            cohorts.append(run.fit.cohort)
+    return cohorts
+
+
+def decimals(intervals: Iterable[Interval], without: int = 3) -> int:
+    """How many a column shows: as few as tell a fifth of the narrowest half-width, since what lies
+    below is noise; `without` where there is no interval."""
+    widths = [(i.high - i.low) / 2 for i in intervals if i.high > i.low]
+    if not widths:
+        return without
+    return int(np.clip(np.ceil(-np.log10(min(widths) / 5)), 2, 5))
+
+
+def signed(text: str) -> str:
+    """With the minus sign of typography, which is as wide as the plus."""
+    return text.replace("-", "\u2212")
 
 
 def interval_text(interval: Interval, form: str = ".3f") -> str:

@@ -10,24 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from ich.base.files import replacing, write_bytes
-from ich.pages.page import Picture, draw_picture
-from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult
-from ich.scoring.metrics import counts_by_threshold, sigmoid
+from ich.base.files import write_bytes, write_text
+from ich.base.records import EpochMetrics
+from ich.pages.page import Block, Picture, draw_picture
+from ich.pages.vector import name_on_hover
+from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult, ranked
+from ich.scoring.curves import PRECISION_RECALL, ROC, CurveKind, band, mean_curve
+from ich.scoring.metrics import sigmoid
+from ich.scoring.predictions import Predictions
 
-_POINTS = 400  # of a curve, at most: an SVG of every row would be megabytes
 _BINS = 10  # of a reliability diagram
-_LEGEND_ROWS = 18  # of a legend; more settings than that are not told apart by colour anyway
-_FIRST = " Of several seeds, the first."
+_LONGEST = 48  # letters of a name beside a panel
+_BANDS = 3  # settings whose curves have one
+_MEAN = "Mean of a setting's seeds."
+_BAND = " The bands of the first {}: where 95 % of resampled patients and seeds have them."
+_FIRST = ", of its first seed"
+# Okabe and Ito's, told apart by colour-blind readers; black is the page's ink, a grey stands for
+# their yellow, which is not seen on white. Each has a dash of its own, for who sees no colours.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#000000", "#7d7d7d")
+_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)), "-")
+_GREY = "#b5bbc1"
+ON_PALE = "#111111"  # on a cell of a heat map; black takes the ink of a page, which may be white
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "svg.hashsalt": "ich",  # equal figures are equal files
-    # Letters as text, which can be searched and copied, and not as outlines.
-    "svg.fonttype": "none",
 }
 
 
@@ -41,100 +50,152 @@ class Plot:
     caption: str
 
 
-def draw_all(comparison: Comparison, folder: Path) -> list[Picture]:
-    """Writes every figure that the runs allow; none without a finished run.
+def draw_all(comparison: Comparison, folder: Path) -> dict[str, list[Block]]:
+    """Draws every figure that the runs allow; none without a finished run.
 
     Args:
         comparison: the runs.
         folder: made if absent; gets `<name>.png` and `<name>.svg`.
 
     Returns:
-        The figures as pictures of a page, in order.
+        The figures as pictures of a page, by heading, in order.
     """
     if not comparison.finished:
-        return []
+        return {}
     folder.mkdir(parents=True, exist_ok=True)
-    return [save_plot(plot, folder) for plot in _wanted(comparison)]
+    return {heading: [save_plot(plot, folder)] for heading, plot in _wanted(comparison)}
 
 
-def draw_some(comparison: Comparison, folder: Path) -> list[Picture]:
+def draw_some(comparison: Comparison, folder: Path) -> list[Block]:
     """Of those figures the ones that need nothing but predictions."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [save_plot(plot, folder) for plot in _of_predictions(comparison)]
+    return [save_plot(plot, folder) for _, plot in _of_predictions(comparison)]
 
 
-def _wanted(comparison: Comparison) -> Iterator[Plot]:
-    yield Plot(
-        "learning_curves",
-        partial(_learning_curves, comparison),
-        "training loss, validation accuracy and validation AUC by epoch",
-        "Learning curves. Dotted: always negative.",
+def _wanted(comparison: Comparison) -> Iterator[tuple[str, Plot]]:
+    looks = Looks(comparison)
+    yield (
+        "Learning curves",
+        Plot(
+            "learning_curves",
+            partial(_learning_curves, comparison, looks),
+            "training loss, validation accuracy and validation AUC by epoch",
+            f"Learning curves: the mean of a setting's seeds, and from the least to the greatest "
+            f"of them. Dotted: always negative. {looks.says}",
+        ),
     )
     if not comparison.settings:
         return
-    for name, axis, x in (
-        ("auc_by_size", "params", "trained parameters, millions"),
-        ("auc_by_minutes", "minutes", "minutes of training"),
-    ):
-        yield Plot(
-            name,
-            partial(_cost, comparison, key=axis, title=x),
-            f"AUC against {x}",
-            f"AUC (micro) against {x}, with 95 % intervals where they were computed. The line "
-            f"joins the Pareto front, where all were scored on the same rows: nothing else is "
-            f"both cheaper and better.",
+    yield (
+        "Cost",
+        Plot(
+            "cost",
+            partial(_costs, comparison, looks),
+            "AUC against trained parameters and against minutes of training",
+            f"AUC (micro) against what a network costs, with 95 % intervals where they were "
+            f"computed. The line joins the Pareto front, where all were scored on the same rows: "
+            f"nothing else is both cheaper and better. {looks.says}",
+        ),
+    )
+    if any(s.replicates for s in comparison.settings):
+        yield (
+            "Label by label",
+            Plot(
+                "labels",
+                partial(_labels, comparison, looks),
+                "AUC of each setting for each label, with 95 % intervals",
+                f"AUC of each label, the settings in the order of the page's ranking, with 95 % "
+                f"intervals. {looks.says}",
+            ),
         )
     yield from _of_predictions(comparison)
     best = next((s.best for s in comparison.evaluation_sets if s.best), None)
     if best:
-        yield Plot(
-            "confusion",
-            partial(_confusion, best),
-            "confusion per label at the chosen threshold",
-            f"{best.name}: rows and what was said of them, at the threshold with the best F1 on "
-            f"validation.",
+        yield (
+            "Confusion",
+            Plot(
+                "confusion",
+                partial(_confusion, best),
+                "confusion per label at the chosen threshold",
+                f"{best.name}: rows and what was said of them, at the threshold with the best F1 "
+                f"on validation{_FIRST if len(best.runs) > 1 else ''}.",
+            ),
         )
 
 
-def _of_predictions(comparison: Comparison) -> Iterator[Plot]:
-    first = _FIRST if any(len(s.runs) > 1 for s in comparison.settings) else ""
-    yield Plot(
-        "roc",
-        partial(_roc, comparison),
-        "receiver operating characteristic of each label",
-        f"Receiver operating characteristic per label.{first}",
+def _of_predictions(comparison: Comparison) -> Iterator[tuple[str, Plot]]:
+    looks = Looks(comparison)
+    mean = f"{_MEAN}{_BAND.format(_BANDS)}" if comparison.resamples else _MEAN
+    yield (
+        "Sensitivity and specificity",
+        Plot(
+            "roc",
+            partial(_curves, comparison, looks, ROC, "1 - specificity", "sensitivity"),
+            "receiver operating characteristic of each label",
+            f"Receiver operating characteristic per label. {mean} {looks.says}",
+        ),
     )
-    yield Plot(
-        "precision_recall",
-        partial(_precision_recall, comparison),
-        "precision against recall of each label",
-        f"Precision and recall per label. Dotted: the share of positives, which chance "
-        f"reaches.{first}",
+    yield (
+        "Precision and recall",
+        Plot(
+            "precision_recall",
+            partial(_curves, comparison, looks, PRECISION_RECALL, "recall", "precision"),
+            "precision against recall of each label",
+            f"Precision and recall per label. Dotted: the share of positives, which chance "
+            f"reaches. {mean} {looks.says}",
+        ),
     )
-    yield Plot(
-        "calibration",
-        partial(_calibration, comparison),
-        "share of positives against predicted probability",
-        f"Calibration: in {_BINS} bins of predicted probability, all labels pooled, the share "
-        f"that is positive. On the diagonal a probability means what it says.{first}",
+    yield (
+        "Calibration",
+        Plot(
+            "calibration",
+            partial(_calibration, comparison, looks),
+            "share of positives against predicted probability",
+            f"Calibration: in {_BINS} bins of predicted probability, all labels and seeds pooled, "
+            f"the share that is positive. On the diagonal a probability means what it says. "
+            f"{looks.says}",
+        ),
     )
+
+
+class Looks:
+    """How each setting is drawn, alike in all figures: the best in colours that colour-blind
+    readers tell apart, each with a dash of its own, and all others in grey."""
+
+    def __init__(self, comparison: Comparison):
+        # A page may have settings of several sets of rows: each is ranked by its own AUC.
+        names = [s.name for s in ranked(comparison.settings)]
+        names += [r.setting for r in comparison.finished]
+        self.names = list(dict.fromkeys(names))
+
+    @property
+    def says(self) -> str:
+        others = len(self.names) - len(_COLOURS)
+        return f"Pale: those with lower AUC, {others} in number." if others > 0 else ""
+
+    def is_named(self, name: str) -> bool:
+        return self.names.index(name) < len(_COLOURS)
+
+    def colour(self, name: str) -> str:
+        return _COLOURS[self.names.index(name)] if self.is_named(name) else _GREY
+
+    def line(self, name: str) -> dict[str, Any]:
+        """Of a curve."""
+        if not self.is_named(name):
+            return {"color": _GREY, "lw": 0.8, "zorder": 1}
+        number = self.names.index(name)
+        return {"color": _COLOURS[number], "ls": _DASHES[number], "lw": 1.4, "label": name}
 
 
 def save_plot(plot: Plot, folder: Path) -> Picture:
     """Writes `<name>.png` and `.svg` into a folder that is there."""
     import matplotlib
 
-    def draw() -> Any:
-        figure = plot.draw()
-        # Without a date, so that equal figures are equal files.
-        with replacing(folder / f"{plot.name}.svg") as part:
-            figure.savefig(part, format="svg", metadata={"Date": None})
-        return figure
-
     # For this figure, and not for whatever else the process draws.
     with matplotlib.rc_context(STYLE):
-        picture = draw_picture(plot.name, plot.alt, plot.caption, draw)
+        picture = draw_picture(plot.name, plot.alt, plot.caption, plot.draw)
     write_bytes(folder / f"{plot.name}.png", picture.png)
+    write_text(folder / f"{plot.name}.svg", picture.svg)
     return picture
 
 
@@ -149,44 +210,39 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _colour(number: int) -> dict[str, Any]:
-    """Ten colours, then the same dashed."""
-    return {"color": f"C{number % 10}", "ls": ("-", "--", ":", "-.")[number // 10 % 4]}
-
-
 def _legend(figure: Any, *axes: Any) -> None:
-    """Outside, each name of the axes once."""
+    """Below, each name of the axes once."""
     handles: dict[str, Any] = {}
     for axis in axes:
         own, names = axis.get_legend_handles_labels()
-        handles = dict(zip(names, own, strict=True)) | handles
-    figure.legend(
-        list(handles.values())[:_LEGEND_ROWS],
-        list(handles)[:_LEGEND_ROWS],
-        loc="outside right upper",
-        frameon=False,
-        fontsize=8,
-    )
+        handles |= dict(zip(names, own, strict=True))
+    if handles:
+        longest = max(map(len, handles))
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=max(1, min(len(handles), int(110 / (longest + 8)))),
+            frameon=False,
+            fontsize=8,
+            handlelength=3,
+        )
 
 
-def _learning_curves(comparison: Comparison) -> Any:
+def _learning_curves(comparison: Comparison, looks: Looks) -> Any:
     panels = [
         ("train/loss", "training loss"),
         ("val/accuracy", "validation accuracy"),
         ("val/auc", "validation AUC (micro)"),
     ]
-    figure, axes = subplots(1, len(panels), (12, 3.8))
-    settings = list(dict.fromkeys(r.setting for r in comparison.finished))
+    figure, axes = subplots(1, len(panels), (10.5, 3.4))
     # Read once, and not for each panel.
-    journals = [run.paths.read_metrics() for run in comparison.finished]
+    journals: dict[str, list[list[EpochMetrics]]] = {}
+    for run in comparison.finished:
+        journals.setdefault(run.setting, []).append(run.paths.read_metrics())
     for axis, (key, title) in zip(axes[0], panels, strict=True):
-        for run, journal in zip(comparison.finished, journals, strict=True):
-            # A metric that was NaN stands in the journal as null.
-            values = [(line.step, line.metrics.get(key)) for line in journal]
-            points = [(step, value) for step, value in values if value is not None]
-            style = _colour(settings.index(run.setting))
-            if points:
-                axis.plot(*zip(*points, strict=True), label=run.setting, marker="o", ms=3, **style)
+        for name in sorted(journals, key=looks.names.index):
+            _learning_curve(axis, name, journals[name], key, looks)
         axis.set(title=title, xlabel="epoch")
         # No tick at an epoch and a half.
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -201,27 +257,119 @@ def _learning_curves(comparison: Comparison) -> Any:
     return figure
 
 
-def _cost(comparison: Comparison, key: str, title: str) -> Any:
-    figure, axes = subplots(1, 1, (7, 4.2))
-    axis, points = axes[0, 0], []
-    for number, setting in enumerate(comparison.settings):
-        scale = 1e6 if key == "params" else 1
-        x = float(np.mean([getattr(r.fit, key) for r in setting.runs])) / scale
-        y, interval = setting.mean(RANKING_METRIC), setting.interval(RANKING_METRIC)
-        if np.isnan(y):
-            continue
-        colour = _colour(number)["color"]
-        if not np.isnan(interval.low):
-            axis.plot([x, x], [interval.low, interval.high], color=colour, alpha=0.5)
-        axis.scatter(x, y, s=36, color=colour, zorder=3)
-        # Above and below by turns: networks of like cost would write over each other.
-        offset = (6, 4 if number % 2 else -10)
-        axis.annotate(setting.name, (x, y), offset, textcoords="offset points", fontsize=8)
-        points.append((x, y))
-    if len(comparison.evaluation_sets) == 1 and (front := pareto_front(points)):
-        axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
-    axis.set(xlabel=title, ylabel="AUC (micro)")
-    axis.margins(x=0.2, y=0.12)  # room for the names
+def _learning_curve(
+    axis: Any, name: str, of_seeds: Sequence[Sequence[EpochMetrics]], key: str, looks: Looks
+) -> None:
+    values: dict[int, list[float]] = {}
+    for journal in of_seeds:
+        for line in journal:
+            # A metric that was NaN stands in the journal as null.
+            if (value := line.metrics.get(key)) is not None:
+                values.setdefault(line.step, []).append(value)
+    if not values:
+        return
+    steps = sorted(values)
+    means = [float(np.mean(values[step])) for step in steps]
+    (drawn,) = axis.plot(steps, means, marker="o", ms=2.5, **looks.line(name))
+    name_on_hover(drawn, f"{name}: {means[-1]:.4f} at the last epoch")
+    if looks.is_named(name) and max(map(len, values.values())) > 1:
+        ends = [(min(values[step]), max(values[step])) for step in steps]
+        axis.fill_between(
+            steps, *zip(*ends, strict=True), color=looks.colour(name), alpha=0.15, lw=0
+        )
+
+
+def _costs(comparison: Comparison, looks: Looks) -> Any:
+    settings = [s for s in comparison.settings if not np.isnan(s.mean(RANKING_METRIC))]
+    height = max(3.8, 0.16 * len(settings) + 1)
+    figure, axes = subplots(1, 2, (10, height), sharey=True)
+    for axis, key, title in zip(
+        axes[0], ("params", "minutes"), ("trained parameters, millions", "minutes"), strict=True
+    ):
+        points = []
+        for setting in settings:
+            scale = 1e6 if key == "params" else 1
+            x = float(np.mean([getattr(r.fit, key) for r in setting.runs])) / scale
+            y, interval = setting.mean(RANKING_METRIC), setting.interval(RANKING_METRIC)
+            colour = looks.colour(setting.name)
+            if not np.isnan(interval.low):
+                axis.plot([x, x], [interval.low, interval.high], color=colour, alpha=0.5)
+            (dot,) = axis.plot(x, y, "o", ms=6, color=colour, zorder=3)
+            name_on_hover(dot, f"{setting.name}: AUC {y:.4f}, {x:.3g} {title.split(', ')[-1]}")
+            points.append((x, y))
+        if len(comparison.evaluation_sets) == 1 and (front := pareto_front(points)):
+            axis.plot(*zip(*front, strict=True), color="grey", lw=1, zorder=1)
+        axis.set_xlabel(title)
+    axes[0, 0].set_ylabel("AUC (micro)")
+    _name_at_the_right(axes[0, 1], settings, points, height, looks)
+    return figure
+
+
+def _name_at_the_right(
+    axis: Any,
+    settings: Sequence[SettingResult],
+    points: Sequence[tuple[float, float]],
+    height: float,
+    looks: Looks,
+) -> None:
+    """Names beside the panel, at their points' height as far as they do not touch each other."""
+    low, high = axis.get_ylim()
+    order = sorted(range(len(points)), key=lambda n: -points[n][1])
+    wanted = [(points[n][1] - low) / (high - low) for n in order]
+    for n, at in zip(order, spread(wanted, 0.19 / height), strict=True):
+        name = settings[n].name
+        axis.annotate(
+            name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...",
+            points[n],
+            (1.03, at),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": looks.colour(name), "lw": 0.5, "alpha": 0.6},
+            annotation_clip=False,
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places from the highest to the lowest, 1..0, moved as little as keeps them `gap` apart;
+    beyond 1 only where there is no more room."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(min(place, moved[-1] - gap) if moved else place)
+    # Those that were pushed off the lower end push back.
+    least = 0.0
+    for n in reversed(range(len(moved))):
+        moved[n] = max(moved[n], least)
+        least = moved[n] + gap
+    return moved
+
+
+def _labels(comparison: Comparison, looks: Looks) -> Any:
+    settings = ranked(comparison.settings)
+    labels = comparison.settings[0].predictions.scored.labels
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    size = (10, rows * (0.17 * len(settings) + 0.8))
+    figure, axes = subplots(rows, columns, size, sharex=True, sharey=True)
+    for axis in axes.flat[len(labels) :]:
+        axis.set_visible(False)
+    for label, axis in zip(labels, axes.flat, strict=False):
+        metric = f"auc_{label}"
+        for y, setting in enumerate(settings):
+            value, interval = setting.mean(metric), setting.interval(metric)
+            if np.isnan(value):
+                continue
+            colour = looks.colour(setting.name)
+            axis.plot([interval.low, interval.high], [y, y], color=colour, lw=1.6)
+            (dot,) = axis.plot(value, y, "o", ms=4.5, color=colour)
+            between = f" ({interval.low:.3f} to {interval.high:.3f})"
+            name_on_hover(dot, f"{setting.name}, {label}: {value:.4f}{between}")
+        axis.set_title(label)
+    names = [s.name if len(s.name) <= _LONGEST else f"{s.name[:_LONGEST]}..." for s in settings]
+    axes[0, 0].set_yticks(range(len(settings)), names)
+    axes[0, 0].set_ylim(len(settings) - 0.5, -0.5)
+    for axis in axes[-1]:
+        axis.set_xlabel("AUC")
     return figure
 
 
@@ -235,63 +383,33 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-CurvePoints = tuple[np.ndarray, np.ndarray]
-
-
-def roc_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
-    """1 - specificity and sensitivity at each distinct score, from nothing called on: [K + 1] each.
-    Equal scores are one step, as in the area (`ich.scoring.metrics.auc`)."""
-    _, hits, misses = counts_by_threshold(score, target)
-    return np.append(0, misses) / misses[-1], np.append(0, hits) / hits[-1]
-
-
-def precision_recall_points(score: np.ndarray, target: np.ndarray) -> CurvePoints:
-    """Recall and precision at each distinct score, [K + 1] each. The first point, at which nothing
-    is called, has the precision of the second: its own is 0 / 0."""
-    _, hits, misses = counts_by_threshold(score, target)
-    precision = hits / (hits + misses)
-    return np.append(0, hits) / hits[-1], np.append(precision[0], precision)
-
-
-def _roc(comparison: Comparison) -> Any:
-    def draw_chance(axis: Any, target: np.ndarray) -> None:
-        axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
-
-    return _curves(comparison, roc_points, draw_chance, "1 - specificity", "sensitivity")
-
-
-def _precision_recall(comparison: Comparison) -> Any:
-    def draw_chance(axis: Any, target: np.ndarray) -> None:
-        axis.axhline(target.mean(), color="grey", ls=":", lw=1)
-
-    # In steps, whose area is the average precision: between two points lies no other.
-    names = ("recall", "precision")
-    return _curves(comparison, precision_recall_points, draw_chance, *names, drawstyle="steps-pre")
-
-
-def _curves(
-    comparison: Comparison,
-    points: Callable[[np.ndarray, np.ndarray], CurvePoints],
-    draw_chance: Callable[[Any, np.ndarray], None],
-    xlabel: str,
-    ylabel: str,
-    **style: Any,
-) -> Any:
+def _curves(comparison: Comparison, looks: Looks, kind: CurveKind, xlabel: str, ylabel: str) -> Any:
     """A panel per label, with a curve of each setting and one of chance."""
     first = comparison.settings[0].predictions.scored
     columns = min(3, len(first.labels))
     rows = -(-len(first.labels) // columns)
-    figure, axes = subplots(rows, columns, (3.2 * columns + 2, 3 * rows), sharex=True, sharey=True)
+    size = (3.2 * columns, 2.9 * rows + 0.4)
+    figure, axes = subplots(rows, columns, size, sharex=True, sharey=True)
     # The panels that the last row has too many.
     for axis in axes.flat[len(first.labels) :]:
         axis.set_visible(False)
+    step = "pre" if kind is PRECISION_RECALL else None
     for i, (label, axis) in enumerate(zip(first.labels, axes.flat, strict=False)):
         axis.set(title=label, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        for number, setting in enumerate(comparison.settings):
-            curve = _curve(setting, label, points)
-            if curve is not None:
-                axis.plot(*curve, lw=1.1, label=setting.name, **_colour(number), **style)
-        draw_chance(axis, first.target[:, i])
+        for number, setting in enumerate(ranked(comparison.settings)):
+            height = mean_curve(setting, label, kind)
+            if height is None:
+                continue
+            style = looks.line(setting.name) | {"drawstyle": f"steps-{step}" if step else "default"}
+            (line,) = axis.plot(kind.x, height, **style)
+            name_on_hover(line, f"{setting.name}: AUC {setting.mean(f'auc_{label}'):.4f}")
+            # Drawn on top of each other, more of them would hide what they are of.
+            limits = band(setting, label, kind) if number < _BANDS and setting.replicates else None
+            if limits is not None:
+                colour = {"color": looks.colour(setting.name), "alpha": 0.13, "lw": 0}
+                axis.fill_between(kind.x, *limits, step=step, **colour)
+        prevalence = first.target[:, i].mean()
+        axis.plot([0, 1], [0, 1] if kind is ROC else [prevalence] * 2, color="grey", ls=":", lw=1)
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
     for axis in axes[:, 0]:
@@ -300,41 +418,39 @@ def _curves(
     return figure
 
 
-def _curve(
-    setting: SettingResult, label: str, points: Callable[[np.ndarray, np.ndarray], CurvePoints]
-) -> CurvePoints | None:
-    """None where a setting lacks the label, one of its classes, or a finite logit of any row."""
-    scored = setting.predictions.scored
-    if label not in scored.labels:
-        return None
-    i = scored.labels.index(label)
-    score, target = scored.logits[:, i], scored.target[:, i]
-    if not 0 < target.sum() < len(target) or not np.isfinite(score).all():
-        return None
-    x, y = points(score, target)
-    # Evenly by rank, the ends among them: more points are not seen at this size.
-    kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).astype(int))
-    return x[kept], y[kept]
-
-
-def _calibration(comparison: Comparison) -> Any:
-    figure, axes = subplots(1, 1, (6.6, 4.4))
+def _calibration(comparison: Comparison, looks: Looks) -> Any:
+    figure, axes = subplots(1, 1, (5.6, 5))
     axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
-    for number, setting in enumerate(comparison.settings):
-        scored = setting.predictions.scored
-        finite = np.isfinite(scored.logits)
-        probability, target = sigmoid(scored.logits[finite]), scored.target[finite]
-        # A probability of 1, which float32 reaches, belongs to the last bin.
-        bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
-        size = np.bincount(bins, minlength=_BINS)
+    for setting in ranked(comparison.settings):
+        size, probability, positive = np.zeros((3, _BINS))
+        for run in setting.runs:
+            for total, counted in zip(
+                (size, probability, positive), _binned(run.predictions), strict=True
+            ):
+                total += counted
         filled = size > 0
-        x = np.bincount(bins, probability, _BINS)[filled] / size[filled]
-        y = np.bincount(bins, target, _BINS)[filled] / size[filled]
-        axis.plot(x, y, marker="o", ms=3, lw=1.1, label=setting.name, **_colour(number))
+        x, y = probability[filled] / size[filled], positive[filled] / size[filled]
+        (line,) = axis.plot(x, y, marker="o", ms=3, **looks.line(setting.name))
+        name_on_hover(line, f"{setting.name}: calibration error {setting.mean('ece'):.4f}")
     axis.set(xlabel="predicted probability", ylabel="share of positives")
     _legend(figure, axis)
     return figure
+
+
+def _binned(predictions: Predictions | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each bin the rows, the sum of their probabilities, and the positives."""
+    assert predictions is not None
+    scored = predictions.scored
+    finite = np.isfinite(scored.logits)
+    probability, target = sigmoid(scored.logits[finite]), scored.target[finite]
+    # A probability of 1, which float32 reaches, belongs to the last bin.
+    bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
+    return (
+        np.bincount(bins, minlength=_BINS),
+        np.bincount(bins, probability, _BINS),
+        np.bincount(bins, target, _BINS),
+    )
 
 
 def _confusion(best: SettingResult) -> Any:
@@ -353,7 +469,7 @@ def _confusion(best: SettingResult) -> Any:
         shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for (row, column), n in np.ndenumerate(counts):
-            colour = "white" if n > 0.5 * counts[row].sum() else "black"
+            colour = "white" if n > 0.5 * counts[row].sum() else ON_PALE
             axis.text(column, row, f"{n:,}", ha="center", va="center", color=colour)
         ticks: dict[str, Any] = {f"{k}ticks": [0, 1] for k in "xy"}
         ticks |= {f"{k}ticklabels": ["no", "yes"] for k in "xy"}

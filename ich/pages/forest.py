@@ -19,45 +19,49 @@ import pandas as pd
 from ich.base.config import UserError
 from ich.base.records import FINISHED
 from ich.base.results import SweepPaths
-from ich.pages.columns import INDISTINGUISHABLE
-from ich.pages.description import interval_text
+from ich.pages.description import decimals, interval_text, signed
 from ich.pages.figures import Plot, save_plot, subplots
 from ich.pages.page import Picture
+from ich.scoring.ensembles import GREEDY, MEAN
+from ich.scoring.equivalence import BEST, DIFFERENT, EQUAL, UNKNOWN
 from ich.scoring.uncertainty import Interval
 
 _LIMITS = ("auc_low", "auc_high", "auc_minus_best_low", "auc_minus_best_high")
-_TEXTS = ("job", "setting", "rows", "told_from_best", "scored_on")
-_NEEDED = ("status", "seeds", "auc", "auc_sd", *_LIMITS, *_TEXTS)
+_TEXTS = ("job", "model", "setting", "rows", "against_best", "scored_on")
+_NEEDED = ("status", "seeds", "auc", "auc_sd", "minutes", "params", *_LIMITS, *_TEXTS)
 _ROW = 0.27  # inches
 _NAME_WIDTH, _NAME_LINE = 44, 0.6  # letters of a line of a name; what a further line takes of a row
 _HEADING = 1.4  # rows that a group's heading takes
-# Right of the plot: columns, where each ends, and where the mark begins; in points from its edge.
-_HEADINGS, _COLUMNS, _MARK = ("AUC", "95 % interval", "minus the best"), (42, 130, 254), 137
+# Right of the plot: columns, and where each ends; in points from its edge.
+_HEADINGS = ("AUC", "95 % interval", "minus the best", "minutes", "trained M")
+_COLUMNS = (38, 120, 236, 288, 346)
 _SCORED = {"val": "validation", "test": "test"}
-_INK, _BLUE, _GREY = "#1b1f24", "#0072b2", "#767676"
-_LEGEND = (
-    f"{INDISTINGUISHABLE}: not distinguishable from the best, since the interval of the "
-    f"difference, at the right, holds zero."
-)
-# By `told_from_best`: marker, colours of its edge and face, text of the legend and mark of a row.
-# Filled, open and square: told apart without colours too.
-_STYLES: dict[str, tuple[str, str, str, str, str]] = {
-    "best": ("D", _BLUE, _BLUE, "best", "best"),
-    "no": ("o", _BLUE, _BLUE, "not distinguishable from the best", INDISTINGUISHABLE),
-    "yes": ("o", _GREY, "white", "lower than the best", ""),
-    "": ("o", _INK, _INK, "not compared", ""),
+_INK, _BLUE, _GREY = "#1b1f24", "#0072b2", "#57606a"
+_TOGETHER = "together"
+# By `against_best`: marker, colours of its edge and face, and text of the legend. Told apart by
+# their form too; as in the page.
+_STYLES: dict[str, tuple[str, str, str, str]] = {
+    BEST: ("D", _BLUE, _BLUE, "best"),
+    EQUAL: ("o", _BLUE, _BLUE, "equal to it within the margin"),
+    UNKNOWN: ("o", _INK, "white", "not known to differ or to be equal"),
+    DIFFERENT: ("s", _GREY, _GREY, "different"),
+    "": ("o", _INK, "white", "not compared"),
+    _TOGETHER: ("^", _GREY, "white", "several networks together"),
 }
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A setting. told: a key of `_STYLES`. seeds: the AUC of each. difference: from the best."""
+    """A setting, or an ensemble. told: a key of `_STYLES`. seeds: the AUC of each. difference: from
+    the best. minutes, params: what it cost."""
 
     name: str
     told: str
     seeds: Sequence[float]
     interval: Interval
     difference: Interval
+    minutes: float
+    params: float
 
     @property
     def auc(self) -> float:
@@ -96,9 +100,9 @@ def draw_forest(table: pd.DataFrame, folder: Path) -> Picture | None:
     if not len(jobs):
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    groups = _groups(jobs)
+    groups = _groups(jobs, table[table["model"].isin((MEAN, GREEDY))])
     title = _title(groups, list(jobs["scored_on"].dropna().unique()))
-    caption = f"{title}; 95 % intervals where they were computed. {_LEGEND}"
+    caption = f"{title}; 95 % intervals where they were computed."
     if len(groups) > 1:
         caption += " Between groups, which were scored on different rows, nothing is compared."
     alt = "AUC of each setting with its 95 % interval, the highest first"
@@ -138,8 +142,9 @@ def _title(groups: Sequence[_Group], scored_on: Sequence[str]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _groups(jobs: pd.DataFrame) -> list[_Group]:
-    """The finished jobs of a table, by the rows they were scored on and then by setting."""
+def _groups(jobs: pd.DataFrame, ensembles: pd.DataFrame) -> list[_Group]:
+    """The finished jobs of a table, by the rows they were scored on and then by setting; below
+    them the ensembles of these rows."""
     groups = []
     for rows, on_same_rows in jobs.groupby("rows", sort=False, dropna=False):
         # Names can be cut to the same text; what settings have of their own tells them apart.
@@ -149,8 +154,15 @@ def _groups(jobs: pd.DataFrame) -> list[_Group]:
         key = own.where(several, on_same_rows["job"])
         lines = [_line(runs) for _, runs in on_same_rows.groupby(key, sort=False)]
         lines.sort(key=lambda line: -np.nan_to_num(line.auc, nan=-1))
-        if len(lines) == 1:
+        if not any(line.told for line in lines) and len(lines) > 1:
+            lines[0] = replace(lines[0], told=BEST)  # without intervals nothing else is known
+        elif len(lines) == 1:
             lines = [replace(lines[0], told="")]  # alone, everything would be the best
+        together = ensembles[ensembles["rows"] == rows]
+        lines += [
+            replace(_line(together[together["model"] == name]), name=name, told=_TOGETHER)
+            for name in together["model"]
+        ]
         first = on_same_rows["job"].iloc[0]
         name = "without predictions" if pd.isna(rows) else f"on the rows of {first}"
         groups.append(_Group(name, lines))
@@ -160,10 +172,12 @@ def _groups(jobs: pd.DataFrame) -> list[_Group]:
 def _line(runs: pd.DataFrame) -> _Line:
     first = runs.iloc[0]
     limits = [float(first[name]) if pd.notna(first[name]) else np.nan for name in _LIMITS]
-    told = first["told_from_best"] if pd.notna(first["told_from_best"]) else ""
+    told = first["against_best"] if pd.notna(first["against_best"]) else ""
     name = first["setting"] if pd.notna(first["setting"]) else first["job"]
     seeds = runs["auc"].astype(float).tolist()
-    return _Line(str(name), told, seeds, Interval(*limits[:2]), Interval(*limits[2:]))
+    intervals = Interval(*limits[:2]), Interval(*limits[2:])
+    costs = runs[["minutes", "params"]].astype(float).mean()
+    return _Line(str(name), told, seeds, *intervals, costs["minutes"], costs["params"])
 
 
 # --- Drawing -------------------------------------------------------------------------------------
@@ -175,11 +189,12 @@ def _forest(groups: Sequence[_Group], title: str) -> Any:
     rows = heading * len(groups) + sum(line.height for line in lines)
     longest = max(len(text) for line in lines for text in line.name_lines)
     # Inches: long names shall not take the plot's.
-    size = (9 + 0.07 * max(0, longest - 18), _ROW * rows + 1.15)
+    size = (10 + 0.07 * max(0, longest - 18), _ROW * rows + 1.15)
     figure, axes = subplots(1, 1, size)
     axis, y = axes[0, 0], 0.0
-    if any(not np.isnan(line.interval.low) for line in lines):
-        _write_columns(axis, -0.35, _HEADINGS, color=_GREY)
+    has_intervals = any(not np.isnan(line.interval.low) for line in lines)
+    headings = _HEADINGS if has_intervals else ("AUC", "", "", *_HEADINGS[3:])
+    _write_columns(axis, -0.35, headings, color=_GREY)
     for group in groups:
         if heading:
             where, style = axis.get_yaxis_transform(), {"color": _GREY, "style": "italic"}
@@ -200,29 +215,38 @@ def _forest(groups: Sequence[_Group], title: str) -> Any:
 def _draw_group(axis: Any, top: float, group: _Group) -> None:
     """Rows from `top` downwards, and through them a line at the best."""
     y = top
+    places = (
+        decimals(line.interval for line in group.lines),
+        decimals(line.difference for line in group.lines),
+    )
     for line in group.lines:
-        _draw_line(axis, y + line.height / 2, line)
+        _draw_line(axis, y + line.height / 2, line, places)
         y += line.height
     for line in group.lines:
-        if line.told == "best":
+        if line.told == BEST:
             axis.plot([line.auc] * 2, [top, y], color=_BLUE, lw=0.8, ls=":", zorder=1)
 
 
-def _draw_line(axis: Any, y: float, line: _Line) -> None:
-    marker, edge, face, _, mark = _STYLES[line.told]
+def _draw_line(axis: Any, y: float, line: _Line, places: tuple[int, int]) -> None:
+    """places: decimals of the AUC, and of the difference."""
+    marker, edge, face, _ = _STYLES[line.told]
     low, high = line.interval.low, line.interval.high
     axis.plot([low, high], [y, y], color=edge, lw=1.6, solid_capstyle="butt", zorder=2)
     axis.plot(line.auc, y, marker, ms=6.5, color=edge, mfc=face, mew=1.4, zorder=4)
     if len(line.seeds) > 1:
         # Below the line, which would hide them.
         axis.plot(line.seeds, [y + 0.28] * len(line.seeds), "o", ms=2.6, color=edge, mew=0)
-    style = {"color": _INK, "weight": "bold" if line.told == "best" else "normal"}
+    style = {"color": _GREY if line.told == _TOGETHER else _INK}
+    style |= {"weight": "bold" if line.told == BEST else "normal"}
     _annotate(axis, y, -6, "\n".join(line.name_lines), **style)
-    auc = "no AUC" if np.isnan(line.auc) else f"{line.auc:.4f}"
-    texts = (auc, interval_text(line.interval), interval_text(line.difference, "+.4f"))
-    _write_columns(axis, y, [text.replace("-", "\u2212") for text in texts], **style)
-    if texts[1]:
-        _annotate(axis, y, _MARK, mark, "left", **style)
+    texts = (
+        "no AUC" if np.isnan(line.auc) else f"{line.auc:.{places[0]}f}",
+        interval_text(line.interval, f".{places[0]}f"),
+        interval_text(line.difference, f"+.{places[1]}f"),
+        "" if np.isnan(line.minutes) else f"{line.minutes:.1f}",
+        "" if np.isnan(line.params) else f"{line.params / 1e6:.1f}",
+    )
+    _write_columns(axis, y, [signed(text) for text in texts], **style)
 
 
 def _write_columns(axis: Any, y: float, texts: Sequence[str], **style: Any) -> None:
@@ -252,7 +276,7 @@ def _add_legend(figure: Any, lines: Sequence[_Line]) -> None:
     told = {line.told for line in lines}
     handles = [
         Line2D([], [], marker=marker, color=edge, mfc=face, ms=6, mew=1.4, lw=1.6, label=text)
-        for key, (marker, edge, face, text, _) in _STYLES.items()
+        for key, (marker, edge, face, text) in _STYLES.items()
         if key in told
     ]
     if any(len(line.seeds) > 1 for line in lines):

@@ -91,6 +91,7 @@ def draw_hardest(run: Run, folder: Path) -> Picture | Text:
             + [(f"no {label}", case) for case in alarms],
             slices,
             config.windows.channels[:3],
+            is_photograph=True,
         )
     write_bytes(folder / "hardest.png", picture.png)
     return picture

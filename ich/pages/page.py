@@ -1,7 +1,7 @@
 """A page of text, tables and pictures, written once and shown as HTML and as Markdown.
 
 A page opens from a disk, anywhere: nothing in it is fetched, and its policy forbids it to. Scripts
-are there only for a `Ranking`, whose columns sort and whose rows open, and for a `Stack`, which is
+are there only for a `Ranking`, which is sorted, searched and unfolded, and for a `Stack`, which is
 scrolled through; the policy names their hashes.
 
 How a block looks is for `templates/` to say: `blocks.html.j2` has a macro for each class below.
@@ -15,7 +15,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -25,12 +25,31 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ich.pages.vector import inline_svg
+
 _CSS_DPI = 96  # CSS pixels per inch
+_EDGE = 0.1  # inches around a figure
+_SEARCHED = 10  # rows of a ranking, from which on it has a search box
 
 
 @dataclass(frozen=True)
 class Text:
     """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a page says, in large letters. cautions: what its reader must know beside it."""
+
+    text: str
+    cautions: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Of a part of a section."""
 
     text: str
 
@@ -62,20 +81,22 @@ class Table:
     def is_number(self) -> list[bool]:
         """Which columns are set flush right: numbers, and texts that begin like one."""
         return [
-            all(re.match(r"[+-]?[\d.,]*($|[\d ])", c) for c in column)
+            all(re.match(r"(< )?[+-]?[\d.,]*($|[\d ])", c) for c in column)
             for column in zip(*self.rows, strict=True)
         ] or [False] * len(self.columns)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG; `width` in CSS pixels. `name` is its file's stem."""
+    """A PNG; `width` in CSS pixels. `name` is its file's stem. svg: the same, as
+    matplotlib writes it, which a page shows instead; empty for a photograph."""
 
     name: str
     png: bytes
     width: int
     alt: str
     caption: str
+    svg: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,9 +118,35 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A value with its interval, drawn as a line of a forest plot.
+
+    Positions are 0..1, from left to right. kind: names its look in `page.css`. dots: smaller ones.
+    limits: None without an interval. text: what is said of it where the pointer is.
+    """
+
+    kind: str
+    value: float
+    limits: tuple[float, float] | None
+    dots: Sequence[float]
+    text: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Of a ranking's spans. ticks: position and text of each. mark: a line through all rows.
+    kinds: of the spans, and what each means."""
+
+    heading: str
+    ticks: Sequence[tuple[float, str]]
+    mark: float | None
+    kinds: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Row:
     """A row of a ranking. parts: rows behind a click, `opens` is its text. is_last: stays below
-    the others, however they are sorted."""
+    the others, however they are sorted. span: where the ranking has a scale."""
 
     name: str
     cells: Sequence[Cell]
@@ -107,15 +154,27 @@ class Row:
     parts: Sequence[Row] = field(default_factory=list)
     opens: str = ""
     is_last: bool = False
+    span: Span | None = None
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """A table that sorts by any column, and whose rows may open into parts."""
+    """A table that sorts by any column, and whose rows may open into parts.
+
+    columns: the first names the rows. optional: those that are not shown until they are asked for.
+    scale: draws the rows' spans, in a column after their names.
+    """
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Row]
+    optional: Collection[str] = ()
+    scale: Scale | None = None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its rows are worth a search."""
+        return len(self.rows) >= _SEARCHED
 
 
 @dataclass(frozen=True)
@@ -164,7 +223,7 @@ class Stack:
     first: int = 0
 
 
-Block = Text | Bullets | Table | Picture | Link | Ranking | Stack
+Block = Text | Verdict | Heading | Bullets | Table | Picture | Link | Ranking | Stack
 Section = tuple[str, list[Block]]
 
 
@@ -185,26 +244,48 @@ def _format_cell(value: Any, form: str) -> str:
 
 
 def draw_picture(
-    name: str, alt: str, caption: str, draw: Callable[..., Any], *args: Any
+    name: str,
+    alt: str,
+    caption: str,
+    draw: Callable[..., Any],
+    *args: Any,
+    is_photograph: bool = False,
 ) -> Picture:
-    """A figure as a picture of a page: `draw` takes `args` and returns a matplotlib figure."""
+    """A figure as a picture of a page: `draw` takes `args` and returns a matplotlib figure.
+
+    Args:
+        name: unique in its page.
+        is_photograph: there is no SVG of it.
+    """
     import matplotlib  # half a second with its fonts, which only who draws shall wait for
 
-    out = io.BytesIO()
+    png, svg = io.BytesIO(), io.BytesIO()
     # Names come from users: `$` in them is no formula, and a script the font lacks no fault.
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = draw(*args)
-        colour = figure.get_facecolor()
-        figure.savefig(out, format="png", facecolor=colour, bbox_inches="tight", pad_inches=0.1)
-    png = out.getvalue()
-    pixels = int.from_bytes(png[16:20], "big")  # PNG (RFC 2083), 4.1.1: the header's width
+        # Laid out once, for both: that takes longer than to draw it.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        box = figure.get_tightbbox().padded(_EDGE)
+        figure.savefig(png, format="png", bbox_inches=box)
+        if not is_photograph:
+            # Without a date, so that equal figures are equal files.
+            figure.savefig(svg, format="svg", bbox_inches=box, metadata={"Date": None})
+    pixels = int.from_bytes(png.getvalue()[16:20], "big")  # PNG (RFC 2083), 4.1.1: its width
     # In its own size in inches: more dots per inch make it sharper, and not larger.
-    return Picture(name, png, round(pixels / figure.dpi * _CSS_DPI), alt, caption)
+    width = round(pixels / figure.dpi * _CSS_DPI)
+    return Picture(name, png.getvalue(), width, alt, caption, svg.getvalue().decode())
 
 
 # --- HTML and Markdown -------------------------------------------------------------------------
 
+# Of matplotlib, for any picture of a page.
+_RC = {
+    "text.parse_math": False,
+    "svg.hashsalt": "ich",  # equal figures are equal files
+    "svg.fonttype": "none",  # letters as text, which can be searched and copied
+}
 # Out of the package, so that an installed wheel has its templates too.
 _LOADER = PackageLoader("ich.pages")
 _TEMPLATES = Environment(
@@ -239,8 +320,16 @@ def _data_uri(picture: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
+def _anchor(heading: str) -> str:
+    """The end of a link that leads to a section."""
+    return re.sub(r"\W+", "-", heading).strip("-").lower()
+
+
 _TEMPLATES.globals["source"] = _source
-_TEMPLATES.filters |= {"kind": _kind, "sha256": _sha256, "data_uri": _data_uri, "quote": quote}
+_TEMPLATES.filters |= {
+    **{"kind": _kind, "sha256": _sha256, "data_uri": _data_uri, "quote": quote},
+    **{"inline_svg": inline_svg, "percent": "{:.2%}".format, "anchor": _anchor},
+}
 
 
 def render(name: str, filters: Mapping[str, Callable[[str], str]], **values: object) -> str:
@@ -252,19 +341,28 @@ def render(name: str, filters: Mapping[str, Callable[[str], str]], **values: obj
     return texts.get_template(name).render(values).rstrip() + "\n"
 
 
-def to_html(title: str, facts: dict[str, str], sections: list[Section]) -> str:
-    """One page that opens from a disk, anywhere."""
-    kinds = {type(b) for _, blocks in sections for b in blocks}
+def to_html(
+    title: str, facts: dict[str, str], sections: list[Section], lead: Sequence[Block] = ()
+) -> str:
+    """One page that opens from a disk, anywhere.
+
+    Args:
+        title: of the page. facts: small ones, below it. sections: each with its heading.
+        lead: blocks above the sections, and above the links that lead to them.
+    """
+    kinds = {type(b) for blocks in (lead, *(blocks for _, blocks in sections)) for b in blocks}
     scripts = [_source(name) for kind, name in _SCRIPTS.items() if kind in kinds]
     page = _TEMPLATES.get_template("page.html.j2")
-    return page.render(title=title, facts=facts, sections=sections, scripts=scripts)
+    return page.render(title=title, facts=facts, sections=sections, lead=lead, scripts=scripts)
 
 
-def to_markdown(title: str, facts: dict[str, str], sections: list[Section]) -> str:
+def to_markdown(
+    title: str, facts: dict[str, str], sections: list[Section], lead: Sequence[Block] = ()
+) -> str:
     """The same in Markdown, readable as it stands; pictures are links into `figures/`."""
     lines = [f"# {_plain(title)}", "", ", ".join(f"{k}: {_plain(v)}" for k, v in facts.items())]
-    for heading, blocks in sections:
-        lines += ["", f"## {heading}"]
+    for heading, blocks in (("", lead), *sections):
+        lines += ["", f"## {heading}"] if heading else []
         for block in blocks:
             lines += ["", *_block_markdown(block)]
     return "\n".join(lines) + "\n"
@@ -274,6 +372,10 @@ def _block_markdown(block: Block) -> list[str]:
     match block:
         case Text(text):
             return [_plain(text)]
+        case Verdict(text, cautions):
+            return [f"**{_plain(text)}**", *(line for c in cautions for line in ("", _plain(c)))]
+        case Heading(text):
+            return [f"### {_plain(text)}"]
         case Bullets(items):
             return [f"- {_plain(i)}" for i in items]
         case Picture():

@@ -247,7 +247,7 @@ def _markdown(comparison: Comparison, heading: list[str], table: pd.DataFrame, p
             "",
             "![AUC with intervals](figures/forest.png)",
             "![learning curves](figures/learning_curves.png)",
-            "![AUC by size](figures/auc_by_size.png)",
+            "![AUC by cost](figures/cost.png)",
             "",
         ]
     launches = [(r.started, public_command(r.command)) for r in comparison.records]

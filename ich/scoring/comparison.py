@@ -133,6 +133,11 @@ class SettingResult:
         return not difference.contains_zero
 
 
+def ranked(settings: Sequence[SettingResult]) -> list[SettingResult]:
+    """From the highest AUC on; those without one, as with NaN logits, last."""
+    return sorted(settings, key=lambda s: -np.nan_to_num(s.mean(RANKING_METRIC), nan=-1))
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """Settings that were scored on the same rows, in the order of their runs.

@@ -13,7 +13,7 @@ import pandas as pd
 from ich.pages.answers.pairs import pair_blocks
 from ich.pages.answers.words import probability, some_names
 from ich.pages.description import describe_verdicts, interval_text
-from ich.pages.figures import Plot, save_plot, subplots
+from ich.pages.figures import ON_PALE, Plot, save_plot, subplots
 from ich.pages.page import Block, Bullets, Picture, Table
 from ich.scoring.comparison import RANKING_METRIC, Comparison, EvaluationSet, SettingResult
 from ich.scoring.ensembles import GREEDY, EnsembleResult
@@ -137,7 +137,7 @@ def _heat_map(settings: Sequence[SettingResult]) -> Any:
     for (row, column), chance in np.ndenumerate(chances):
         text = f"{100 * chance:.0f}"
         if text != "0":
-            colour = "white" if chance > 0.5 else "black"
+            colour = "white" if chance > 0.5 else ON_PALE
             axis.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(len(names)), [str(n + 1) for n in range(len(names))])
     axis.set_yticks(range(len(names)), names)

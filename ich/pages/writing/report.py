@@ -18,6 +18,7 @@ from ich.scoring.comparison import (
     Comparison,
     EvaluationSet,
     SettingResult,
+    ranked,
 )
 from ich.scoring.ensembles import EnsembleResult
 from ich.scoring.equivalence import DIFFERENT, EQUAL, UNKNOWN
@@ -38,7 +39,7 @@ def write_report(comparison: Comparison, paths: SweepPaths, has_page: bool) -> N
     """
     rows = []
     for compared in comparison.evaluation_sets:
-        rows += [setting_cells(s) for s in _ranked(compared)]
+        rows += [setting_cells(s) for s in ranked(compared.settings)]
         rows += [ensemble_cells(e, compared) for e in compared.ensembles]
     text = render(
         "report.md.j2",
@@ -72,21 +73,21 @@ def _verdict(rows: EvaluationSet, margin: float) -> str:
     interval = interval_text(best.interval(RANKING_METRIC))
     between = f" ({interval})" if interval else ""
     text = f"{best.name} has the highest AUC, {best.mean(RANKING_METRIC):.3f}{between}"
-    others = [s for s in rows.settings if s is not best]
+    others = [s for s in ranked(rows.settings) if s is not best]
     if not others:
         return f"{text}; there is no other setting to compare it with."
     if not best.replicates:
         return f"{text}; without intervals, nothing says whether that is more than chance."
-    parts = []
+    parts = [text]
     for word, meaning in (
-        (EQUAL, f"equal to it within {margin:g}"),
-        (DIFFERENT, "lower"),
-        (UNKNOWN, "not known to differ or to be equal"),
+        (EQUAL, f"Equal to it within {margin:g}"),
+        (UNKNOWN, "Not known to differ or to be equal"),
+        (DIFFERENT, "Lower"),
     ):
         names = [s.name for s in others if s.against_best and s.against_best.verdict == word]
         if names:
             parts.append(f"{meaning}: {some_names(names)}")
-    return f"{'; '.join([text, *parts])}."
+    return f"{'. '.join(parts)}."
 
 
 def setting_cells(setting: SettingResult) -> Sequence[str]:
@@ -151,7 +152,7 @@ def write_latex(comparison: Comparison, paths: SweepPaths, heading: Sequence[str
         scores = compared.baseline()
         numbers = {"AUC": f"{scores[RANKING_METRIC]:.3f}", "accuracy": f"{scores['accuracy']:.3f}"}
         baseline = [BASELINE, *(numbers.get(column, "") for column in COLUMNS[1:])]
-        rows = [setting_cells(s) for s in _ranked(compared)]
+        rows = [setting_cells(s) for s in ranked(compared.settings)]
         together = [ensemble_cells(e, compared) for e in compared.ensembles]
         groups.append({"settings": rows, "others": [*together, baseline]})
     lines = [" ".join(text.split()) for text in heading]
@@ -160,7 +161,3 @@ def write_latex(comparison: Comparison, paths: SweepPaths, heading: Sequence[str
     values = {"heading": lines, "columns": COLUMNS, "groups": groups, "table": table}
     values["packages"] = r"\usepackage{booktabs" + (",longtable}" if table == "longtable" else "}")
     write_text(paths.latex, render("comparison.tex.j2", {"tex": tex}, **values))
-
-
-def _ranked(rows: EvaluationSet) -> Sequence[SettingResult]:
-    return sorted(rows.settings, key=lambda s: -s.mean(RANKING_METRIC))
