@@ -36,9 +36,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def report(
-    tmp_path_factory: pytest.TempPathFactory, compose_in: Callable[..., Config]
-) -> Path:
+def report(tmp_path_factory: pytest.TempPathFactory, compose_in: Callable[..., Config]) -> Path:
     """Of eight settings with two seeds each, and a failed job: ten rows with the last two."""
     models = ("vgg16", "resnet50", "inception_v3", "mobilenet_v2")
     jobs = {
@@ -48,7 +46,9 @@ def report(
         for seed in (0, 1)
     }
     root = tmp_path_factory.mktemp("report")
-    sweep = write_sweep(root / "seeds", jobs, partial(compose_in, root), failed=["vgg16,loss=bce,seed=1"])
+    sweep = write_sweep(
+        root / "seeds", jobs, partial(compose_in, root), failed=["vgg16,loss=bce,seed=1"]
+    )
     compare(sweep, resamples=200)
     return sweep.page
 

@@ -14,8 +14,10 @@ def probability(p: float) -> str:
     return "" if np.isnan(p) else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def some_names(names: Sequence[str]) -> str:
-    """`a, b` of few; of more, how many and the first five."""
-    if len(names) <= _NAMED:
-        return ", ".join(names)
-    return f"{len(names)} settings ({', '.join(names[:_NAMED])} and {len(names) - _NAMED} more)"
+def some_names(names: Sequence[str], most: int = _NAMED) -> str:
+    """`a, b` of few; of more, how many and the first ones."""
+    # A setting's name has commas of its own.
+    between = "; " if any("," in name for name in names) else ", "
+    if len(names) <= most:
+        return between.join(names)
+    return f"{len(names)} settings ({between.join(names[:most])} and {len(names) - most} more)"

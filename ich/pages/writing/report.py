@@ -28,6 +28,8 @@ COLUMNS = (
     *("parameters (M)", "minutes"),
 )
 
+_NAMED = 3  # settings in a verdict
+
 
 def write_report(comparison: Comparison, paths: SweepPaths, has_page: bool) -> None:
     """Writes `report.md`.
@@ -86,7 +88,7 @@ def _verdict(rows: EvaluationSet, margin: float) -> str:
     ):
         names = [s.name for s in others if s.against_best and s.against_best.verdict == word]
         if names:
-            parts.append(f"{meaning}: {some_names(names)}")
+            parts.append(f"{meaning}: {some_names(names, _NAMED)}")
     return f"{'. '.join(parts)}."
 
 
