@@ -39,6 +39,7 @@ def inline_svg(svg: str, name: str, alt: str, width: int) -> str:
     """
     body = _DROPPED.sub("", svg[svg.index("<svg") :])
     body = _STYLE.sub(lambda match: _attributes(html.unescape(match[1])), body)
+    body = body.replace("base64,\n", "base64,")  # of a heat map's cells
     body = re.sub(r'<g id="hover-([0-9a-f]+)">', _titled, body)
     body = re.sub(r' id="|(?<=href=")#|(?<=url\()#', lambda m: f"{m[0]}{name}-", body)
     head, _, rest = body.partition(">")

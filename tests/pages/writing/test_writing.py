@@ -32,7 +32,7 @@ def test_the_report_begins_with_the_verdict_and_names_what_failed(sweep: SweepPa
     compare(sweep, resamples=200)
     head, _, rest = sweep.text.read_text().partition("## Table")
     assert re.search(r"\*\*xception,loss=focal has the highest AUC, 0\.\d{3} \(0\.\d{3} to", head)
-    assert "lower: vgg16" in head
+    assert "Lower: vgg16" in head
     assert "(figures/forest.png)" in head
     rows = [line for line in rest.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
