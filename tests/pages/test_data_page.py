@@ -278,7 +278,9 @@ def test_the_report_is_whole_and_alone(
     for expected in (*labels, *bad.values(), *bad, "0123456789ab", "set.zip", "quarantine.csv"):
         assert expected in seen
     assert ("unknown: give data.metadata" in seen) is not known
-    assert not re.search(r"https?:|//|url\((?!#)|@import|<script|<link|\bon\w+=", _without_data(text))
+    assert not re.search(
+        r"https?:|//|url\((?!#)|@import|<script|<link|\bon\w+=", _without_data(text)
+    )
     assert all(a["alt"] and a["src"].startswith("data:image/png;base64,") for a in page.images())
     assert not any(tag in ("script", "link", "iframe", "object") for tag, _ in page.tags)
 
