@@ -30,8 +30,8 @@ from ich.inference.gradcam import ensemble_cams, overlay
 from ich.inference.predicted_files import PredictedFiles
 from ich.inference.session import ShownFiles, ShownSlices, read_shown, see
 from ich.inference.study import slices_that_moved
+from ich.pages.data.slices import apply_windows
 from ich.pages.page import Cell, Curve, Frame, Link, Ranking, Row, Section, Stack, Text, to_html
-from ich.pages.slices import apply_windows
 from ich.scoring.metrics import sigmoid
 
 _SHOWN_SIZE = 384  # pixels of a picture's side

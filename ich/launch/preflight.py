@@ -39,7 +39,7 @@ from ich.data import dataset
 from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.data.protocol import TRAIN
 from ich.data.tables.subgroups import read_subgroups
-from ich.pages.data_page import write_data_report
+from ich.pages.data.report import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
 from ich.training.mode import is_timed, workload_key

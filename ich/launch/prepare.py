@@ -12,8 +12,8 @@ from ich.data.cache_folder import CacheFolder
 from ich.data.cohorts import find_store, load_cohort, open_store
 from ich.data.dataset import prepare
 from ich.data.protocol import Cohort
-from ich.pages.data_page import write_data_report
-from ich.pages.data_tables import balance_table, counts_table, leak_table
+from ich.pages.data.report import write_data_report
+from ich.pages.data.tables import balance_table, counts_table, leak_table
 from ich.pages.page import format_cells
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from ich.base.files import write_bytes, write_text
 from ich.base.records import EpochMetrics
+from ich.pages.curves import PRECISION_RECALL, ROC, CurveKind, band, mean_curve
 from ich.pages.page import Block, Picture, draw_picture
 from ich.pages.vector import name_on_hover
 from ich.scoring.comparison import RANKING_METRIC, Comparison, SettingResult, ranked
-from ich.scoring.curves import PRECISION_RECALL, ROC, CurveKind, band, mean_curve
 from ich.scoring.metrics import sigmoid
 from ich.scoring.predictions import Predictions
 

@@ -14,7 +14,7 @@ from ich.data.manifest import build_manifest, read_labels
 from ich.data.phantom.spec import LABELS, SUBTYPES
 from ich.data.protocol import ENOUGH, TOLERANCE, Cohort, apply_protocol, audit
 from ich.data.stratify import partition
-from ich.pages.data_tables import balance_table
+from ich.pages.data.tables import balance_table
 
 REPORT = ProtocolConfig(ProtocolName.report, 0, "epidural", 8, None, 0.15, 0.0)
 SOUND = ProtocolConfig(ProtocolName.sound, 0, "epidural", 8, None, 0.15, 0.15)

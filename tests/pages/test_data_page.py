@@ -25,11 +25,11 @@ from ich.base.config import (
 from ich.data.cache import Cache
 from ich.data.dataset import Prepared
 from ich.data.protocol import ENOUGH, Cohort, apply_protocol, oversample
-from ich.pages import slices
-from ich.pages.data_page import write_data_report
-from ich.pages.data_tables import REPORT_PERCENT, balance_table, counts_table, leak_table
+from ich.pages.data import slices
+from ich.pages.data.report import write_data_report
+from ich.pages.data.slices import apply_windows, choose_examples, hu_counts
+from ich.pages.data.tables import REPORT_PERCENT, balance_table, counts_table, leak_table
 from ich.pages.page import format_cells
-from ich.pages.slices import apply_windows, choose_examples, hu_counts
 
 REPORT = ProtocolConfig(ProtocolName.report, 0, None, 8, None, 0.25, 0.0)
 SOUND = ProtocolConfig(ProtocolName.sound, 0, None, 8, None, 0.25, 0.25)

@@ -18,6 +18,6 @@ def some_names(names: Sequence[str], most: int = _NAMED) -> str:
     """`a, b` of few; of more, how many and the first ones."""
     # A setting's name has commas of its own.
     between = "; " if any("," in name for name in names) else ", "
-    if len(names) <= most:
+    if len(names) <= most + 1:  # "and 1 more" is no shorter than its name
         return between.join(names)
     return f"{len(names)} settings ({between.join(names[:most])} and {len(names) - most} more)"

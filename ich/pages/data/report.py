@@ -19,7 +19,7 @@ from ich.base.config import Config, PrepareConfig, Source
 from ich.base.files import write_bytes
 from ich.data.dicom import HU_MIN
 from ich.data.protocol import ENOUGH, SPLITS, TOLERANCE, VAL, Cohort
-from ich.pages import data_figures, data_tables, slices
+from ich.pages.data import figures, slices, tables
 from ich.pages.page import (
     Block,
     Bullets,
@@ -56,7 +56,7 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
         ("Counts", _counts(cfg, prepared)),
         ("Class balance", _balance(cohort, cfg.data.source)),
         ("Label co-occurrence", _cooccurrence(cohort)),
-        ("Leak audit", [Text(_AUDIT), Bullets(data_tables.leak_table(cohort))]),
+        ("Leak audit", [Text(_AUDIT), Bullets(tables.leak_table(cohort))]),
         ("Quarantine", _quarantine(prepared)),
         ("Range of HU", _hounsfield(cfg, cohort, cache)),
         ("Examples", _montage(cfg, cohort, cache)),
@@ -92,17 +92,17 @@ def _title(cfg: Config | PrepareConfig) -> str:
 def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
     cohort = prepared.cohort
     images, unusable = cohort.rows["image_id"].nunique(), len(_quarantined(prepared))
-    parts = [f"{cohort.steps[n]:,} {data_tables.SPLIT_NAMES[n]}" for n in cohort.splits]
+    parts = [f"{cohort.steps[n]:,} {tables.SPLIT_NAMES[n]}" for n in cohort.splits]
     text = (
         f"Of {cohort.steps['images']:,} labelled images, protocol={cfg.protocol.name.value} uses "
         f"{images:,}, in {' and '.join(parts)} rows with {len(cohort.labels)} labels each. "
         f"In quarantine, because their files cannot be used: {unusable:,}. Tables of models come "
-        f"from the {data_tables.SPLIT_NAMES[cohort.scored]} rows."
+        f"from the {tables.SPLIT_NAMES[cohort.scored]} rows."
     )
     if cohort.scored == VAL:
         text += " There is no test set: epochs are chosen and scored on the same rows."
     # Between the protocol's own steps and the splits, which are counted without what is lost.
-    table = data_tables.counts_table(cohort)
+    table = tables.counts_table(cohort)
     lost = {
         "step": "quarantined",
         "rows": len(prepared.wanted.rows) - len(cohort.rows),
@@ -115,7 +115,7 @@ def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
 
 def _balance(cohort: Cohort, source: Source) -> list[Block]:
     caption = "Positives of each label: among the images, and in percent of each step's rows. "
-    if data_tables.is_report(cohort):
+    if tables.is_report(cohort):
         caption += (
             "After: over the rows after oversampling. As reported: the same positives over the "
             "images before oversampling, which is how the report counted."
@@ -126,19 +126,19 @@ def _balance(cohort: Cohort, source: Source) -> list[Block]:
             f"rate of the parts, minus 1, before resampling; too far is more than "
             f"{TOLERANCE:.0%} with at least {ENOUGH} positives."
         )
-    return [Table(caption, data_tables.balance_table(cohort, source)), _balance_picture(cohort)]
+    return [Table(caption, tables.balance_table(cohort, source)), _balance_picture(cohort)]
 
 
 def _balance_picture(cohort: Cohort) -> Picture:
-    rates = {"before": data_tables.percent_positive(cohort, "images")}
-    rates |= {split: data_tables.percent_positive(cohort, split) for split in cohort.splits}
+    rates = {"before": tables.percent_positive(cohort, "images")}
+    rates |= {split: tables.percent_positive(cohort, split) for split in cohort.splits}
     return draw_picture(
         "data_balance",
         "Bar chart of the last table's percentages.",
         "Percent positive of each label, among all images (before) and in the rows of each split. "
         "The scale is logarithmic, so that rare labels are seen: compare where bars end, not how "
         "long they are.",
-        data_figures.draw_balance,
+        figures.draw_balance,
         cohort.labels,
         rates,
     )
@@ -152,7 +152,7 @@ def _cooccurrence(cohort: Cohort) -> list[Block]:
         "Heat map of the next table.",
         f"Distinct images of the cohort ({len(target):,}) that are positive for the row's and the "
         f"column's label; the percentage is of the row's label.",
-        data_figures.draw_cooccurrence,
+        figures.draw_cooccurrence,
         cohort.labels,
         counts,
     )
@@ -214,7 +214,7 @@ def _hounsfield(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> li
         f"ones, by HU; logarithmic. The lines on top are the windows, with center and width: all "
         f"below becomes black, all above white. {shares[0]:.1%} of the pixels are at the floor of "
         f"{HU_MIN} HU (outside the field of view, or padded).",
-        data_figures.draw_hounsfield,
+        figures.draw_hounsfield,
         shares,
         cfg.windows.channels,
     )
@@ -227,7 +227,7 @@ def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[
     blocks: list[Block] = []
     if examples:
         low, high = slices.TISSUE
-        named = [(data_figures.shorten(label), _public(image_id)) for label, image_id in examples]
+        named = [(figures.shorten(label), _public(image_id)) for label, image_id in examples]
         listed = "; ".join(f"{label}: {image_id}" for label, image_id in named)
         colours = {1: "", 2: ", and both as red and green"}.get(
             len(windows), ", and the first three as red, green and blue"
@@ -238,7 +238,7 @@ def _montage(cfg: Config | PrepareConfig, cohort: Cohort, cache: Cache) -> list[
             f"The report's Figures 1 and 2 from these data: for each label one positive slice, "
             f"with as few other labels and as much tissue ({low} to {high} HU) as can be found, "
             f"and one slice without any label; in each window (center / width, HU){colours}.",
-            data_figures.draw_montage,
+            figures.draw_montage,
             named,
             [slices.apply_windows(cache.hu[cache.row[i]], windows) for _, i in examples],
             windows,

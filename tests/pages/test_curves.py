@@ -13,8 +13,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from ich.base.records import FINISHED, RunResult
 from ich.base.results import RunPaths
-from ich.scoring.comparison import Run, SettingResult
-from ich.scoring.curves import (
+from ich.pages.curves import (
     PRECISION_RECALL,
     ROC,
     CurveKind,
@@ -23,6 +22,7 @@ from ich.scoring.curves import (
     resampled_heights,
     roc_points,
 )
+from ich.scoring.comparison import Run, SettingResult
 from ich.scoring.metrics import auc, average_precision, counts_by_threshold
 from ich.scoring.predictions import Predictions
 from ich.scoring.uncertainty import draw_counts
