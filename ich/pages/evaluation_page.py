@@ -13,10 +13,12 @@ from ich.base.files import csv_text, write_text
 from ich.base.records import FINISHED, RunResult
 from ich.base.results import RunPaths
 from ich.pages import figures
-from ich.pages.page import Block, Bullets, Section, Table, Text, to_html, to_markdown
+from ich.pages.description import interval_text
+from ich.pages.page import Block, Bullets, Section, Table, Text, Verdict, to_html, to_markdown
 from ich.scoring.comparison import Comparison, EvaluationSet, Run, SettingResult
 from ich.scoring.evaluation import DECISIONS, HERE, VALIDATION, Evaluation
 from ich.scoring.metrics import sigmoid
+from ich.scoring.uncertainty import Interval
 
 OVERALL = (
     *("auc", "auc_macro", "accuracy", "exact_match", "ap_macro"),
@@ -45,10 +47,35 @@ def write_evaluation(
     sections += [("Metrics", list(_tables(evaluation, table))), ("Figures", list(pictures))]
     facts = {"model": evaluation.model, "rows": f"{len(evaluation.here.image_id):,}"}
     title = "Evaluation"
-    write_text(folder / "evaluation.md", to_markdown(title, facts, sections))
+    lead = [_verdict(evaluation, table)]
+    write_text(folder / "evaluation.md", to_markdown(title, facts, sections, lead))
     page = folder / "evaluation.html"
-    write_text(page, to_html(title, facts, sections))
+    write_text(page, to_html(title, facts, sections, lead))
     return page
+
+
+def _verdict(evaluation: Evaluation, table: pd.DataFrame) -> Verdict:
+    """The AUC here, and whether it is that of validation."""
+    row = table[(table["level"] == "slice") & (table["metric"] == "auc")].iloc[0]
+    if np.isnan(row[HERE]):
+        return Verdict("No AUC: these scans lack positives, or negatives.")
+
+    def between(side: str, form: str) -> str:
+        limits = Interval(row[f"{side}_low"], row[f"{side}_high"])
+        text = interval_text(limits, form)
+        return f" ({text})" if text else ""
+
+    text = f"An AUC of {row[HERE]:.3f}{between(HERE, '.3f')} here"
+    difference = row["difference"]
+    if np.isnan(difference):
+        return Verdict(f"{text}.")
+    word = "higher" if difference > 0 else "lower"
+    text += f", {abs(difference):.3f} {word} than in validation{between('difference', '+.3f')}"
+    limits = Interval(row["difference_low"], row["difference_high"])
+    if np.isnan(limits.low):
+        return Verdict(f"{text}.")
+    told = "which is not told from none" if limits.contains_zero else "by more than chance"
+    return Verdict(f"{text}, {told}.")
 
 
 def _rows(evaluation: Evaluation) -> pd.DataFrame:

@@ -18,7 +18,7 @@ import pandas as pd
 from ich.base.config import Config, PrepareConfig, Source
 from ich.base.files import write_bytes
 from ich.data.dicom import HU_MIN
-from ich.data.protocol import ENOUGH, SPLITS, TOLERANCE, VAL, Cohort
+from ich.data.protocol import ENOUGH, SPLITS, TOLERANCE, VAL, Cohort, audit
 from ich.pages.data import figures, slices, tables
 from ich.pages.page import (
     Block,
@@ -27,6 +27,7 @@ from ich.pages.page import (
     Section,
     Table,
     Text,
+    Verdict,
     draw_picture,
     to_html,
     to_markdown,
@@ -51,9 +52,9 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
         The files written, the HTML first.
     """
     cohort, cache = prepared.cohort, prepared.cache
-    title = _title(cfg)
+    title, lead = _title(cfg), [_verdict(cfg, prepared)]
     sections: list[Section] = [
-        ("Counts", _counts(cfg, prepared)),
+        ("Counts", _counts(prepared)),
         ("Class balance", _balance(cohort, cfg.data.source)),
         ("Label co-occurrence", _cooccurrence(cohort)),
         ("Leak audit", [Text(_AUDIT), Bullets(tables.leak_table(cohort))]),
@@ -68,8 +69,8 @@ def write_data_report(cfg: Config | PrepareConfig, prepared: Prepared, folder: P
         "cohort": prepared.key,
     }
     files = {
-        "data_report.html": to_html(title, facts, sections).encode(),
-        "data_report.md": to_markdown(title, facts, sections).encode(),
+        "data_report.html": to_html(title, facts, sections, lead).encode(),
+        "data_report.md": to_markdown(title, facts, sections, lead).encode(),
     }
     pictures = [b for _, blocks in sections for b in blocks if isinstance(b, Picture)]
     # The page holds its pictures; Markdown links to files.
@@ -89,18 +90,32 @@ def _title(cfg: Config | PrepareConfig) -> str:
     return f"Data report: {cfg.data.source.value}" + (f", {name}" if name else "")
 
 
-def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
-    cohort = prepared.cohort
-    images, unusable = cohort.rows["image_id"].nunique(), len(_quarantined(prepared))
+def _verdict(cfg: Config | PrepareConfig, prepared: Prepared) -> Verdict:
+    """How much there is, and what flatters whoever is scored on it."""
+    cohort, unusable = prepared.cohort, len(_quarantined(prepared))
     parts = [f"{cohort.steps[n]:,} {tables.SPLIT_NAMES[n]}" for n in cohort.splits]
     text = (
         f"Of {cohort.steps['images']:,} labelled images, protocol={cfg.protocol.name.value} uses "
-        f"{images:,}, in {' and '.join(parts)} rows with {len(cohort.labels)} labels each. "
-        f"In quarantine, because their files cannot be used: {unusable:,}. Tables of models come "
-        f"from the {tables.SPLIT_NAMES[cohort.scored]} rows."
+        f"{cohort.rows['image_id'].nunique():,}, in {' and '.join(parts)} rows with "
+        f"{len(cohort.labels)} labels each."
     )
+    # The most of image, study and patient.
+    shares = [share for share in audit(cohort.rows, cohort.scored).values() if share is not None]
+    most = max(shares, default=0.0)
+    cautions = []
+    if most:
+        text_of_most = f"{most:.1%}" if most >= 0.001 else "less than 0.1 %"
+        cautions.append(f"Scores will flatter: {text_of_most} of the scored rows leak, see below.")
     if cohort.scored == VAL:
-        text += " There is no test set: epochs are chosen and scored on the same rows."
+        cautions.append("There is no test set: epochs are chosen and scored on the same rows.")
+    if unusable:
+        cautions.append(f"In quarantine, because their files cannot be used: {unusable:,} images.")
+    return Verdict(text, cautions)
+
+
+def _counts(prepared: Prepared) -> list[Block]:
+    cohort = prepared.cohort
+    unusable = len(_quarantined(prepared))
     # Between the protocol's own steps and the splits, which are counted without what is lost.
     table = tables.counts_table(cohort)
     lost = {
@@ -110,7 +125,7 @@ def _counts(cfg: Config | PrepareConfig, prepared: Prepared) -> list[Block]:
     }
     is_split = table["step"].isin(SPLITS)
     table = pd.concat([table[~is_split], pd.DataFrame([lost]), table[is_split]])
-    return [Text(text), Table("Rows after each step", table)]
+    return [Table("Rows after each step", table)]
 
 
 def _balance(cohort: Cohort, source: Source) -> list[Block]:
