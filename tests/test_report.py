@@ -332,6 +332,17 @@ def test_the_pareto_front() -> None:
     assert pareto_front(points) == [(1.0, 0.5), (2.0, 0.7), (4.0, 0.9)]
 
 
+def test_no_interval_leaves_what_a_metric_can_be(tmp_path: Path, composed: Compose) -> None:
+    """Over seeds means are stretched: an AUC of nearly 1 had an upper end of 1.014."""
+    jobs = {f"xception,seed={seed}": signal for seed, signal in enumerate((3.0, 9.0))}
+    sweep = write_sweep(tmp_path / "s", jobs, composed)
+    (rows,) = load_comparison([sweep], 200).evaluation_sets
+    (setting,) = rows.settings
+    ends = {m: setting.interval(m) for m in setting.replicates}
+    assert max(i.high for m, i in ends.items() if "log_loss" not in m) == 1
+    assert min(i.low for i in ends.values()) >= 0
+
+
 def test_a_ranking_shows_seeds_in_html_and_markdown() -> None:
     part = Row("seed 0", [Cell("0.9", 0.9)])
     ranking = Ranking("r", ["setting", "AUC"], [Row("x|y", [Cell("0.9", 0.9)], "", [part], "1")])

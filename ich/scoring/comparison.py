@@ -345,9 +345,16 @@ def _resample(
         # Metrics per study are missing for a run of an earlier version, which kept no studies.
         common = [m for m in per_seed[0] if all(m in values for values in per_seed)]
         setting.replicates = {
-            m: mean_over_seeds(np.stack([values[m] for values in per_seed]), drawn) for m in common
+            m: within_range(m, mean_over_seeds(np.stack([values[m] for values in per_seed]), drawn))
+            for m in common
         }
         setting.patient_replicates = np.mean([v[RANKING_METRIC] for v in per_seed], axis=0)
+
+
+def within_range(metric: str, values: np.ndarray) -> np.ndarray:
+    """What a metric can be: a mean that `mean_over_seeds` has stretched may lie beyond. Log losses
+    have no upper end, all others lie within 0..1."""
+    return np.asarray(np.clip(values, 0, None if "log_loss" in metric else 1))
 
 
 def mean_over_seeds(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ich.base.config import ContextName, select_value
 from ich.base.workers import available_cores
-from ich.scoring.comparison import Comparison, EvaluationSet, Run, mean_over_seeds
+from ich.scoring.comparison import Comparison, EvaluationSet, Run, mean_over_seeds, within_range
 from ich.scoring.effects import split_setting
 from ich.scoring.predictions import Predictions, bootstrap_predictions, read_stages
 from ich.scoring.uncertainty import MIN_GROUPS, Interval, draw_counts
@@ -112,7 +112,10 @@ def _means(
     # The same seeds for each way: those that share a slice network share its luck.
     chosen = np.random.default_rng(0).integers(0, len(pairs), (len(pairs), resamples))
     stacked = {k: np.stack([v[k] for v in each]) for k in each[0]}
-    intervals = {k: Interval.of(mean_over_seeds(v, chosen)) for k, v in stacked.items()}
+    resampled = {k: mean_over_seeds(v, chosen) for k, v in stacked.items()}
+    if not any(other for _, other in pairs):  # differences may be negative
+        resampled = {k: within_range(k, v) for k, v in resampled.items()}
+    intervals = {k: Interval.of(v) for k, v in resampled.items()}
     return means, {k: i for k, i in intervals.items() if k in means}
 
 
