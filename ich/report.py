@@ -25,7 +25,7 @@ def parser() -> Parser:
     add("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
     equal = "AUC within which settings are equal; else report.margin of the sweep's launch"
     add("--margin", type=float, help=equal)
-    parts = "column of labels or metadata (may stand several times); else report.subgroups"
+    parts = "column of a CSV, or what headers tell (may stand several times); else report.subgroups"
     add("--subgroup", dest="subgroups", metavar="COLUMN", action="append", help=parts)
     move = "make the best run of this sweep the registered model's alias `best`"
     add("--promote", action="store_true", help=move)

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from made_up import cohort, write_sweep
 from mlflow import MlflowClient
 
 from ich.base.config import Config, UserError
 from ich.base.entry import public_command, without_paths
 from ich.base.results import SweepPaths
+from ich.data.cohorts import CohortFiles
+from ich.data.facts import Facts
 from ich.launch import steps
 from ich.pages.columns import best_cells
 from ich.pages.figures import pareto_front
@@ -129,6 +132,33 @@ def test_subgroups_have_metrics_intervals_and_differences(
     assert main([str(sweep.root), "--resamples", "0", "--subgroup", "scanner"]) == 0
     assert "Not told: report.subgroups names &#39;scanner&#39;" in sweep.page.read_text()
     assert not sweep.subgroups.exists()
+
+
+def test_what_headers_tell_makes_subgroups(three: SweepPaths, tmp_path: Path) -> None:
+    """Kept beside the cohort that the runs were made from; the page says that it is of headers."""
+    jobs = list(three.read_record().configs)
+    image_ids = cohort()["image_id"]
+    kept = pd.DataFrame({"image_id": image_ids}).drop_duplicates()
+    kept = kept.assign(**Facts()._asdict())
+    kept["manufacturer"] = np.where(np.arange(len(kept)) % 2, "GE", "Siemens")
+    for job in jobs:
+        run = three.run(job)
+        run.write_origin(replace(run.read_origin(), cohort="c"))
+        config = yaml.safe_load(run.config.read_text())
+        config["data"]["cache_dir"] = str(tmp_path / "kept")
+        run.config.write_text(yaml.safe_dump(config))
+    command = [str(three.root), "--resamples", "200", "--subgroup", "manufacturer"]
+    assert main(command) == 0
+    assert "which headers tell, but they were not read for" in three.page.read_text()
+    assert not three.subgroups.exists()
+    (tmp_path / "kept").mkdir()
+    kept.to_csv(CohortFiles(tmp_path / "kept", "c").header_facts, index=False)
+    assert main(command) == 0
+    table = pd.read_csv(three.subgroups)
+    assert set(table["group"]) == {"GE", "Siemens"}
+    assert "By manufacturer (from the files&#39; headers), the best setting" in (
+        three.page.read_text()
+    )
 
 
 def test_without_resamples_nothing_is_called_distinguishable(

@@ -377,7 +377,8 @@ class AssumedConfig:
 @dataclass
 class ReportConfig:
     """What the comparison calls equal: a difference in AUC below `margin`. subgroups: columns of
-    `data.labels` or `data.metadata` by which the best setting is scored in parts."""
+    `data.labels` or `data.metadata`, or what headers tell (`ich.data.facts`), by which the best
+    setting is scored in parts."""
 
     margin: float = field(
         default=MARGIN, metadata=number("above 0 and below 0.5", above=0, below=0.5)

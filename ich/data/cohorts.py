@@ -116,6 +116,11 @@ class CohortFiles:
         return self.folder / f"cohort-{self.key}-order.csv.gz"
 
     @property
+    def header_facts(self) -> Path:
+        """Of its slices, where a report asks for them (`ich.data.tables.subgroups`)."""
+        return self.folder / f"cohort-{self.key}-headers.csv.gz"
+
+    @property
     def lock(self) -> Path:
         return self.folder / f"cohort-{self.key}.lock"
 

@@ -44,6 +44,14 @@ from pydicom.uid import (
 
 from ich.data.elements import DicomError as DicomError
 from ich.data.elements import Elements, find_elements
+from ich.data.facts import (
+    Facts,
+    age_decade_of,
+    kernel_of,
+    manufacturer_of,
+    thickness_of,
+    tilt_of,
+)
 from ich.data.pixels.codecs import decode_jpeg, decode_jpeg_2000, decode_jpeg_ls, decode_rle
 from ich.data.pixels.hounsfield import HU_MAX as HU_MAX
 from ich.data.pixels.hounsfield import HU_MIN as HU_MIN
@@ -53,7 +61,7 @@ from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 # Raise it when headers become readable that were not, or more of them is: scans are done again.
-HEADER_VERSION = 3
+HEADER_VERSION = 4
 MAX_SIDE = 4096  # Rows or Columns above this are no CT slice; refused before memory is allocated
 _MOSTLY_AXIAL = 0.7071  # cosine of 45 degrees; a gantry tilts by at most 30
 _MAX_RESCALE = 100_000  # no scanner's slope or intercept is beyond it; sums then stay finite
@@ -132,6 +140,20 @@ _STUDY, _SERIES, _ORIENTATION, _POSITION = _LOCATING_TAGS = tuple(
 )
 _WANTED = frozenset((*_CHECKED_TAGS, *_LOCATING_TAGS))
 _KEYS = frozenset((int(Tag("SpecificCharacterSet")), int(Tag("PatientID")), *_LOCATING_TAGS))
+# Of the scanner and the age. Elements stand in the order of their tags, and all of these before
+# those that tell where a slice belongs.
+_FACT_TAGS = tuple(
+    int(Tag(keyword))
+    for keyword in (
+        "Manufacturer",
+        "SliceThickness",
+        "ConvolutionKernel",
+        "GantryDetectorTilt",
+        "PatientAge",
+        "PatientBirthDate",
+        "StudyDate",
+    )
+)
 
 
 # Of each encoding the plug-in of pydicom that decodes it (always the same one, for another may fill
@@ -182,13 +204,15 @@ class Keys(NamedTuple):
     """Whose slice a file is, and where it lies: PatientID, StudyInstanceUID and SeriesInstanceUID,
     empty where the file has none, and `position` as in `Slice`.
 
-    They name a person: whoever gets them replaces them at once (`ich.data.patients`).
+    They name a person: whoever gets them replaces them at once (`ich.data.patients`). The `facts`
+    are in bins, and name nobody.
     """
 
     patient: str
     study: str
     series: str
     position: float
+    facts: Facts = Facts()
 
     @property
     def is_complete(self) -> bool:
@@ -273,7 +297,10 @@ def read_keys(data: bytes) -> Keys:
     Raises:
         DicomError: the file is no DICOM, or its header is damaged.
     """
-    elements = find_elements(data, _KEYS, pixels=False)
+    try:
+        elements = find_elements(data, _KEYS.union(_FACT_TAGS), pixels=False)
+    except DicomError:  # a fact that is damaged makes no file unreadable
+        elements = find_elements(data, _KEYS, pixels=False)
     with _damaged_header_refused():
         dataset = _dataset(elements)
         # As pydicom itself does where it reads a file.
@@ -281,7 +308,19 @@ def read_keys(data: bytes) -> Keys:
         dataset.set_original_encoding(None, elements.little, encoding)
         wanted = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
         patient, study, series = (str(dataset.get(k) or "") for k in wanted)
-    return Keys(patient, study, series, _position(elements))
+    return Keys(patient, study, series, _position(elements), _facts(elements))
+
+
+def _facts(elements: Elements) -> Facts:
+    texts = (_text(elements, tag) for tag in _FACT_TAGS)
+    manufacturer, thickness, kernel, tilt, age, born, studied = texts
+    return Facts(
+        manufacturer=manufacturer_of(manufacturer),
+        slice_thickness=thickness_of(thickness),
+        kernel=kernel_of(kernel),
+        tilt=tilt_of(tilt, _normal(_text(elements, _ORIENTATION))),
+        age_decade=age_decade_of(age, born, studied),
+    )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
 from ich.data.dicom import HEADER_VERSION, DicomError, Keys, read_keys
+from ich.data.facts import FACTS, Facts
 from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.store import Location, SliceStore, Unreadable, read_dicom
 from ich.data.tables.names import example, match_by_form
@@ -227,8 +228,8 @@ def scan_headers(
 
     Returns:
         N rows in the order of `paths`: `patient`, `study` and `series` keys, `position` in mm along
-        the normal of the slice (NaN if unknown), and `readable`; a file that is no readable DICOM
-        has empty keys, and is quarantined when slices are decoded.
+        the normal of the slice (NaN if unknown), `readable`, and the bins of `Facts`; a file that
+        is no readable DICOM has empty keys, and is quarantined when slices are decoded.
     """
     wanted = [p for p in dict.fromkeys(paths) if p]
     key = f"{store.root.resolve()}|{HEADER_VERSION}"
@@ -274,17 +275,21 @@ class _Scan:
         self._series = array("i", [0]) * (len(paths) + 1)
         self._place = array("d", [math.nan]) * (len(paths) + 1)
         self._readable = bytearray(len(paths) + 1)
+        self._fact = array("i", [0]) * (len(paths) + 1)
         self._keys = {"": 0}
+        # Few: the slices of a study share theirs.
+        self._facts: dict[tuple[str, ...], int] = {Facts(): 0}
 
     def add(self, path: str, signature: str, *read: str) -> None:
         """One line of the journal; the last one of a path counts."""
         if (i := self._position.get(path)) is not None:
-            *keys, place, readable = read
+            keys, (place, readable, *facts) = read[:3], read[3:]
             self._signature[i] = hash(signature)
             for column, key in zip((self._patient, self._study, self._series), keys, strict=True):
                 column[i] = self._keys.setdefault(key, len(self._keys))
             self._place[i] = float(place or math.nan)
             self._readable[i] = readable == "1"
+            self._fact[i] = self._facts.setdefault(tuple(facts), len(self._facts))
 
     def outdated(self, store: SliceStore) -> list[str]:
         """The files that were never read, or have changed since."""
@@ -300,6 +305,8 @@ class _Scan:
         at = np.fromiter((self._position.get(p, -1) for p in paths), np.int64, len(paths))
         keys = np.array(list(self._keys), dtype=object)
         columns = {"patient": self._patient, "study": self._study, "series": self._series}
+        facts = pd.DataFrame(list(self._facts), columns=list(FACTS)).astype("category")
+        facts = facts.iloc[np.frombuffer(self._fact, np.int32)[at]].reset_index(drop=True)
         return pd.DataFrame(
             {
                 **{
@@ -308,12 +315,14 @@ class _Scan:
                 },
                 "position": np.frombuffer(self._place, np.float64)[at],
                 "readable": np.frombuffer(self._readable, np.bool_)[at],
+                **facts,
             }
         )
 
 
 _UNKNOWN = "?"  # the signature of no file
-_COLUMNS = 7  # of a line of the journal: path, signature, three keys, position, readable
+# Of a line of the journal: path, signature, three keys, position, readable, and the facts.
+_COLUMNS = 7 + len(FACTS)
 
 
 def _read_scan(path: Path) -> Iterator[list[str]]:
@@ -349,13 +358,13 @@ def _scan_chunk(job: _Job) -> list[tuple[str, ...]]:
         try:
             read = read_file_keys(root, location)
         except DicomError:
-            lines.append((location.path, location.signature, "", "", "", "", "0"))
+            lines.append((location.path, location.signature, "", "", "", "", "0", *Facts()))
             continue
         # In the process that reads them: identifiers are neither sent back nor written down.
         kinds = (("patient", read.patient), ("study", read.study), ("series", read.series))
         keys = [pseudonyms.key(kind, identifier) for kind, identifier in kinds]
         place = repr(read.position) if math.isfinite(read.position) else ""
-        lines.append((location.path, location.signature, *keys, place, "1"))
+        lines.append((location.path, location.signature, *keys, place, "1", *read.facts))
     return lines
 
 

@@ -38,7 +38,7 @@ from ich.base.validation import validate
 from ich.data import dataset
 from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.data.protocol import TRAIN
-from ich.data.tables.subgroups import read_subgroups
+from ich.data.tables.subgroups import keep_header_facts, read_subgroups
 from ich.pages.data.report import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing
@@ -99,7 +99,8 @@ def check_jobs(configs: Sequence[Config]) -> SweepPaths:
     """Checks what can be checked of all jobs without a look at their data; returns their folder.
 
     Raises:
-        UserError: a value out of range, two jobs with one folder, or a subgroup of no column.
+        UserError: a value out of range, two jobs with one folder, or a subgroup that no table or
+            header tells.
     """
     for config in configs:
         validate(config)
@@ -209,6 +210,9 @@ def open_sweep(
         cohort.require_rows()
         prepared.append((config, cohort))
         keys[key] = cohort.key  # a phantom made just now has a fingerprint only now
+    # Of finished jobs too, whose report may ask for more than it did.
+    for key, config in {data_key(config): config for config in configs}.items():
+        keep_header_facts(config, keys[key], report)
     jobs = inspect_jobs(configs, sweep, keys)
     # Locked only here: whatever is refused before leaves no folder behind.
     is_first_batch = _lock_sweep(sweep)

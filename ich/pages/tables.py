@@ -70,7 +70,7 @@ def compare(
         resamples: of the bootstrap; 0 for no intervals.
         page: also figures, `report.html` and `checklist.html`, after the tables.
         margin: of AUC, within which settings are equal; None for that of the sweeps' launches.
-        subgroups: columns of labels or metadata; None for those of the launches.
+        subgroups: columns of labels or metadata, or what headers tell; None for the launches'.
 
     An earlier report with intervals that cannot be computed again is moved to `superseded/`.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from made_up import FIT
 from sweeps import SMALL
@@ -53,6 +55,23 @@ def release() -> None:
 def launch(config: Config) -> tuple[SweepPaths, list[preflight.Job]]:
     release()
     return preflight.open_sweep([config])
+
+
+def test_a_finished_sweep_reads_the_headers_that_its_report_asks_for(
+    config: Config, sweep: SweepPaths
+) -> None:
+    files = CohortFiles(Path(config.data.cache_dir), sweep.run(config.job).read_origin().cohort)
+    asking = replace(config, report=replace(config.report, subgroups=["tilt"]))
+    assert not files.header_facts.exists()
+    _, (job,) = launch(asking)
+    assert job.state is State.done
+    assert set(pd.read_csv(files.header_facts)["tilt"]) == {"none", "tilted"}
+    files.rows.unlink()
+    files.header_facts.unlink()
+    _, (job,) = launch(asking)  # whose cache is gone
+    assert job.state is State.done
+    with pytest.raises(UserError, match="names 'gantry', which is no column"):
+        launch(replace(config, report=replace(config.report, subgroups=["gantry"])))
 
 
 @pytest.mark.parametrize("damage", ["cut", "NUL"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from ich.base.config import DataConfig, UserError, select_value
 from ich.base.records import SweepRecord
+from ich.data.cohorts import CohortFiles
 from ich.data.tables.subgroups import read_subgroups
 from ich.pages.description import METRIC_NAMES, interval_text
 from ich.pages.page import Block, Table, Text
@@ -16,7 +19,15 @@ from ich.scoring.metrics import ANY
 from ich.scoring.subgroups import SubgroupResult, subgroup_results
 from ich.scoring.uncertainty import MIN_GROUPS, UNDEFINED
 
-Found = list[tuple[SettingResult, str, SubgroupResult]]  # with the column that a subgroup is of
+
+class Parting(NamedTuple):
+    """What subgroups are made by: its name, and where that stands, in words."""
+
+    name: str
+    source: str
+
+
+Found = list[tuple[SettingResult, Parting, SubgroupResult]]
 
 
 def recorded_subgroups(records: Sequence[SweepRecord]) -> list[str]:
@@ -31,7 +42,7 @@ def find_subgroups(comparison: Comparison, names: Sequence[str]) -> tuple[Found,
 
     Args:
         comparison: of runs whose `data.labels` or `data.metadata` have the columns.
-        names: of columns.
+        names: of columns, or of what headers tell.
     """
     found: Found = []
     reasons: list[str] = []
@@ -39,14 +50,15 @@ def find_subgroups(comparison: Comparison, names: Sequence[str]) -> tuple[Found,
         if rows.best is None:
             continue
         try:
-            columns = read_subgroups(_data(rows), names, rows.predictions.image_id.tolist())
+            images = rows.predictions.image_id.tolist()
+            subgroups = read_subgroups(_data(rows), names, images, _cohort(rows))
         except UserError as error:  # a report is not lost for a file that moved
             reasons.append(str(error))
             continue
-        for name in names:
-            groups = columns[name].tolist()
-            results = subgroup_results(rows.best, groups, comparison.resamples)
-            found += [(rows.best, name, result) for result in results]
+        for name, subgroup in subgroups.items():
+            results = subgroup_results(rows.best, subgroup.values, comparison.resamples)
+            parting = Parting(name, subgroup.source)
+            found += [(rows.best, parting, result) for result in results]
     return found, list(dict.fromkeys(reasons))
 
 
@@ -55,6 +67,12 @@ def _data(rows: EvaluationSet) -> DataConfig:
     config = rows.settings[0].runs[0].config
     labels, metadata = (select_value(config, f"data.{key}") for key in ("labels", "metadata"))
     return DataConfig(labels=labels, metadata=metadata)
+
+
+def _cohort(rows: EvaluationSet) -> CohortFiles | None:
+    run = rows.settings[0].runs[0]
+    folder = select_value(run.config, "data.cache_dir")
+    return CohortFiles(Path(folder), run.paths.read_origin().cohort) if folder else None
 
 
 def subgroups_table(found: Found) -> pd.DataFrame:
@@ -66,10 +84,10 @@ def subgroups_table(found: Found) -> pd.DataFrame:
 
 
 def _lines(
-    setting: SettingResult, column: str, result: SubgroupResult
+    setting: SettingResult, parting: Parting, result: SubgroupResult
 ) -> Iterator[tuple[object, ...]]:
     rows = setting.predictions.fingerprint
-    about = (setting.name, rows, column, result.name, result.patients, result.positives)
+    about = (setting.name, rows, parting.name, result.name, result.patients, result.positives)
     for metric, value in result.value.items():
         level = "study" if metric.startswith("study_") else "slice"
         own = result.interval.get(metric, UNDEFINED)
@@ -80,16 +98,16 @@ def _lines(
 
 
 def subgroup_blocks(found: Found, reasons: Sequence[str]) -> Iterator[Block]:
-    """A table for each column; of the metrics those of the ranking, the rest is in the CSV."""
+    """A table for each parting; of the metrics those of the ranking, the rest is in the CSV."""
     for reason in reasons:
         yield Text(f"Not told: {reason}")
-    for name in dict.fromkeys(column for _, column, _ in found):
-        lines = [_shown(s, r) for s, column, r in found if column == name]
+    for parting in dict.fromkeys(parting for _, parting, _ in found):
+        lines = [_shown(s, r) for s, of, r in found if of == parting]
         caption = (
-            f"By {name}, the best setting. n: patients, of them positive. In brackets 95 % "
-            f"intervals; last, minus all other subgroups. Subgroups of fewer than {MIN_GROUPS} "
-            f"patients are not shown. Every metric is in subgroups.csv. Of many subgroups, one in "
-            f"twenty differs by chance."
+            f"By {parting.name} (from {parting.source}), the best setting. n: patients, of them "
+            f"positive. In brackets 95 % intervals; last, minus all other subgroups. Subgroups "
+            f"of fewer than {MIN_GROUPS} patients are not shown. Every metric is in subgroups.csv. "
+            f"Of many subgroups, one in twenty differs by chance."
         )
         yield Table(caption, pd.DataFrame(lines))
 
