@@ -20,7 +20,7 @@ from ich.base.config import Config, UserError
 from ich.base.entry import public_command, without_paths
 from ich.base.results import SweepPaths
 from ich.data.cohorts import CohortFiles
-from ich.data.facts import Facts
+from ich.data.subgroups.facts import Facts
 from ich.launch import steps
 from ich.pages.columns import best_cells
 from ich.pages.figures import pareto_front

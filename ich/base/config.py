@@ -377,7 +377,7 @@ class AssumedConfig:
 @dataclass
 class ReportConfig:
     """What the comparison calls equal: a difference in AUC below `margin`. subgroups: columns of
-    `data.labels` or `data.metadata`, or what headers tell (`ich.data.facts`), by which the best
+    `data.labels` or `data.metadata`, or what headers tell (`ich.data.subgroups`), by which the best
     setting is scored in parts."""
 
     margin: float = field(

@@ -117,7 +117,7 @@ class CohortFiles:
 
     @property
     def header_facts(self) -> Path:
-        """Of its slices, where a report asks for them (`ich.data.tables.subgroups`)."""
+        """Of its slices, where a report asks for them (`ich.data.subgroups.reading`)."""
         return self.folder / f"cohort-{self.key}-headers.csv.gz"
 
     @property

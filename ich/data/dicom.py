@@ -44,7 +44,11 @@ from pydicom.uid import (
 
 from ich.data.elements import DicomError as DicomError
 from ich.data.elements import Elements, find_elements
-from ich.data.facts import (
+from ich.data.pixels.codecs import decode_jpeg, decode_jpeg_2000, decode_jpeg_ls, decode_rle
+from ich.data.pixels.hounsfield import HU_MAX as HU_MAX
+from ich.data.pixels.hounsfield import HU_MIN as HU_MIN
+from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
+from ich.data.subgroups.facts import (
     Facts,
     age_decade_of,
     kernel_of,
@@ -52,10 +56,6 @@ from ich.data.facts import (
     thickness_of,
     tilt_of,
 )
-from ich.data.pixels.codecs import decode_jpeg, decode_jpeg_2000, decode_jpeg_ls, decode_rle
-from ich.data.pixels.hounsfield import HU_MAX as HU_MAX
-from ich.data.pixels.hounsfield import HU_MIN as HU_MIN
-from ich.data.pixels.hounsfield import Padding, Scale, padding_of, to_hu
 
 # pydicom logs and warns with the values it finds odd, UIDs and names among them.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)

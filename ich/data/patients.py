@@ -28,9 +28,9 @@ from ich.base.progress import ProgressCallback
 from ich.base.workers import run_parallel, worker_count
 from ich.data.cache_folder import make_cache_folder
 from ich.data.dicom import HEADER_VERSION, DicomError, Keys, read_keys
-from ich.data.facts import FACTS, Facts
 from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.store import Location, SliceStore, Unreadable, read_dicom
+from ich.data.subgroups.facts import FACTS, Facts
 from ich.data.tables.names import example, match_by_form
 from ich.data.tables.reading import find_column, read_table, tell
 

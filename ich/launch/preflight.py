@@ -38,7 +38,7 @@ from ich.base.validation import validate
 from ich.data import dataset
 from ich.data.cohorts import cohort_keys, describe_data_changes
 from ich.data.protocol import TRAIN
-from ich.data.tables.subgroups import keep_header_facts, read_subgroups
+from ich.data.subgroups.reading import keep_header_facts, read_subgroups
 from ich.pages.data.report import write_data_report
 from ich.tracking.sweep_run import check_tracking, open_sweep_run
 from ich.training import timing

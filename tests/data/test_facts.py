@@ -14,7 +14,7 @@ from dicom_files import CANARY, STORED, dataset, encoded
 from ich.base.config import Config, UserError
 from ich.data.cohorts import CohortFiles, load_cohort, open_store
 from ich.data.dicom import read_keys
-from ich.data.facts import (
+from ich.data.subgroups.facts import (
     FACTS,
     OTHER,
     UNKNOWN,
@@ -25,7 +25,7 @@ from ich.data.facts import (
     thickness_of,
     tilt_of,
 )
-from ich.data.tables.subgroups import keep_header_facts, read_subgroups
+from ich.data.subgroups.reading import keep_header_facts, read_subgroups
 
 AXIAL = np.array([0.0, 0.0, 1.0])
 
@@ -208,7 +208,7 @@ def test_facts_are_kept_beside_a_cohort_if_a_report_asks_for_them(
     kept += pd.read_csv(files.header_facts).to_csv().encode()
     assert not any(word in kept for word in (b"CANARY", b"19310203", b"20040506"))
     # Neither a second launch nor a name that a table has reads anything.
-    monkeypatch.setattr("ich.data.tables.subgroups.open_store", None)
+    monkeypatch.setattr("ich.data.subgroups.reading.open_store", None)
     keep_header_facts(asking, key)
     files.header_facts.write_bytes(files.header_facts.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"were not read .*-headers.csv.gz, is damaged"):

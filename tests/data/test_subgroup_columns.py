@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ich.base.config import DataConfig, UserError
-from ich.data.tables.subgroups import UNKNOWN, bands, read_subgroups
+from ich.data.subgroups.reading import UNKNOWN, bands, read_subgroups
 
 
 @pytest.fixture

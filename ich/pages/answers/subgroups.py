@@ -11,7 +11,7 @@ import pandas as pd
 from ich.base.config import DataConfig, UserError, select_value
 from ich.base.records import SweepRecord
 from ich.data.cohorts import CohortFiles
-from ich.data.tables.subgroups import read_subgroups
+from ich.data.subgroups.reading import read_subgroups
 from ich.pages.description import METRIC_NAMES, interval_text
 from ich.pages.page import Block, Table, Text
 from ich.scoring.comparison import Comparison, EvaluationSet, SettingResult

@@ -1,5 +1,5 @@
 """What makes subgroups of images: columns of the label or metadata file, as sex, age or site, and
-what headers tell of scanner and age (`ich.data.facts`)."""
+what headers tell of scanner and age (`ich.data.subgroups.facts`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ich.base.config import Config, DataConfig, UserError
 from ich.base.files import DamagedError, replacing, tell_damaged
 from ich.base.progress import StageCallback, stage
 from ich.data.cohorts import CohortFiles, cohort_files, open_store
-from ich.data.facts import FACTS, UNKNOWN
 from ich.data.manifest import IMAGE, PATIENT, STUDY
 from ich.data.patients import Pseudonyms, scan_headers
+from ich.data.subgroups.facts import FACTS, UNKNOWN
 from ich.data.tables.names import match_by_form
 from ich.data.tables.reading import bare, find_column, read_table
 
