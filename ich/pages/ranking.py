@@ -178,7 +178,9 @@ class _Table:
             cells.append(self._cell(column.key, value, interval))
         name, area = ensemble.name, ensemble.predictions.metrics[RANKING_METRIC]
         span = self._span(_TOGETHER, name, area, ensemble.interval(RANKING_METRIC), [])
-        return Row(name, cells, f"of {len(ensemble.members)} networks", is_last=True, span=span)
+        count = len(ensemble.members)
+        note = f"of {count} networks" if count > 1 else f"of {ensemble.members[0]} alone"
+        return Row(name, cells, note, is_last=True, span=span)
 
     def _baseline_row(self) -> Row:
         studies = self.rows.baseline(study=True)

@@ -138,6 +138,8 @@ def test_in_the_dark_and_on_paper_charts_take_the_page_s_ink(
         body = page.locator("body")
         assert text.evaluate(COLOUR, "fill") == body.evaluate(COLOUR, "color")
         assert back.evaluate(COLOUR, "fill") == body.evaluate(COLOUR, "backgroundColor")
+        dot = page.locator(".chart use:not([fill])").first  # black in the picture itself
+        assert dot.evaluate(COLOUR, "fill") == body.evaluate(COLOUR, "color")
         best = page.locator("td.span svg.best").first
         return (
             *(body.evaluate(COLOUR, name) for name in ("color", "backgroundColor")),
