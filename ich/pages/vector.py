@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
 
 _HOVER = "hover-"
 # Of matplotlib's SVG: what is no picture, or is for `page.css` to say.
@@ -16,6 +19,7 @@ _DROPPED = re.compile(r"<metadata>.*?</metadata>|<style\b.*?</style>|<!--.*?-->"
 _STYLE = re.compile(r' style="([^"]*)"')
 _FONT = re.compile(r"(?:(italic|oblique) )?(?:(\w+) )?([\d.]+)px ")
 _PLACES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
+_TITLED = Markup('<g class="hover"><title>{}</title>')
 _BLANKS = re.compile(r">\s+<")
 _NUMBER = re.compile(r"(\d\.\d{2})\d+")
 # What a page that is dark shows in its own ink.
@@ -28,14 +32,20 @@ def name_on_hover(artist: Any, text: str) -> None:
     artist.set_gid(_HOVER + text.encode().hex())
 
 
-def inline_svg(svg: str, name: str, alt: str, width: int) -> str:
-    """A figure as an element of a page.
+@dataclass(frozen=True)
+class Drawing:
+    """box: the `viewBox` of an svg element. inside: what stands in it."""
+
+    box: str
+    inside: Markup
+
+
+def inline_svg(svg: str, name: str) -> Drawing:
+    """A figure as it stands in a page.
 
     Args:
         svg: as matplotlib's `savefig` writes it, with `svg.fonttype` "none".
         name: unique in the page: ids begin with it.
-        alt: what a screen reader says of it.
-        width: in CSS pixels.
     """
     body = _DROPPED.sub("", svg[svg.index("<svg") :])
     body = _STYLE.sub(lambda match: _attributes(html.unescape(match[1])), body)
@@ -43,10 +53,9 @@ def inline_svg(svg: str, name: str, alt: str, width: int) -> str:
     body = re.sub(r'<g id="hover-([0-9a-f]+)">', _titled, body)
     body = re.sub(r' id="|(?<=href=")#|(?<=url\()#', lambda m: f"{m[0]}{name}-", body)
     head, _, rest = body.partition(">")
-    box = re.search(r'viewBox="[^"]*"', head)
-    label = f'role="img" aria-label="{html.escape(alt)}"'
-    start = f'<svg class="chart" width="{width}" {box[0] if box else ""} {label}>'
-    return f"{start}{_BLANKS.sub('><', _PLACES.sub(_shorter, rest)).strip()}"
+    box = re.search(r'viewBox="([^"]*)"', head)
+    inside = _PLACES.sub(_shorter, rest.rpartition("</svg>")[0])
+    return Drawing(box[1] if box else "", Markup(_BLANKS.sub("><", inside).strip()))
 
 
 def _shorter(match: re.Match[str]) -> str:
@@ -55,8 +64,7 @@ def _shorter(match: re.Match[str]) -> str:
 
 
 def _titled(match: re.Match[str]) -> str:
-    text = html.escape(bytes.fromhex(match[1]).decode())
-    return f'<g class="hover"><title>{text}</title>'
+    return _TITLED.format(bytes.fromhex(match[1]).decode())
 
 
 def _attributes(style: str) -> str:
