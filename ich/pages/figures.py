@@ -319,7 +319,7 @@ def _name_at_the_right(
     for n, at in zip(order, spread(wanted, 0.19 / height), strict=True):
         name = settings[n].name
         axis.annotate(
-            name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...",
+            cut(name),
             points[n],
             (1.03, at),
             textcoords="axes fraction",
@@ -328,6 +328,11 @@ def _name_at_the_right(
             arrowprops={"arrowstyle": "-", "color": looks.colour(name), "lw": 0.5, "alpha": 0.6},
             annotation_clip=False,
         )
+
+
+def cut(name: str, longest: int = _LONGEST) -> str:
+    """A name that leaves a figure its room."""
+    return name if len(name) <= longest else f"{name[:longest]}..."
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -365,8 +370,7 @@ def _labels(comparison: Comparison, looks: Looks) -> Any:
             between = f" ({interval.low:.3f} to {interval.high:.3f})"
             name_on_hover(dot, f"{setting.name}, {label}: {value:.4f}{between}")
         axis.set_title(label)
-    names = [s.name if len(s.name) <= _LONGEST else f"{s.name[:_LONGEST]}..." for s in settings]
-    axes[0, 0].set_yticks(range(len(settings)), names)
+    axes[0, 0].set_yticks(range(len(settings)), [cut(s.name) for s in settings])
     axes[0, 0].set_ylim(len(settings) - 0.5, -0.5)
     for axis in axes[-1]:
         axis.set_xlabel("AUC")

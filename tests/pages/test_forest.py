@@ -14,6 +14,7 @@ from made_up import cohort, write_sweep
 from ich.base.config import Config
 from ich.base.results import SweepPaths
 from ich.pages.columns import build_table
+from ich.pages.figures import spread
 from ich.pages.forest import draw_forest
 from ich.report import main
 from ich.scoring.comparison import load_comparison
@@ -89,6 +90,12 @@ def test_runs_without_predictions_or_an_auc_have_rows(tmp_path: Path, composed: 
     texts = drawn(table, tmp_path)
     assert "without predictions" in texts
     assert {"resnet50", "vgg16", "no AUC"} <= set(texts)
+
+
+def test_names_beside_a_panel_do_not_touch_and_stay_within() -> None:
+    assert spread([0.9, 0.5, 0.1], 0.1) == [0.9, 0.5, 0.1]  # where there is room, none moves
+    moved = spread([0.5, 0.5, 0.02, 0.01], 0.1)
+    assert moved == pytest.approx([0.5, 0.4, 0.1, 0.0])
 
 
 def test_settings_with_names_cut_to_one_text_stay_two(seeds: SweepPaths, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from ich.pages.answers.pairs import pair_blocks
 from ich.pages.answers.words import probability, some_names
 from ich.pages.description import describe_verdicts, interval_text
-from ich.pages.figures import ON_PALE, Plot, save_plot, subplots
+from ich.pages.figures import ON_PALE, Plot, cut, save_plot, subplots
 from ich.pages.page import Block, Bullets, Picture, Table
 from ich.scoring.comparison import RANKING_METRIC, Comparison, EvaluationSet, SettingResult
 from ich.scoring.ensembles import GREEDY, EnsembleResult
@@ -129,7 +129,7 @@ def _draw_ranks(settings: Sequence[SettingResult], name: str, where: str, folder
 
 def _heat_map(settings: Sequence[SettingResult]) -> Any:
     chances = np.stack([s.against_best.chances for s in settings if s.against_best])
-    names = [s.name if len(s.name) <= _LONGEST else f"{s.name[:_LONGEST]}..." for s in settings]
+    names = [cut(s.name, _LONGEST) for s in settings]
     side = max(_CELL * len(names), _SIDE)
     figure, axes = subplots(1, 1, (side + 0.09 * max(map(len, names)) + 0.5, side + 0.6))
     axis = axes[0, 0]
